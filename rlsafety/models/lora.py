@@ -1,0 +1,109 @@
+"""LoRA adapters: the only weights that a run trains (Hu et al., arXiv 2106.09685).
+
+y = x w + scale * drop(x) a b, with a [in, R] drawn like PEFT draws it and b [R, out]
+zero, so that a fresh adapter leaves the base untouched. rsLoRA (arXiv 2312.03732) uses
+scale = alpha / sqrt(R) in place of alpha / R: the step size then does not shrink with R.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from rlsafety.errors import UserError
+
+TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+  """rank R, alpha, rslora as above; dropout acts on the adapter's input, in the learner only."""
+
+  rank: int = 8
+  alpha: float = 32.0
+  rslora: bool = True
+  dropout: float = 0.0
+  targets: tuple[str, ...] = TARGETS
+
+  def __post_init__(self):
+    unknown = sorted(set(self.targets) - set(TARGETS))
+    if unknown or not self.targets:
+      raise UserError(f"lora.targets={self.targets}: choose from {', '.join(TARGETS)}")
+    if self.rank < 1:
+      raise UserError(f"lora.rank={self.rank}: must be at least 1")
+    if not 0.0 <= self.dropout < 1.0:
+      raise UserError(f"lora.dropout={self.dropout}: must be in [0, 1)")
+
+  @property
+  def scale(self) -> float:
+    return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+@struct.dataclass
+class Adapter:
+  """weights {target: {"a" [L, in, R], "b" [L, R, out]}} float32; scale is static."""
+
+  weights: dict
+  scale: float = struct.field(pytree_node=False)
+
+
+@struct.dataclass
+class Dropout:
+  """Inverted dropout on adapter inputs. key: folded with layer and target. rate: static."""
+
+  key: jax.Array
+  rate: float = struct.field(pytree_node=False)
+
+
+def init_adapter(base_weights: dict, lora: LoraConfig, key: jax.Array) -> Adapter:
+  """base_weights: the layer part of `transformer.weights(config)` (shapes [L, in, out])."""
+  weights = {}
+  for i, name in enumerate(lora.targets):
+    layers, d_in, d_out = base_weights[name].shape
+    bound = 1.0 / math.sqrt(d_in)  # PEFT: kaiming_uniform(a=sqrt(5))
+    a = jax.random.uniform(
+      jax.random.fold_in(key, i), (layers, d_in, lora.rank), jnp.float32, -bound, bound
+    )
+    weights[name] = {"a": a, "b": jnp.zeros((layers, lora.rank, d_out), jnp.float32)}
+  return Adapter(weights=weights, scale=lora.scale)
+
+
+def adapter_axes(base_weights: dict, lora: LoraConfig) -> dict:
+  """Logical axes of each adapter weight: as the base, the rank axis is never split."""
+  return {
+    name: {
+      "a": ("layers", base_weights[name].axes[1], None),
+      "b": ("layers", None, base_weights[name].axes[2]),
+    }
+    for name in lora.targets
+  }
+
+
+def linear(x, w, bias, ab, scale, dropout: Dropout | None, target: str):
+  """x [..., in] @ w [in, out] (+ bias) + the adapter's part, in x's dtype.
+
+  ab: {"a" [in, R], "b" [R, out]} of this layer, or None where there is no adapter.
+  """
+  y = x @ w
+  if bias is not None:
+    y = y + bias
+  if ab is None:
+    return y
+  h = x
+  if dropout is not None and dropout.rate > 0.0:
+    key = jax.random.fold_in(dropout.key, TARGETS.index(target))
+    keep = jax.random.bernoulli(key, 1.0 - dropout.rate, x.shape)
+    h = jnp.where(keep, x / (1.0 - dropout.rate), 0.0).astype(x.dtype)
+  delta = (h @ ab["a"].astype(x.dtype)) @ ab["b"].astype(x.dtype)
+  return y + delta * jnp.asarray(scale, x.dtype)
+
+
+def merged(base: dict, adapter: Adapter) -> dict:
+  """Base params with the adapter added in float32, then cast back to the base's dtype."""
+  layers = dict(base["layers"])
+  for name, ab in adapter.weights.items():
+    delta = jnp.einsum("lir,lro->lio", ab["a"], ab["b"]) * adapter.scale
+    layers[name] = (layers[name].astype(jnp.float32) + delta).astype(layers[name].dtype)
+  return {**base, "layers": layers}

