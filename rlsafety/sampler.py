@@ -1,0 +1,139 @@
+"""On-policy rollouts: prefill each prompt once, then decode its whole group together.
+
+The network is the learner's own (`models.transformer`) with the same weights: there is no
+second engine and nothing to synchronise. Shapes are static, so that one compilation
+serves a run; a `while_loop` leaves early when every row has stopped.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from rlsafety.errors import UserError
+from rlsafety.models import transformer
+from rlsafety.models.lora import Adapter
+from rlsafety.models.transformer import ModelConfig
+from rlsafety.types import Prompts, Rollouts
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerSettings:
+  """group G, max_tokens T, stop_ids: any of them ends a reply and belongs to it.
+
+  temperature 0 is greedy. top_k 0 and top_p 1 are off, the right choice for RL: a
+  truncated draw is not the policy's own distribution (its log-probs are still reported
+  under the full vocabulary).
+  """
+
+  group: int
+  max_tokens: int
+  stop_ids: tuple[int, ...] = ()
+  temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = 1.0
+
+  def __post_init__(self):
+    if self.group < 1 or self.max_tokens < 1:
+      raise UserError(f"sampler: group={self.group}, max_tokens={self.max_tokens} must be >= 1")
+    if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+      raise UserError(
+        f"sampler: temperature={self.temperature} (>= 0), top_k={self.top_k} (>= 0), "
+        f"top_p={self.top_p} (0 < top_p <= 1)"
+      )
+
+
+def truncated(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
+  """logits [..., V] with everything outside top-k and the top-p nucleus at -inf.
+
+  The nucleus is the smallest set of most likely tokens whose mass reaches top_p; its
+  first token always stays. Ties at the boundary stay too.
+  """
+  if top_k:
+    kth = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][..., -1:]
+    logits = jnp.where(logits < kth, -jnp.inf, logits)
+  if top_p < 1.0:
+    ordered = jnp.sort(logits, axis=-1)[..., ::-1]
+    probs = jax.nn.softmax(ordered, axis=-1)
+    inside = jnp.cumsum(probs, -1) - probs < top_p
+    least = jnp.min(jnp.where(inside, ordered, jnp.inf), -1, keepdims=True)
+    logits = jnp.where(logits < least, -jnp.inf, logits)
+  return logits
+
+
+def sample(
+  params: dict,
+  adapter: Adapter | None,
+  config: ModelConfig,
+  prompts: Prompts,
+  key: jax.Array,
+  settings: SamplerSettings,
+  first_row: jax.Array | int = 0,
+) -> Rollouts:
+  """Draws settings.group completions of every prompt.
+
+  Row p draws from keys folded with (first_row + p, sample, slot), so that neither the
+  mesh nor cutting a batch into rollout micro-batches changes a single token.
+  """
+  P = prompts.tokens.shape[0]
+  G, T, temperature = settings.group, settings.max_tokens, settings.temperature
+  prompt, hidden = transformer.prefill(params, adapter, config, prompts)
+  hidden = transformer.last_hidden(hidden, prompts.lengths)
+  hidden = jnp.broadcast_to(hidden[:, None], (P, G, hidden.shape[-1]))
+  rows = first_row + jnp.arange(P)
+  row_keys = jax.vmap(lambda p: jax.vmap(lambda g: _fold(key, p, g))(jnp.arange(G)))(rows)
+  stop_ids = jnp.asarray(settings.stop_ids, jnp.int32).reshape(-1)
+
+  def draw(hidden, slot):
+    """hidden [P, G, D] -> tokens [P, G] and their full-vocabulary log-probs [P, G]."""
+    logits = transformer.unembed(params, config, hidden)
+    logits = logits / (temperature or 1.0)
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    if temperature == 0.0:
+      tokens = jnp.argmax(logits, axis=-1)
+    else:
+      kept = truncated(logits, settings.top_k, settings.top_p)
+      noise = lambda k: jax.random.gumbel(jax.random.fold_in(k, slot), logits.shape[-1:])  # noqa: E731
+      tokens = jnp.argmax(kept + jax.vmap(jax.vmap(noise))(row_keys), axis=-1)
+    tokens = tokens.astype(jnp.int32)
+    return tokens, jnp.take_along_axis(logprobs, tokens[..., None], -1)[..., 0]
+
+  def unfinished(carry):
+    slot, _, _, rollouts, _ = carry
+    return (slot < T) & ~jnp.all(rollouts.finished)
+
+  def step(carry):
+    slot, _, hidden, r, cache = carry
+    tokens, logprobs = draw(hidden, slot)
+    live = ~r.finished
+    stops = jnp.any(tokens[..., None] == stop_ids, axis=-1)
+    put = lambda a, b: jax.lax.dynamic_update_index_in_dim(  # noqa: E731
+      a, jnp.where(live, b, 0).astype(a.dtype), slot, axis=2
+    )
+    r = Rollouts(
+      tokens=put(r.tokens, tokens),
+      logprobs=put(r.logprobs, logprobs),
+      lengths=r.lengths + live,
+      finished=r.finished | stops,
+    )
+    hidden, cache = transformer.decode(params, adapter, config, prompt, cache, tokens, slot)
+    return slot + 1, tokens, hidden, r, cache
+
+  dtype = prompt.k.dtype
+  start = Rollouts(
+    tokens=jnp.zeros((P, G, T), jnp.int32),
+    logprobs=jnp.zeros((P, G, T), jnp.float32),
+    lengths=jnp.zeros((P, G), jnp.int32),
+    finished=jnp.zeros((P, G), bool),
+  )
+  cache = transformer.init_cache(config, P, G, T, dtype)
+  carry = (jnp.zeros((), jnp.int32), start.tokens[..., 0], hidden, start, cache)
+  return jax.lax.while_loop(unfinished, step, carry)[3]
+
+
+def _fold(key, *data):
+  return functools.reduce(jax.random.fold_in, data, key)
+
+
+sample_jit = jax.jit(sample, static_argnames=("config", "settings"))
