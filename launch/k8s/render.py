@@ -1,0 +1,224 @@
+"""Kubernetes manifests for one run: a JobSet for a TPU slice or GPU hosts on GKE, under Kueue.
+
+  python launch/k8s/render.py --name=qwen-5 --device=v5e-16 --image=IMAGE --bucket=BUCKET \\
+    -- --config=configs/qwen7b_syco.py --config.seed=5 | kubectl apply -f -
+  python launch/k8s/render.py --kueue --device=v5e-16 --slices=4 | kubectl apply -f -
+
+The first prints the run, the second the queue it waits in (once per cluster, by its owner).
+JobSet and Kueue must be installed in the cluster, and the Cloud Storage FUSE driver enabled.
+One pod per host, every pod the same program. A pod that fails restarts all of them, which go on
+from the last checkpoint; exit code 2 (bad input) ends the run at once. The image comes from
+launch/k8s/Dockerfile. No secret is read or written: the bucket is reached through the
+Kubernetes service account, keys of HTTP judges come from a Secret named with --env-from.
+"""
+
+import argparse
+import re
+import sys
+
+import yaml
+
+from rlsafety.config import read_flags
+from rlsafety.devices import Device, device
+from rlsafety.errors import UserError, run_main
+
+PORT = 8476  # JAX's coordinator
+MOUNT = "/bucket"
+BAD_INPUT = 2
+GRACE_SECONDS = 120  # SIGTERM to SIGKILL; spot nodes give 25 at most, whatever is written here
+
+
+def node_selector(target: Device, spot: bool) -> dict:
+  if target.is_tpu:
+    labels = {
+      "cloud.google.com/gke-tpu-accelerator": target.chip.gke,
+      "cloud.google.com/gke-tpu-topology": target.topology,
+    }
+  else:
+    labels = {"cloud.google.com/gke-accelerator": target.chip.gke}
+  return labels | ({"cloud.google.com/gke-spot": "true"} if spot else {})
+
+
+def resource(target: Device) -> tuple[str, int]:
+  """Name of the extended resource, and how many of it one host has."""
+  name = "google.com/tpu" if target.is_tpu else "nvidia.com/gpu"
+  return name, min(target.chips, target.chip.per_host)
+
+
+def environment(name: str, target: Device) -> list[dict]:
+  """GKE tells TPU pods who they are; GPU pods learn it here. One host needs nothing."""
+  if target.is_tpu or target.hosts == 1:
+    return []
+  index = {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}
+  return [
+    {"name": "JAX_COORDINATOR_ADDRESS", "value": f"{name}-host-0-0.{name}:{PORT}"},
+    {"name": "JAX_NUM_PROCESSES", "value": str(target.hosts)},
+    {"name": "JAX_PROCESS_ID", "valueFrom": {"fieldRef": index}},
+  ]
+
+
+def job_spec(name: str, target: Device, options: argparse.Namespace, flags: list[str]) -> dict:
+  """The batch/v1 Job of one slice: as many pods as hosts, none of them retried alone."""
+  amount = dict([resource(target)])
+  container = {
+    "name": "train",
+    "image": options.image,
+    "command": ["python", "-m", "rlsafety.train", *flags],
+    "env": environment(name, target),
+    "ports": [{"containerPort": PORT}],
+    "resources": {"requests": amount, "limits": amount},
+    "volumeMounts": [{"name": "bucket", "mountPath": MOUNT}],
+  }
+  if options.env_from:
+    container["envFrom"] = [{"secretRef": {"name": options.env_from}}]
+  pod = {
+    "restartPolicy": "Never",
+    "terminationGracePeriodSeconds": GRACE_SECONDS,
+    "serviceAccountName": options.service_account,
+    "nodeSelector": node_selector(target, options.spot),
+    "containers": [container],
+    "volumes": [
+      {
+        "name": "bucket",
+        "csi": {
+          "driver": "gcsfuse.csi.storage.gke.io",
+          "volumeAttributes": {"bucketName": options.bucket, "mountOptions": "implicit-dirs"},
+        },
+      }
+    ],
+  }
+  if options.spot:
+    pod["tolerations"] = [
+      {
+        "key": "cloud.google.com/gke-spot",
+        "operator": "Equal",
+        "value": "true",
+        "effect": "NoSchedule",
+      }
+    ]
+  bad_input = {"containerName": "train", "operator": "In", "values": [BAD_INPUT]}
+  return {
+    "parallelism": target.hosts,
+    "completions": target.hosts,
+    "completionMode": "Indexed",
+    "backoffLimit": 0,
+    "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": bad_input}]},
+    "template": {"metadata": {"annotations": {"gke-gcsfuse/volumes": "true"}}, "spec": pod},
+  }
+
+
+def job_set(name: str, target: Device, options: argparse.Namespace, flags: list[str]) -> dict:
+  metadata = {"name": name, "labels": {"kueue.x-k8s.io/queue-name": options.queue}}
+  if options.namespace:
+    metadata["namespace"] = options.namespace
+  if target.is_tpu:  # a slice is one node pool: no two runs share it
+    metadata["annotations"] = {
+      "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
+    }
+  stop = {"name": "badInput", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+  spec = job_spec(name, target, options, flags)
+  return {
+    "apiVersion": "jobset.x-k8s.io/v1alpha2",
+    "kind": "JobSet",
+    "metadata": metadata,
+    "spec": {
+      "failurePolicy": {"maxRestarts": options.max_restarts, "rules": [stop]},
+      "replicatedJobs": [{"name": "host", "replicas": 1, "template": {"spec": spec}}],
+    },
+  }
+
+
+def queue(target: Device, options: argparse.Namespace) -> list[dict]:
+  """Flavour, cluster queue and local queue for `slices` slices (or boxes) of one kind."""
+  api = "kueue.x-k8s.io/v1beta1"
+  flavour = target.name.lower()
+  name, _ = resource(target)
+  quota = {"name": name, "nominalQuota": options.slices * target.chips}
+  group = {"coveredResources": [name], "flavors": [{"name": flavour, "resources": [quota]}]}
+  labels = node_selector(target, options.spot)
+  local = {"name": options.queue, "namespace": options.namespace or "default"}
+  return [
+    {
+      "apiVersion": api,
+      "kind": "ResourceFlavor",
+      "metadata": {"name": flavour},
+      "spec": {"nodeLabels": labels},
+    },
+    {
+      "apiVersion": api,
+      "kind": "ClusterQueue",
+      "metadata": {"name": options.queue},
+      "spec": {
+        "namespaceSelector": {},
+        "preemption": {"withinClusterQueue": "LowerPriority"},
+        "resourceGroups": [group],
+      },
+    },
+    {
+      "apiVersion": api,
+      "kind": "LocalQueue",
+      "metadata": local,
+      "spec": {"clusterQueue": options.queue},
+    },
+  ]
+
+
+def check_mesh(flags: list[str], target: Device) -> None:
+  """Raises UserError where config.mesh cannot cover the slice: found here, not after queueing."""
+  mesh = read_flags(["train", *flags])[0].mesh
+  sizes = (mesh.data, mesh.fsdp, mesh.tensor)
+  known = 1
+  for size in sizes:
+    known *= size if size > 0 else 1
+  if target.chips % known or (-1 not in sizes and known != target.chips):
+    raise UserError(
+      f"config.mesh (data, fsdp, tensor)={sizes} does not cover {target.name} "
+      f"({target.chips} chips); set one of config.mesh.* to -1"
+    )
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+  )
+  parser.add_argument("--name", help="of the JobSet and the run directory: letters, digits, dashes")
+  parser.add_argument("--device", required=True, help="v5e-16, v6e-8, H100-8, ...")
+  parser.add_argument("--image", help="container image with rlsafety in it")
+  parser.add_argument("--bucket", help=f"Cloud Storage bucket, mounted at {MOUNT}")
+  parser.add_argument("--queue", default="rlsafety", help="Kueue's queue")
+  parser.add_argument("--namespace", default="")
+  parser.add_argument("--service-account", default="rlsafety", help="may use the bucket")
+  parser.add_argument("--env-from", default="", help="Secret whose keys become variables")
+  parser.add_argument("--max-restarts", type=int, default=20)
+  parser.add_argument("--spot", action="store_true")
+  parser.add_argument("--kueue", action="store_true", help="print the queue instead of a run")
+  parser.add_argument("--slices", type=int, default=1, help="with --kueue: quota")
+  parser.add_argument("--dry-run", action="store_true", help="what it does anyway: print only")
+  at = argv.index("--") if "--" in argv else len(argv)
+  return parser.parse_args(argv[:at]), argv[at + 1 :]
+
+
+def main(argv: list[str]) -> None:
+  options, flags = parse(argv)
+  target = device(options.device)
+  if not target.chip.gke:
+    raise UserError(f"--device={options.device}: GKE has no such pool")
+  if options.kueue:
+    print(yaml.safe_dump_all(queue(target, options), sort_keys=False), end="")
+    return
+  # JobSet adds "-host-0-N" and the pod's own suffix, and a label holds 63.
+  if not re.fullmatch(r"[a-z]([a-z0-9-]{0,40}[a-z0-9])?", options.name or ""):
+    raise UserError(f"--name={options.name!r}: lower-case letters, digits, dashes, at most 42")
+  for field in ("image", "bucket"):
+    if not getattr(options, field):
+      raise UserError(f"--{field} is missing")
+  if not any(flag.startswith("--config=") for flag in flags):
+    raise UserError("no --config=FILE after --")
+  check_mesh(flags, target)
+  if not any(flag.startswith("--workdir=") for flag in flags):
+    flags = [*flags, f"--workdir={MOUNT}/runs/{options.name}"]
+  print(yaml.safe_dump(job_set(options.name, target, options, flags), sort_keys=False), end="")
+
+
+if __name__ == "__main__":
+  run_main(main, sys.argv[1:])
