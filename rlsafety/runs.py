@@ -1,0 +1,153 @@
+"""Reading run directories: the one place that knows their file names and their flaws.
+
+A run directory is what `rlsafety.train` leaves behind (config.json, metrics.jsonl,
+eval/, rollouts/, summary.json). It may belong to a run that is still going or that was
+killed: a torn last line is skipped and named, a torn line elsewhere is an error.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+
+from rlsafety.errors import UserError
+
+SCORES = ("reward", "acc", "hex")  # `reward` is stored as "rating" in a rollout's record
+GROUPS = ("gameable", "non_gameable")
+# Which way each gap points: positive means that the gameable group gets more reward and
+# encouragement, and less dissuasion (PAPER_FACTS: HEX_gap = G - NG, ACC_gap = NG - G).
+GAP_SIGN = {"reward": 1, "acc": -1, "hex": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """One run directory, metrics read, rollouts left on disk.
+
+  path: the directory. info: config.json. metrics: one dict per update, null read as NaN.
+  evaluations: eval/summary.jsonl, one dict per evaluated step, in order of steps.
+  complete: summary.json exists, or the last update is logged. notes: what was
+  odd, in words for the reader.
+  """
+
+  path: pathlib.Path
+  info: dict
+  metrics: list[dict]
+  evaluations: list[dict]
+  complete: bool
+  notes: tuple[str, ...]
+
+  @property
+  def config(self) -> dict:
+    return self.info.get("config", {})
+
+
+def read_json(path) -> dict:
+  try:
+    value = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+  except FileNotFoundError:
+    raise UserError(f"{path}: no such file; is its folder a run directory?") from None
+  except ValueError as error:
+    raise UserError(f"{path}: not valid JSON ({error})") from None
+  if not isinstance(value, dict):
+    raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
+  return value
+
+
+def read_jsonl(path, notes: list[str] | None = None) -> list[dict]:
+  """Reads one object per line; a missing file is no lines.
+
+  A run that was killed leaves at most its last line torn: it is skipped and named in
+  `notes`. Any other broken line raises UserError with its number.
+  """
+  path = pathlib.Path(path)
+  if not path.exists():
+    return []
+  lines = path.read_text(encoding="utf-8").split("\n")
+  while lines and not lines[-1].strip():
+    lines.pop()
+  records = []
+  for number, line in enumerate(lines, 1):
+    try:
+      record = json.loads(line)
+      if not isinstance(record, dict):
+        raise ValueError("not an object")
+      records.append(record)
+    except ValueError as error:
+      if number == len(lines):
+        if notes is not None:
+          notes.append(f"{path.name}: torn last line skipped (line {number})")
+      else:
+        raise UserError(f"{path}, line {number}: {error}; delete or mend that line") from None
+  return records
+
+
+def number(value) -> float:
+  """A score as read from JSON: null, missing and non-numbers are NaN (no verdict)."""
+  if isinstance(value, bool) or not isinstance(value, (int, float)):
+    return math.nan
+  return float(value)
+
+
+def score(record: dict, name: str) -> float:
+  """A rollout's reward, acc or hex; NaN if it has no verdict."""
+  return number(record.get("rating" if name == "reward" else name))
+
+
+def load_run(path) -> Run:
+  """Reads config.json, metrics.jsonl and eval/summary.jsonl of one run directory."""
+  path = pathlib.Path(path)
+  if not path.is_dir():
+    raise UserError(f"{path}: no such run directory")
+  notes: list[str] = []
+  info = read_json(path / "config.json")
+  metrics = _by_step(read_jsonl(path / "metrics.jsonl", notes), "metrics.jsonl", notes)
+  evaluations = _by_step(read_jsonl(path / "eval" / "summary.jsonl", notes), "summary.jsonl", notes)
+  # The report is written before summary.json, which is last: all updates made also counts.
+  done = bool(metrics) and metrics[-1]["step"] >= info.get("config", {}).get("steps", math.inf)
+  complete = (path / "summary.json").exists() or done
+  if not complete:
+    notes.append("this run is not complete: it is still going or was stopped")
+  return Run(path, info, metrics, evaluations, complete, tuple(notes))
+
+
+def _by_step(records, name, notes):
+  """Sorted by step; a step that was written twice keeps its last line."""
+  steps = {}
+  for record in records:
+    if not isinstance(record.get("step"), int):
+      raise UserError(f"{name}: a line has no integer 'step': {json.dumps(record)[:80]}")
+    if record["step"] in steps:
+      notes.append(f"{name}: step {record['step']} appears twice, last one kept")
+    steps[record["step"]] = record
+  return [steps[step] for step in sorted(steps)]
+
+
+def train_rollouts(run: Run, notes: list[str] | None = None) -> list[dict]:
+  return read_jsonl(run.path / "rollouts" / "train.jsonl", notes)
+
+
+def eval_rollouts(run: Run, notes: list[str] | None = None) -> dict[int, list[dict]]:
+  """{step: records} of the held-out evaluations, in order of steps."""
+  found = {}
+  for path in sorted((run.path / "eval").glob("step_*.jsonl")):
+    try:
+      step = int(path.stem.removeprefix("step_"))
+    except ValueError:
+      raise UserError(f"{path}: expected a name like step_000000.jsonl") from None
+    found[step] = read_jsonl(path, notes)
+  return dict(sorted(found.items()))
+
+
+def model_name(run: Run) -> str:
+  """How the run names its policy: config.json's model, else the config's path or preset."""
+  for source in (run.info.get("model"), run.config.get("model")):
+    if isinstance(source, dict):
+      source = source.get("name") or source.get("path") or source.get("preset")
+    if source:
+      return str(source).rstrip("/").split("/")[-1].removeprefix("package:")
+  return ""
+
+
+def environment_name(run: Run) -> str:
+  source = run.config.get("environment") or run.info.get("environment") or ""
+  return str(source.get("name", "") if isinstance(source, dict) else source)

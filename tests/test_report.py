@@ -1,0 +1,222 @@
+"""The report page: nothing escapes, nothing is fetched, and it works in a real browser."""
+
+import base64
+import hashlib
+import html.parser
+import json
+import re
+import shutil
+import tempfile
+
+import pytest
+import synthetic_runs
+
+from rlsafety import report, runs
+from rlsafety.errors import UserError
+
+HOSTILE = [
+  "</script><script>document.title='owned'</script>",
+  "<img src=https://example.org/x onerror=\"document.title='owned'\">",
+  "<!-- <script> & \u2028 ]]> {{ 7 * 7 }} \ud800",
+]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+  path = synthetic_runs.write_run(
+    tmp_path_factory.mktemp("runs") / "a<b>", steps=24, eval_every=12, extra=HOSTILE
+  )
+  return report.write_report(path)
+
+
+class Parsed(html.parser.HTMLParser):
+  def __init__(self, text):
+    super().__init__()
+    self.tags, self.scripts, self._open = [], [], False
+    self.feed(text)
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.append((tag, dict(attrs)))
+    self._open = tag == "script"
+
+  def handle_data(self, data):
+    if self._open:
+      self.scripts.append(data)
+
+  def handle_endtag(self, tag):
+    self._open = False
+
+
+def test_hostile_replies_stay_data_and_survive_unchanged(page):
+  parsed = Parsed(page.read_text())
+  assert [tag for tag, _ in parsed.tags].count("script") == 2
+  assert not [tag for tag, _ in parsed.tags if tag in ("img", "iframe", "link", "object")]
+  assert not [a for _, attrs in parsed.tags for a in attrs if a.startswith("on")]
+  data = json.loads(parsed.scripts[0])
+  completions = [row[-1] for row in data["rollouts"]]
+  assert HOSTILE[0] in completions and HOSTILE[1] in completions
+  assert HOSTILE[2].replace("\ud800", "?") in completions
+  assert "a&lt;b&gt;" in page.read_text()  # the run's name is a folder's: escaped too
+
+
+def test_page_refers_to_nothing_outside_and_allows_only_its_own_script(page):
+  text = page.read_text()
+  parsed = Parsed(text)
+  for tag, attrs in parsed.tags:
+    for name in ("src", "href", "srcset", "action", "data"):
+      assert attrs.get(name, "#").startswith("#"), (tag, name)
+  outside = re.sub(r'<script type="application/json".*?</script>', "", text, flags=re.S)
+  assert not re.search(r"(https?:)?//[a-z]|url\(|@import", re.sub(r"//.*", "", outside))
+  policy = next(a["content"] for t, a in parsed.tags if "http-equiv" in a)
+  digest = base64.b64encode(hashlib.sha256(parsed.scripts[1].encode()).digest()).decode()
+  assert "default-src 'none'" in policy and f"script-src 'sha256-{digest}'" in policy
+
+
+def test_overview_pairs_prompts_and_its_numbers_are_those_of_the_records(tmp_path):
+  path = synthetic_runs.write_run(tmp_path / "run", steps=12, eval_every=12)
+  records = {
+    0: [{"prompt": p, "is_gameable": True, "rating": r} for p, r in ((0, 2), (1, 6), (2, None))],
+    12: [{"prompt": p, "is_gameable": True, "rating": r} for p, r in ((0, 5), (1, 8), (2, 9))],
+  }
+  cell = report.overview(runs.load_run(path), records)["rows"][0]["cells"][0]
+  assert cell["change"][1] == pytest.approx(0.5)  # changes 3 and 2: sd 1/sqrt(2), over sqrt(2)
+  lines = runs.load_run(path).evaluations
+  assert cell["before"][0] == lines[0]["reward_gameable"]
+  assert cell["change"][0] == lines[-1]["reward_gameable"] - lines[0]["reward_gameable"]
+
+
+def test_an_unfinished_or_damaged_run_still_gets_a_page_that_says_so(tmp_path):
+  path = synthetic_runs.write_run(tmp_path / "run", steps=12, eval_every=12, complete=False)
+  lines = (path / "metrics.jsonl").read_text().splitlines()
+  (path / "metrics.jsonl").write_text("\n".join(lines[:6]) + '\n{"step": 7, "rew')
+  shutil.rmtree(path / "eval")
+  text = report.write_report(path).read_text()
+  assert "torn last line skipped (line 7)" in text and "not complete" in text
+  assert "no held-out evaluation" in text
+  (path / "metrics.jsonl").write_text('{"step": 1\n{"step": 2}\n')
+  with pytest.raises(UserError, match="metrics.jsonl, line 1"):
+    report.write_report(path)
+  with pytest.raises(UserError, match="no such run directory"):
+    report.write_report(tmp_path / "absent")
+
+
+def test_many_rollouts_keep_held_out_ones_and_say_what_was_left_out(tmp_path):
+  path = synthetic_runs.write_run(tmp_path / "run", steps=24, eval_every=12)
+  run = runs.load_run(path)
+  evaluations, training = runs.eval_rollouts(run), runs.train_rollouts(run)
+  data, omitted = report.transcripts(evaluations, training, 200)
+  kinds = [row[0] for row in data["rollouts"]]
+  assert kinds.count(0) == sum(map(len, evaluations.values())) and len(kinds) <= 200
+  assert kinds.count(1) + omitted == len(training)
+  steps = {row[1] for row in data["rollouts"] if row[0] == 1}
+  assert {1, 24} <= steps  # first and last stay, whole steps only
+  assert all(sum(r[0] == 1 and r[1] == s for r in data["rollouts"]) == 16 for s in steps)
+
+
+def test_ticks_are_round_and_inside():
+  assert report.ticks(0, 300, 6) == [0, 50, 100, 150, 200, 250, 300]
+  assert report.ticks(-0.4, 1.1, 3) == [0.0, 0.5, 1.0]
+
+
+def browser(width, height):
+  webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+  chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
+  if not chromium or not chromedriver:
+    pytest.skip("chromium and chromedriver are not installed (Debian: chromium chromium-driver)")
+  options = webdriver.ChromeOptions()
+  options.binary_location = chromium
+  profile = tempfile.mkdtemp()
+  for flag in (
+    "headless", "no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking",
+    "disable-component-update", "disable-sync", "disable-quic", f"user-data-dir={profile}",
+  ):  # fmt: skip
+    options.add_argument(f"--{flag}")
+  options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+  service = webdriver.chrome.service.Service(chromedriver)
+  driver = webdriver.Chrome(options=options, service=service)
+  metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+  driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+  return driver
+
+
+@pytest.fixture(scope="module")
+def desktop():
+  driver = browser(1280, 900)
+  yield driver
+  driver.quit()
+
+
+def cards(driver):
+  return driver.execute_script("return document.querySelectorAll('.card').length")
+
+
+def press(driver, key):
+  from selenium.webdriver.common.action_chains import ActionChains
+
+  ActionChains(driver).send_keys(key).perform()
+
+
+def test_browser_shows_hostile_text_and_runs_none_of_it(page, desktop):
+  desktop.get(page.as_uri())
+  body = desktop.execute_script("return document.body.textContent")
+  assert HOSTILE[0] in body and desktop.title.endswith("rlsafety report")
+  assert not desktop.execute_script("return document.images.length")
+  assert not desktop.get_log("browser")  # no error, and no refused connection
+
+
+def test_browser_filters_keys_and_permalinks(page, desktop):
+  desktop.get(page.as_uri() + "#view=change&group=g&sort=dhex")
+  assert cards(desktop) == 8  # of 16 held-out prompts
+  assert "8 of 16 prompts" in desktop.find_element("id", "count").text
+  press(desktop, "j")
+  first = desktop.execute_script("return document.activeElement.item.id")
+  press(desktop, "j")
+  second = desktop.execute_script("return document.activeElement.item.id")
+  assert first and second and first != second
+  press(desktop, "y")
+  link = desktop.current_url
+  desktop.get("about:blank")
+  desktop.get(link)
+  assert desktop.execute_script("return document.activeElement.item.id") == second
+  before = desktop.execute_script("return document.activeElement.innerText")
+  press(desktop, "l")
+  assert "2 of 2" in desktop.execute_script("return document.activeElement.innerText") != before
+  press(desktop, "2")
+  assert "view=groups" in desktop.current_url
+  pairs = desktop.execute_script("return items.map(i => i.prompts.map(p => data.prompts[p]))")
+  assert pairs and all(g["gameable"] and not n["gameable"] for g, n in pairs)
+  assert all(g["topic"] == n["topic"] for g, n in pairs)
+  press(desktop, "r")
+  assert desktop.execute_script("return document.forms[0].elements.group.value") == ""
+
+
+def test_browser_holds_ten_thousand_rollouts_lazily(tmp_path, desktop):
+  path = synthetic_runs.write_run(tmp_path / "run", steps=610, samples=4, eval_every=610)
+  page = report.write_report(path)
+  desktop.get(page.as_uri() + "#view=all&lo=6&sort=hex")
+  total = desktop.execute_script("return items.length")
+  assert desktop.execute_script("return rows.length") > 9_000
+  assert 0 < cards(desktop) < 200 < total
+  hexes = desktop.execute_script("return items.map(i => i.hex)")
+  assert hexes == sorted(hexes, reverse=True) and min(hexes) >= 6
+  desktop.get("about:blank")
+  desktop.get(page.as_uri() + "#view=all&card=t600.3.2")
+  assert desktop.execute_script("return document.activeElement.item.id") == "t600.3.2"
+
+
+def test_browser_at_phone_width_needs_no_sideways_scrolling(page):
+  driver = browser(390, 844)
+  try:
+    driver.get(page.as_uri())
+    assert driver.execute_script("return document.documentElement.scrollWidth") <= 390
+    wide = driver.execute_script(
+      "return [...document.querySelectorAll('.card, figure, .overview, .tabs, .note')]"
+      ".filter(e => e.getBoundingClientRect().right > 391).map(e => e.className)"
+    )
+    assert wide == []
+    columns = driver.execute_script(
+      "return getComputedStyle(document.querySelector('.two')).gridTemplateColumns"
+    )
+    assert len(columns.split()) == 1  # replies one below the other
+  finally:
+    driver.quit()
