@@ -179,13 +179,16 @@ train() {
     if [[ $answer != running && $answer != 'exit 0' ]]; then
       if prepare && on all start "$name" "${flags[@]}"; then
         note "$name is running; its log, live (Ctrl-C leaves it running):"
+        answer=running
       else
-        note 'could not reach all workers'
+        answer=unreachable
       fi
     fi
-    on 0 follow "$name" || true
-    if [[ ${DRY_RUN:-0} == 1 ]]; then return; fi
-    answer=$(on 0 result "$name" | tail -n 1) || answer=unreachable
+    if [[ $answer != unreachable ]]; then
+      on 0 follow "$name" || true
+      if [[ ${DRY_RUN:-0} == 1 ]]; then return; fi
+      answer=$(on 0 result "$name" | tail -n 1) || answer=unreachable
+    fi
     case $answer in
       'exit 0')
         note "$name is complete: gs://$bucket"
