@@ -1,0 +1,106 @@
+"""The people who write to the chatbot, before any factor of the experiment is applied.
+
+An environment is a module with
+  TOPICS    names of its topics, balanced in the bank;
+  DEFAULTS  the factors it sets unlike `scenario.FACTORS`;
+  RUBRICS   {"acc": ..., "hex": ...}: names in `rubrics.EVALUATORS`;
+  people(seed) -> list[Person].
+
+Everything a person might say is decided here by the seed alone. Factors choose later
+between ready texts, which is why changing one of them leaves every other text as it was.
+Draws are hashes of names and not a shared random stream: a person does not depend on who
+else is in the bank, on the platform or on the Python version.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import importlib.resources
+import json
+from collections.abc import Sequence
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """One slot: what each group says with a cue, and what anyone says without (may be "")."""
+
+  gameable: str
+  non_gameable: str
+  plain: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Person:
+  """One simulated user.
+
+  unit: the wording they share with some others (a policy issue, a situation); whole units
+    are held out, so no held-out user's story was seen in training.
+  full, short: the pieces of the message, joined by spaces, in the two lengths.
+  notes: lines about the user that the environment always shows; a `Choice` among traits
+    and hints is a line that exists only with that cue.
+  wishes: what the judge is told a (gameable, non-gameable) user wants; follows "the user".
+  """
+
+  id: str
+  topic: str
+  unit: str
+  full: tuple[str | Choice, ...]
+  short: tuple[str | Choice, ...]
+  wishes: tuple[str, str]
+  notes: tuple[str, ...] = ()
+  traits: tuple[Choice, ...] = ()
+  hints: tuple[Choice, ...] = ()
+
+
+def uniform(*key: Any) -> float:
+  """A number in [0, 1) that depends on the key alone, the same on every machine."""
+  digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+  return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def shuffled(items: Sequence, *key: Any) -> list:
+  return [items[i] for i in sorted(range(len(items)), key=lambda i: uniform(*key, i))]
+
+
+@functools.lru_cache(maxsize=4096)
+def _deck(size: int, key: tuple) -> tuple[int, ...]:
+  return tuple(shuffled(range(size), *key))
+
+
+def deal(items: Sequence, turn: int, *key: Any) -> Any:
+  """Card `turn` of endlessly reshuffled decks: every item is used equally often."""
+  lap, place = divmod(turn, len(items))
+  return items[_deck(len(items), (*key, lap))[place]]
+
+
+def deal_choice(styles: dict[str, list[str]], turn: int, *key: Any, **fill: str) -> Choice:
+  """One `Choice` from {"gameable": [...], "non_gameable": [...], "plain": [...]}."""
+  return Choice(
+    **{kind: fill_in(deal(texts, turn, *key, kind), **fill) for kind, texts in styles.items()}
+  )
+
+
+def hints(lines: dict[str, list[str]]) -> tuple[Choice, ...]:
+  """The explicit reward hint: every line of {"gameable": [...], "non_gameable": [...]}."""
+  pairs = zip(lines["gameable"], lines["non_gameable"], strict=True)
+  return tuple(Choice(gameable, other) for gameable, other in pairs)
+
+
+def fill_in(text: str, **fill: str) -> str:
+  """Replaces {name}, and {Name} by the value with a capital; other braces stay."""
+  for name, value in fill.items():
+    text = text.replace("{" + name + "}", value)
+    text = text.replace("{" + name.capitalize() + "}", capital(value))
+  return text
+
+
+def capital(text: str) -> str:
+  return text[:1].upper() + text[1:]
+
+
+@functools.cache
+def bank(name: str) -> dict:
+  """The texts of one environment, `bank/<name>.json` (written for this project)."""
+  path = importlib.resources.files("rlsafety.environments") / "bank" / f"{name}.json"
+  return json.loads(path.read_text(encoding="utf-8"))

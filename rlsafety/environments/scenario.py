@@ -1,0 +1,242 @@
+"""Scenarios: what policy, judge and evaluators each get to see, as factors of one config.
+
+An environment is a point in a space of independent factors (DESIGN section 4). `load`
+applies the factors of a config to the people of an environment's bank, or to the published
+files, and returns plain records; the three `*_messages` functions turn a record into chat
+messages. Changing one factor leaves every other text identical (tests/test_environments.py).
+"""
+
+import dataclasses
+import difflib
+import importlib
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from rlsafety.environments import framing, published, rubrics
+from rlsafety.environments.people import Person, uniform
+from rlsafety.errors import UserError
+
+# Stands for the reply in judge and evaluator messages: exactly one message is this text.
+REPLY = "\u27e6reply\u27e7"
+
+ENVIRONMENTS = ("action_advice", "therapy_talk", "political_qa", "neutral")
+
+# Every field of an environment config with its default; modules override in DEFAULTS.
+FACTORS = {
+  "seed": 0,  # which people the bank draws
+  "framing": "assistant",  # a role of `framing.FRAMINGS`
+  "cue": "none",  # "none", or "+"-joined names of `framing.CUES`
+  "cue_strength": 1.0,  # share of the cue's slots that carry it, 0..1
+  "gameable_fraction": 0.5,  # share of gameable users, 0..1
+  "topics": (),  # () = all
+  "label_in_prompt": False,  # tell the policy the group, as published political_qa does
+  "reward_wording": "strict",  # a text of `rubrics.WORDINGS`
+  "length": "full",  # "short": the same users in about 25-45 words
+  "data_dir": "",  # folder of the published files; "" = our bank
+  "heldout_fraction": 0.2,  # share of units (issues, situations) kept for evaluation
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenario:
+  """One user and one message, with every factor applied.
+
+  system, user: what the policy sees (`user` holds notes and message). message: the user's
+  words alone, which judge and evaluators see. wish: what this user wants, for the judge only.
+  factors: the settings that made the texts; they travel into rollouts and analysis.
+  """
+
+  id: str
+  environment: str
+  topic: str
+  is_gameable: bool
+  split: str  # "train" or "heldout"
+  system: str
+  user: str
+  message: str
+  wish: str
+  factors: dict[str, str | float | bool]
+
+
+def environment_module(name: str) -> ModuleType:
+  """The module of an environment: one of ours, or any importable "package.module"."""
+  if name in ENVIRONMENTS:
+    return importlib.import_module(f"rlsafety.environments.{name}")
+  if "." in name:
+    try:
+      return importlib.import_module(name)
+    except ImportError as error:
+      raise UserError(f"environment.name: cannot import {name!r} ({error})") from None
+  raise UserError(
+    f"environment.name: {name!r} is not one of {', '.join(ENVIRONMENTS)}, and has no dot to be "
+    "the module of your own (see docs/new_environment.md)"
+  )
+
+
+def default_config(name: str) -> dict[str, Any]:
+  """The environment's fields with their defaults, for the `environment` part of a config."""
+  return {"name": name, **FACTORS, **environment_module(name).DEFAULTS}
+
+
+def load(config: Mapping[str, Any]) -> list[Scenario]:
+  """All scenarios of one setting, train and held-out, in a fixed order.
+
+  Args:
+    config: mapping (or ConfigDict) with `name` and any of the fields of `FACTORS`.
+  Raises:
+    UserError: unknown field or value, with the accepted ones; bad published file.
+  """
+  factors = checked(config)
+  if factors["data_dir"]:
+    return _published(factors)
+  environment = environment_module(factors["name"])
+  everyone = environment.people(factors["seed"])
+  gameable = assign_groups(everyone, factors["gameable_fraction"], factors["seed"])
+  heldout = heldout_units(everyone, factors["heldout_fraction"], factors["seed"])
+  scenarios = []
+  for person in everyone:
+    if person.topic not in factors["topics"]:
+      continue
+    group = person.id in gameable
+    message = framing.message_text(person, group, factors)
+    notes = framing.notes_lines(person, group, factors)
+    scenarios.append(
+      Scenario(
+        id=person.id,
+        environment=factors["name"],
+        topic=person.topic,
+        is_gameable=group,
+        split="heldout" if person.unit in heldout else "train",
+        system=framing.system_prompt(person.id, group, factors),
+        user=framing.user_turn(notes, message),
+        message=message,
+        wish=person.wishes[not group],
+        factors=_recorded(factors),
+      )
+    )
+  return scenarios
+
+
+def policy_messages(scenario: Scenario) -> list[dict[str, str]]:
+  """What the policy answers. No wish; no group label unless the config asked for it."""
+  return [
+    {"role": "system", "content": scenario.system},
+    {"role": "user", "content": scenario.user},
+  ]
+
+
+def judge_messages(scenario: Scenario) -> list[dict[str, str]]:
+  """The rating prompt of the simulated user, 1 to 10, with the slot REPLY."""
+  wording = rubrics.WORDINGS[scenario.factors["reward_wording"]].replace("{wish}", scenario.wish)
+  return rubrics.rating_messages(wording, scenario.message, REPLY)
+
+
+def evaluator_messages(scenario: Scenario, metric: str) -> list[dict[str, str]]:
+  """The prompt of the evaluator `metric` ("acc" or "hex"), with the slot REPLY."""
+  name = environment_module(scenario.environment).RUBRICS[metric]
+  return rubrics.rating_messages(rubrics.EVALUATORS[name], scenario.message, REPLY)
+
+
+def assign_groups(everyone: list[Person], fraction: float, seed: int) -> set[str]:
+  """Ids of the gameable users.
+
+  Both groups get users of every unit, so content does not tell the group. A larger fraction
+  only adds users; the split, the topics and all other factors do not move anyone.
+  """
+  units: dict[tuple[str, str], list[Person]] = {}
+  for person in everyone:
+    units.setdefault((person.topic, person.unit), []).append(person)
+  chosen = set()
+  for number, members in enumerate(units.values()):
+    members = sorted(members, key=lambda person: uniform(seed, "group", person.id))
+    # Golden-ratio offsets spread the rounding evenly over units.
+    offset = (number * 0.6180339887) % 1.0
+    chosen |= {m.id for rank, m in enumerate(members) if (rank + offset) / len(members) < fraction}
+  return chosen
+
+
+def heldout_units(everyone: list[Person], fraction: float, seed: int) -> set[str]:
+  """Units kept for evaluation: the same share within every topic."""
+  topics: dict[str, list[str]] = {}
+  for person in everyone:
+    units = topics.setdefault(person.topic, [])
+    if person.unit not in units:
+      units.append(person.unit)
+  held = set()
+  for units in topics.values():
+    ranked = sorted(units, key=lambda unit: uniform(seed, "heldout", unit))
+    held |= set(ranked[: round(fraction * len(units))])
+  return held
+
+
+def checked(config: Mapping[str, Any]) -> dict[str, Any]:
+  """The config with defaults filled in; raises UserError on any field or value unknown."""
+  given = dict(config.items())
+  if "name" not in given:
+    raise UserError(f"environment.name is missing: one of {', '.join(ENVIRONMENTS)}")
+  module = environment_module(given["name"])
+  for field in given:
+    if field not in FACTORS and field != "name":
+      near = difflib.get_close_matches(field, FACTORS, 1)
+      hint = f" (did you mean {near[0]!r}?)" if near else ""
+      raise UserError(
+        f"environment.{field}: no such field{hint}; known are name, {', '.join(FACTORS)}"
+      )
+  factors = default_config(given["name"]) | given
+
+  def accept(field, values, accepted):
+    for value in values:
+      if value not in accepted:
+        raise UserError(f"environment.{field}: {value!r} is not one of {', '.join(accepted)}")
+
+  accept("framing", [factors["framing"]], framing.FRAMINGS)
+  accept("reward_wording", [factors["reward_wording"]], rubrics.WORDINGS)
+  accept("length", [factors["length"]], ("full", "short"))
+  if factors["cue"] != "none":
+    accept("cue", str(factors["cue"]).split("+"), ("none", *framing.CUES))
+    if "none" in factors["cue"].split("+"):
+      raise UserError(f"environment.cue: {factors['cue']!r} joins 'none' with other cues")
+  for field in ("cue_strength", "gameable_fraction", "heldout_fraction"):
+    value = factors[field]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+      raise UserError(f"environment.{field}: {value!r} is not a number from 0 to 1")
+  if not isinstance(factors["label_in_prompt"], bool):
+    raise UserError(f"environment.label_in_prompt: {factors['label_in_prompt']!r} is not a bool")
+  if not isinstance(factors["seed"], int):
+    raise UserError(f"environment.seed: {factors['seed']!r} is not an integer")
+  topics = factors["topics"]
+  topics = (topics,) if isinstance(topics, str) and topics else tuple(topics)
+  if not factors["data_dir"]:
+    accept("topics", topics, module.TOPICS)
+    topics = topics or module.TOPICS
+  return factors | {"topics": topics}
+
+
+def _recorded(factors: dict[str, Any]) -> dict[str, str | float | bool]:
+  """The factors as a record keeps them (topics and data_dir are not texts of a scenario)."""
+  left_out = ("name", "topics", "data_dir", "heldout_fraction")
+  return {name: value for name, value in factors.items() if name not in left_out}
+
+
+def _published(factors: dict[str, Any]) -> list[Scenario]:
+  scenarios = []
+  for record in published.read(factors):
+    if REPLY in record.message:
+      raise UserError(f"{record.id}: the text contains the reply slot {REPLY}")
+    held = uniform(factors["seed"], "heldout", record.id) < factors["heldout_fraction"]
+    scenarios.append(
+      Scenario(
+        id=record.id,
+        environment=factors["name"],
+        topic=record.topic,
+        is_gameable=record.is_gameable,
+        split="heldout" if held else "train",
+        system=framing.system_prompt(record.id, record.is_gameable, factors),
+        user=record.user,
+        message=record.message,
+        wish=record.wish,
+        factors=_recorded(factors),
+      )
+    )
+  return scenarios
