@@ -3,7 +3,8 @@
 `objective` returns a plain sum and `denominator` what to divide it by, computed once on the
 whole global batch: micro-batches (whole groups, along P) and sharding can then never change
 the result. Nothing in `objective` looks beyond its own group. Metrics are (sum, weight)
-pairs for the same reason; fold them with `merge_metrics` and end with `finish_metrics`.
+pairs for the same reason: add both over micro-batches (of names that end in `_max` keep the
+largest), then divide with `finish_metrics`.
 """
 
 import dataclasses
@@ -255,10 +256,8 @@ def importance_weights(log_ratio: Array, mask: Array, settings: Objective) -> Ar
       jnp.where(mask, log_weight, 0.0).sum(-1, keepdims=True), log_weight.shape
     )
   log_cap = math.log(settings.is_cap)
-  weight = jnp.exp(jnp.minimum(log_weight, log_cap))
-  return (
-    jnp.where(log_weight > log_cap, 0.0, weight) if "mask" in settings.is_correction else weight
-  )
+  beyond = 0.0 if settings.is_correction.endswith("mask") else settings.is_cap
+  return jnp.where(log_weight > log_cap, beyond, jnp.exp(jnp.minimum(log_weight, log_cap)))
 
 
 def kl_estimate(logprobs: Array, reference: Array, kind: str) -> Array:
@@ -370,20 +369,12 @@ def _common_metrics(logprobs, entropy, batch, kept):
   return metrics
 
 
-def merge_metrics(left: dict, right: dict) -> dict:
-  """Adds (sum, weight) pairs; names that end in `_max` keep the larger value."""
-  return {
-    name: (jnp.maximum(left[name][0], right[name][0]), left[name][1])
-    if name.endswith("_max")
-    else (left[name][0] + right[name][0], left[name][1] + right[name][1])
-    for name in left
-  }
-
-
 def finish_metrics(metrics: dict) -> dict:
-  """(sum, weight) -> sum / weight; NaN where nothing was counted."""
+  """(sum, weight) -> sum / weight, NaN where nothing was counted; `_max` stays as it is."""
   return {
-    name: jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1), jnp.nan)
+    name: total
+    if name.endswith("_max")
+    else jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1), jnp.nan)
     for name, (total, weight) in metrics.items()
   }
 
