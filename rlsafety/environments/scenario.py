@@ -80,7 +80,7 @@ def default_config(name: str) -> dict[str, Any]:
 
 
 def load(config: Mapping[str, Any]) -> list[Scenario]:
-  """All scenarios of one setting, train and held-out, in a fixed order.
+  """All scenarios of one setting, train and held-out, in a fixed shuffled order.
 
   Args:
     config: mapping (or ConfigDict) with `name` and any of the fields of `FACTORS`.
@@ -115,7 +115,8 @@ def load(config: Mapping[str, Any]) -> list[Scenario]:
         factors=_recorded(factors),
       )
     )
-  return scenarios
+  # Shuffled, so that the first n of a split are a fair sample of topics and issues.
+  return sorted(scenarios, key=lambda one: uniform(factors["seed"], "order", one.id))
 
 
 def policy_messages(scenario: Scenario) -> list[dict[str, str]]:
