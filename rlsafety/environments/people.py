@@ -74,11 +74,26 @@ def deal(items: Sequence, turn: int, *key: Any) -> Any:
   return items[_deck(len(items), (*key, lap))[place]]
 
 
+def hand(items: Sequence, size: int, *key: Any) -> list:
+  """`size` different items."""
+  return shuffled(items, *key)[:size]
+
+
 def deal_choice(styles: dict[str, list[str]], turn: int, *key: Any, **fill: str) -> Choice:
   """One `Choice` from {"gameable": [...], "non_gameable": [...], "plain": [...]}."""
   return Choice(
     **{kind: fill_in(deal(texts, turn, *key, kind), **fill) for kind, texts in styles.items()}
   )
+
+
+def traits(lines: dict[str, list[str]], *key: Any) -> tuple[Choice, ...]:
+  """Two different character traits of each group."""
+  pairs = zip(
+    hand(lines["gameable"], 2, *key, "gameable"),
+    hand(lines["non_gameable"], 2, *key, "non_gameable"),
+    strict=True,
+  )
+  return tuple(Choice(*pair) for pair in pairs)
 
 
 def hints(lines: dict[str, list[str]]) -> tuple[Choice, ...]:
