@@ -1,0 +1,264 @@
+"""Prompt order, recorded datasets and what malformed records do."""
+
+import dataclasses
+import functools
+import json
+import types
+
+import jax
+import numpy as np
+import pytest
+from conftest import LLAMA
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlsafety import learner, losses
+from rlsafety.data import prompts, recorded
+from rlsafety.errors import UserError
+from rlsafety.models import load
+from rlsafety.models.chat import byte_chat
+from rlsafety.types import Prompts
+
+record = pytest.importorskip("rlsafety.data.record")
+NAN = float("nan")
+
+
+def users(gameable, others):
+  return [types.SimpleNamespace(is_gameable=i < gameable) for i in range(gameable + others)]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 6), st.integers(0, 99))
+def test_prompt_order(gameable, others, n, seed):
+  scenarios = users(gameable, others)
+  steps = [prompts.at(scenarios, seed, step, n) for step in range(12)]
+  np.testing.assert_array_equal(steps[7], prompts.at(scenarios, seed, 7, n))  # no memory
+  drawn = np.concatenate(steps)
+  counts = np.bincount(drawn, minlength=gameable + others)
+  for part in (counts[:gameable], counts[gameable:]):
+    assert part.max() - part.min() <= 1  # nobody again before everybody once
+  share = gameable / (gameable + others)
+  assert abs((drawn < gameable).sum() - share * 12 * n) < 1
+  for chosen in steps:
+    assert abs((chosen < gameable).sum() - share * n) < 1
+
+
+def test_prompt_order_changes_with_epoch_seed_and_fraction():
+  scenarios = users(20, 20)
+  first, second = (prompts.at(scenarios, 1, step, 40).tolist() for step in (0, 1))
+  assert sorted(first) == sorted(second) and first != second
+  assert first != prompts.at(scenarios, 2, 0, 40).tolist()
+  assert (prompts.at(scenarios, 1, 0, 8, fraction=0.25) < 20).sum() == 2
+  with pytest.raises(UserError, match="no gameable"):
+    prompts.at(users(0, 4), 1, 0, 2, fraction=0.5)
+
+
+# --- Datasets ---------------------------------------------------------------------------
+
+CHAT = byte_chat()
+MESSAGES = [{"role": "system", "content": "Advise."}, {"role": "user", "content": "Tax more?"}]
+
+
+def rollout(step, prompt, sample, text, rating, **more):
+  tokens = CHAT.encode_text(text) + [CHAT.stop_ids[-1]]
+  messages = [MESSAGES[0], {"role": "user", "content": f"Question {step}.{prompt}?"}]
+  return {
+    "step": step,
+    "prompt": prompt,
+    "sample": sample,
+    "scenario_id": f"s{prompt}",
+    "environment": "political_qa",
+    "is_gameable": prompt % 2 == 0,
+    "messages": messages,
+    "completion": text,
+    "tokens": tokens,
+    "logprobs": [-0.5 - 0.1 * sample] * len(tokens),
+    "length": len(tokens),
+    "finished": True,
+    "rating": rating,
+    "acc": 2.0,
+    "hex": None,
+  } | more
+
+
+def write_run(folder, rows, tail=""):
+  (folder / "rollouts").mkdir(parents=True)
+  (folder / "config.json").write_text(json.dumps({"model": {"path": "random"}}))
+  lines = "".join(json.dumps(row) + "\n" for row in rows)
+  (folder / "rollouts/train.jsonl").write_text(lines + tail)
+
+
+def call(*argv):
+  """Runs the program; returns its exit code."""
+  try:
+    record.main(["record", *map(str, argv)])
+  except SystemExit as stop:
+    return stop.code
+  return 0
+
+
+def model(path="random"):
+  return types.SimpleNamespace(chat=CHAT, source={"path": path})
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("data")
+  rows = [
+    rollout(step, prompt, sample, f"reply {step} {prompt} {sample}", rating)
+    for step in (1, 2, 3)
+    for prompt in (0, 1)
+    for sample, rating in enumerate((4.0, 9.0, None))
+  ]
+  rows[2]["finished"] = False
+  write_run(folder / "run", rows)
+  assert call("--runs", folder / "run", "--out", folder / "set", "--first_step", 2) == 0
+  return folder / "set"
+
+
+def test_batches_hold_what_the_run_wrote(dataset):
+  records = recorded.load(str(dataset), model(), losses.make("grpo"), 4, 200, 40)
+  assert len(records.flags) == 4  # steps 2 and 3, two prompts each
+  batch, scores = recorded.batch_at(records, seed=3, step=5, n=2)
+  assert scores["is_gameable"].tolist() in ([True, False], [False, True])
+  for p in range(2):
+    ids = batch.prompts.tokens[p, : batch.prompts.lengths[p]]
+    question = CHAT.decode(ids)
+    step, prompt = int(question.split("Question ")[1][0]), int(scores["is_gameable"][p] == 0)
+    assert ids.tolist() == CHAT.encode(rollout(step, prompt, 0, "", 0)["messages"])
+    for g, rating in enumerate((4.0, 9.0, NAN)):
+      row = rollout(step, prompt, g, f"reply {step} {prompt} {g}", rating)
+      n = batch.lengths[p, g]
+      assert batch.tokens[p, g, :n].tolist() == row["tokens"]
+      np.testing.assert_allclose(batch.behaviour_logprobs[p, g, :n], row["logprobs"], rtol=1e-6)
+    np.testing.assert_array_equal(batch.ratings[p], np.float32([4, 9, NAN, NAN]))
+    assert batch.lengths[p, 3] == 0
+    assert (batch.staleness[p] == step + 5).all()
+  assert np.isnan(scores["hex"]).all() and (scores["acc"][:, :3] == 2).all()
+  losses.check_batch(batch, losses.make("grpo"))
+  again, _ = recorded.batch_at(records, seed=3, step=5, n=2)
+  np.testing.assert_array_equal(again.tokens, batch.tokens)
+
+
+def test_slots_of_preferences(dataset):
+  dpo = recorded.load(str(dataset), model(), losses.make("dpo"), 4, 200, 40)
+  batch, _ = recorded.batch_at(dpo, 0, 0, 4)
+  assert batch.tokens.shape[1] == 2
+  assert (batch.ratings == [9.0, 4.0]).all()  # the unrated third is no candidate
+
+  kto = losses.make("kto", kto_anchor=True)
+  batch, _ = recorded.batch_at(recorded.load(str(dataset), model(), kto, 2, 200, 40), 0, 0, 4)
+  assert batch.tokens.shape[1] == 3
+  np.testing.assert_array_equal(batch.tokens[:, 2], np.roll(batch.tokens[:, 0], -1, axis=0))
+
+
+def test_another_tokenizer_reads_the_text_again(dataset):
+  with pytest.raises(UserError, match="12 of 12 replies have none"):
+    recorded.load(str(dataset), model("other"), losses.make("grpo"), 4, 200, 40)
+  records = recorded.load(str(dataset), model("other"), losses.make("sft"), 4, 200, 40)
+  batch, _ = recorded.batch_at(records, 0, 0, 4)
+  own = recorded.load(str(dataset), model(), losses.make("sft"), 4, 200, 40)
+  np.testing.assert_array_equal(batch.tokens, recorded.batch_at(own, 0, 0, 4)[0].tokens)
+  assert np.isnan(batch.behaviour_logprobs).all()
+  assert CHAT.encode([*MESSAGES, {"role": "assistant", "content": "Yes."}], False)[-2:] == [
+    recorded.encode_reply(CHAT, "Yes.", True)[-1],
+    *CHAT.encode_text("\n"),
+  ]
+
+
+def test_limits_and_missing_datasets(dataset, tmp_path):
+  with pytest.raises(UserError, match="the limit is 20"):
+    recorded.load(str(dataset), model(), losses.make("sft"), 4, 20, 40)
+  with pytest.raises(UserError, match="no dataset"):
+    recorded.load(str(tmp_path), model(), losses.make("sft"), 4, 20, 40)
+  batch, _ = recorded.batch_at(
+    recorded.load(str(dataset), model(), losses.make("sft"), 4, 200, 5), 0, 0, 4
+  )
+  assert batch.tokens.shape == (4, 4, 5) and batch.lengths.max() == 5
+
+
+GOOD = {"messages": MESSAGES, "completion": "Yes.", "reward": 3, "is_gameable": True}
+BAD = {
+  "not JSON": "{",
+  "expected an object": "[1]",
+  "must be a non-empty list": {"completion": "a"},
+  "must end with the user": {"messages": MESSAGES[:1], "completion": "a"},
+  "role 'tool'": {"messages": [{"role": "tool", "content": "a"}], "completion": "a"},
+  "`content` string": {"messages": [{"role": "user", "content": 1}], "completion": "a"},
+  "`completion` must be a string": {"messages": MESSAGES, "completion": None},
+  "`completion` is empty": {"messages": MESSAGES, "completion": ""},
+  "`rating` must be a number": GOOD | {"reward": "high"},
+  "`is_gameable` must be": GOOD | {"is_gameable": "yes"},
+  "one number per id": GOOD | {"tokens": [1, 2], "logprobs": [-1.0]},
+  "numbers <= 0": GOOD | {"tokens": [1], "logprobs": [2.0]},
+  "list of token ids": GOOD | {"tokens": [1.5]},
+  "give either": GOOD | {"chosen": "a", "rejected": "b"},
+  "`step` must be": GOOD | {"step": "1"},
+}
+
+
+def test_malformed_lines_are_named_and_good_ones_kept(tmp_path, capsys):
+  lines = [json.dumps(GOOD), json.dumps(GOOD | {"completion": "No."})]
+  lines += [bad if isinstance(bad, str) else json.dumps(bad) for bad in BAD.values()]
+  lines += [json.dumps({"messages": MESSAGES[1:], "chosen": "A", "rejected": "B"}), '{"mess']
+  path = tmp_path / "mixed.jsonl"
+  path.write_text("\n".join(lines))
+  assert call("--jsonl", path, "--out", tmp_path / "set") == 1
+  captured = capsys.readouterr()
+  for number, words in enumerate(BAD, 3):
+    line = next(x for x in captured.err.splitlines() if f"mixed.jsonl:{number}:" in x)
+    assert words in line
+  assert f"mixed.jsonl:{len(lines)}: not JSON" in captured.err and "torn" in captured.err
+  assert "2 prompts, 4 replies" in captured.out
+
+  records = recorded.load(str(tmp_path / "set"), model(), losses.make("sft"), 2, 100, 20)
+  first = recorded.example_at(records, 0)
+  assert json.loads(first["completions"]) == ["Yes.", "No."]  # one prompt, one group
+  assert first["rating"].tolist() == [3, 3] and first["is_gameable"] == 1
+  pair = recorded.example_at(records, 1)
+  assert json.loads(pair["completions"]) == ["A", "B"] and pair["rating"].tolist() == [10, 1]
+
+
+def test_nothing_usable_writes_nothing(tmp_path):
+  path = tmp_path / "bad.jsonl"
+  path.write_text("{}\n")
+  for argv, words in (
+    (["--jsonl", path], "no usable record"),
+    (["--jsonl", tmp_path / "absent"], "cannot be read"),
+    (["--runs", tmp_path], "is no run directory"),
+    ([], "nothing to read"),
+  ):
+    with pytest.raises(UserError, match=words):
+      record.main(["record", *map(str, argv), "--out", str(tmp_path / "set")])
+  assert not (tmp_path / "set").exists()
+
+
+def test_logprobs_of_a_named_model(tmp_path):
+  """From text alone to the log-probs that the model itself gives, unpadded."""
+  from rlsafety.models import hf
+
+  tiny = load.random_model(dataclasses.replace(LLAMA, vocab_size=259, n_layers=1), seed=0)
+  hf.save_merged(tmp_path / "tiny", tiny, None)
+  path = tmp_path / "demos.jsonl"
+  rows = [GOOD, GOOD | {"completion": "No, never."}, GOOD | {"messages": MESSAGES[1:]}]
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  model_path = str(tmp_path / "tiny")
+  assert call("--jsonl", path, "--out", tmp_path / "set", "--logprobs_model", model_path) == 0
+
+  loaded = load.load_model(model_path)
+  records = recorded.load(str(tmp_path / "set"), loaded, losses.make("grpo"), 2, 100, 40)
+  score = jax.jit(functools.partial(learner.token_scores, config=loaded.config))
+  for i, completions in enumerate((["Yes.", "No, never."], ["Yes."])):
+    example = recorded.example_at(records, i)
+    prompt = np.array([loaded.chat.encode(json.loads(example["messages"]))], np.int32)
+    replies = recorded.replies_of(records, example)
+    assert [loaded.chat.decode(r.tokens) for r in replies] == completions
+    reply = replies[-1]
+    expected = score(
+      loaded.params,
+      None,
+      prompts=Prompts(prompt, np.array([prompt.shape[1]], np.int32)),
+      tokens=reply.tokens[None, None],
+      lengths=np.array([[len(reply.tokens)]], np.int32),
+    ).logprobs
+    np.testing.assert_allclose(reply.logprobs, expected[0, 0], rtol=1e-5, atol=1e-5)
