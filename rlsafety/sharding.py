@@ -70,3 +70,26 @@ def constrain(x: jax.Array, *axes) -> jax.Array:
   if mesh.empty or mesh.size == 1:
     return x
   return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
+
+
+def put(mesh: Mesh, x, *axes) -> jax.Array:
+  """A host array, the same in every process, as a global array split by logical axes."""
+  x = np.asarray(x)
+  return jax.make_array_from_callback(x.shape, named(mesh, axes, x.shape), lambda i: x[i])
+
+
+def put_prompts(mesh: Mesh, tree):
+  """Every leaf [P, ...] of a host tree, split along its first axis."""
+  return jax.tree.map(lambda x: put(mesh, x, "prompt", *[None] * (np.ndim(x) - 1)), tree)
+
+
+def fetch(tree):
+  """Global arrays -> numpy, whole, in every process."""
+  if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+
+    gather = lambda x: multihost_utils.process_allgather(x, tiled=True)  # noqa: E731
+    return jax.tree.map(
+      lambda x: np.asarray(x if x.is_fully_addressable else gather(x)), tree
+    )
+  return jax.device_get(tree)

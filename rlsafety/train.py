@@ -1,0 +1,357 @@
+"""Trains one model in one environment: `python -m rlsafety.train --config=configs/x.py`.
+
+`run` is the whole program, read from top to bottom. One step is
+  prompts.at(seed, step) -> sample -> score -> advantages -> learner.update -> logs,
+with every random key derived from (seed, step): a killed run, started again with the same
+command, ends in the same bits.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import signal
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlsafety import (
+  advantages,
+  checkpoints,
+  environments,
+  judges,
+  learner,
+  losses,
+  rundir,
+  sampler,
+  sharding,
+)
+from rlsafety import config as config_lib
+from rlsafety.data import prompts as prompt_order
+from rlsafety.errors import UserError, run_main
+from rlsafety.metrics.groups import group_means
+from rlsafety.models import hf, load, lora, transformer
+from rlsafety.summary import finish
+from rlsafety.types import Batch, Prompts
+
+PREEMPTED = 75  # exit code after SIGTERM: saved, start me again (sysexits' EX_TEMPFAIL)
+
+
+def run(config, workdir: str) -> dict:
+  """Trains as `config` says, in `workdir`; returns the summary that summary.json holds.
+
+  Raises UserError for what the user can mend. After SIGTERM it saves and exits with
+  PREEMPTED.
+  """
+  # --- Run directory ------------------------------------------------------------------
+  stored_config = config_lib.to_json(config)
+  workdir = rundir.open_workdir(workdir, stored_config)
+  if (workdir / "summary.json").exists():
+    summary = rundir.read_json(workdir / "summary.json")
+    say(f"run is complete: {workdir}")
+    print(summary["table"])
+    say(f"report: {workdir / 'report.html'}")
+    return summary
+  stopping = stop_on_sigterm()
+  first_process = jax.process_index() == 0
+
+  # --- Model, judge, users ------------------------------------------------------------
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+  jax.set_mesh(mesh)
+  say(f"workdir {workdir}; mesh {dict(mesh.shape)} of {jax.devices()[0].device_kind}")
+  model = load.from_config(config, mesh)
+  scenarios = environments.load(config.environment)
+  train_users = [s for s in scenarios if s.split == "train"]
+  eval_users = held_out(scenarios, config.eval.prompts)
+  encode = functools.partial(encode_prompts, model.chat, config.max_prompt_tokens)
+  train_prompts, eval_prompts = encode(train_users), encode(eval_users)
+  say(f"model {model.source}: {transformer.params_count(model.config) / 1e6:.1f} M parameters")
+  say(f"environment {config.environment.name}: {len(train_users)} training prompts")
+  score = judges.make_scorer(config, model, mesh)
+  say(f"judge {score.describe()['name']}: {score.describe()['limits']}")
+
+  # --- Learner state ------------------------------------------------------------------
+  root = jax.random.key(config.seed)
+  optimizer = learner.make_optimizer(**config.optimizer)
+  settings = learner_settings(config)
+  state = init_state(config, model, optimizer, mesh, jax.random.fold_in(root, 0))
+  update = jax.jit(
+    functools.partial(
+      learner.update, config=model.config, settings=settings, optimizer=optimizer
+    ),
+    donate_argnums=0,
+  )
+  make_batch = jax.jit(
+    functools.partial(
+      on_policy_batch, base=model.params, config=model.config, settings=settings
+    )
+  )
+  draw = sampler_settings(config, model.chat.stop_ids)
+
+  # --- Resume -------------------------------------------------------------------------
+  manager = checkpoints.open_manager(workdir / "checkpoints", config.checkpoint.keep)
+  restored, step = checkpoints.restore(manager, state, warn=say)
+  if restored is not None:
+    state = restored
+    say(f"resuming after step {step}")
+  if first_process:
+    rundir.cut_logs(workdir, step)
+    record = {"config": stored_config, **rundir.environment(), "seed": config.seed}
+    record |= {"model": model.source, "judge": score.describe()}
+    rundir.write_json(workdir / "config.json", record)
+
+  def rollouts_of(adapter, users, tokens, lengths, key, settings):
+    """Users -> their prompts on the device, sampled replies, and scores {name: [P, G]}."""
+    prompts = sharding.put_prompts(mesh, Prompts(tokens=tokens, lengths=lengths))
+    began = time.monotonic()
+    rollouts = sampler.sample_jit(model.params, adapter, model.config, prompts, key, settings)
+    jax.block_until_ready(rollouts)
+    sampled = time.monotonic()
+    scores, metrics = score(users, prompts, rollouts)
+    jax.block_until_ready(scores)
+    times = {"sample_s": sampled - began, "judge_s": time.monotonic() - sampled}
+    return prompts, rollouts, scores, metrics, times
+
+  def evaluate(step: int) -> None:
+    """The same held-out prompts and sampling keys at every evaluated step."""
+    eval_draw = dataclasses.replace(draw, group=config.eval.samples)
+    rows, pieces = [], []
+    size = max(config.prompts_per_step, mesh.shape["data"] * mesh.shape["fsdp"])
+    for start in range(0, len(eval_users), size):
+      chosen = np.arange(start, start + size) % len(eval_users)  # static shapes: wrap around
+      real = min(size, len(eval_users) - start)
+      users = [eval_users[i] for i in chosen]
+      tokens, lengths = (x[chosen] for x in eval_prompts)
+      key = jax.random.fold_in(jax.random.fold_in(root, 1), start)
+      _, rollouts, scores, _, _ = rollouts_of(state.adapter, users, tokens, lengths, key, eval_draw)
+      rollouts, scores = sharding.fetch((rollouts, scores))
+      rollouts, scores = jax.tree.map(lambda x, n=real: x[:n], (rollouts, scores))
+      rows += rundir.rollout_records(step, start, users[:real], model.chat, rollouts, scores)
+      pieces.append(scores)
+    scores = {name: np.concatenate([p[name] for p in pieces]) for name in pieces[0]}
+    summary = {"step": step, "prompts": len(eval_users), "samples": config.eval.samples}
+    summary |= group_means(scores, np.array([s.is_gameable for s in eval_users]))
+    if first_process:
+      (workdir / f"eval/step_{step:06d}.jsonl").unlink(missing_ok=True)
+      rundir.append(workdir / f"eval/step_{step:06d}.jsonl", rows)
+      rundir.append(workdir / "eval/summary.jsonl", [summary])
+    say(f"held-out at step {step}: {group_line(summary)}")
+
+  def log(pending) -> None:
+    """Writes one step; called while the device works on the next one."""
+    step, users, rollouts, scores, metrics, times = pending
+    rollouts, scores, metrics = sharding.fetch((rollouts, scores, metrics))
+    if metrics.pop("nonfinite"):
+      raise FloatingPointError(
+        f"step {step}: the gradient is not finite (loss {metrics['loss']}); the adapter of the "
+        f"step before is in {workdir / 'checkpoints'}; lower optimizer.learning_rate"
+      )
+    tokens = int(rollouts.lengths.sum())
+    row = {"step": step, **group_means(scores, np.array([s.is_gameable for s in users]))}
+    row |= {"unscorable": int(np.isnan(scores["reward"]).sum())}
+    row |= {"length_mean": rollouts.lengths.mean(), "finished": rollouts.finished.mean()}
+    row |= {name: float(value) for name, value in metrics.items()}
+    timing = {"step": step, "seconds": sum(times.values()), **times}
+    timing["tokens_per_second"] = tokens / timing["seconds"]
+    if first_process:
+      records = rundir.rollout_records(step, 0, users, model.chat, rollouts, scores)
+      rundir.append(workdir / "rollouts/train.jsonl", records)
+      rundir.append(workdir / "metrics.jsonl", [row])
+      rundir.append(workdir / "timing.jsonl", [timing])
+      write_events(step, {**row, **timing})
+    seconds.append(timing["seconds"])
+    left = (config.steps - step) * float(np.median(seconds[-20:]))
+    say(
+      f"step {step}/{config.steps}  {group_line(row)}  loss {row['loss']:+.3f}  "
+      f"{timing['seconds']:.1f} s  {timing['tokens_per_second']:.0f} tok/s  "
+      f"left {left / 60:.1f} min"
+    )
+
+  # --- The loop -----------------------------------------------------------------------
+  write_events = rundir.event_writer(workdir / "events", first_process)
+  seconds, pending = [], None
+  if step < 0:
+    step = 0
+    evaluate(step)
+    checkpoints.save(manager, step, state)
+  while step < config.steps:
+    step_key = jax.random.fold_in(jax.random.fold_in(root, 2), step)
+    chosen = prompt_order.at(train_users, config.seed, step, config.prompts_per_step)
+    users = [train_users[i] for i in chosen]
+    tokens, lengths = (x[chosen] for x in train_prompts)
+    prompts, rollouts, scores, judge_metrics, times = rollouts_of(
+      state.adapter, users, tokens, lengths, jax.random.fold_in(step_key, 0), draw
+    )
+    began = time.monotonic()
+    batch = make_batch(prompts, rollouts, scores["reward"])
+    state, metrics = update(state, model.params, batch, jax.random.fold_in(step_key, 1))
+    if pending:
+      log(pending)
+    jax.block_until_ready(metrics)
+    times["learn_s"] = time.monotonic() - began
+    step += 1
+    pending = (step, users, rollouts, scores, {**metrics, **judge_metrics}, times)
+
+    stop = stopping(step)
+    last = step == config.steps
+    if stop or last or step % config.eval.every == 0 or step % config.checkpoint.every == 0:
+      log(pending)
+      pending = None
+      if last or step % config.eval.every == 0:
+        evaluate(step)
+      checkpoints.save(manager, step, state, wait=stop or last)
+    if stop and not last:
+      manager.close()
+      say(f"SIGTERM: saved step {step}; the same command continues")
+      sys.exit(PREEMPTED)
+  manager.wait_until_finished()
+
+  # --- The end ------------------------------------------------------------------------
+  adapter = sharding.fetch(state.adapter)
+  if first_process:
+    hf.save_peft(workdir / "adapter", adapter, model, lora_config(config))
+    summary = finish(workdir)
+    rundir.write_json(workdir / "summary.json", summary)  # last: it says "complete"
+  return rundir.read_json(workdir / "summary.json") if first_process else {}
+
+
+# --- Pieces of `run` ------------------------------------------------------------------
+
+
+def on_policy_batch(prompts, rollouts, ratings, *, base, config, settings) -> Batch:
+  """Rollouts and their ratings [P, G] -> a learner batch; the reference only if needed."""
+  objective, reference = settings.objective, None
+  if losses.needs_reference(objective):
+    reference = learner.token_scores(
+      base,
+      None,
+      config,
+      prompts,
+      rollouts.tokens,
+      rollouts.lengths,
+      temperature=settings.temperature,
+      chunk_tokens=settings.chunk_tokens,
+    ).logprobs
+  rewards = advantages.rewards(
+    ratings, objective, rollouts.lengths, rollouts.logprobs, reference
+  )
+  return Batch(
+    prompts=prompts,
+    tokens=rollouts.tokens,
+    lengths=rollouts.lengths,
+    advantages=advantages.advantages(rewards, objective),
+    ratings=ratings,
+    behaviour_logprobs=rollouts.logprobs,
+    reference_logprobs=reference,
+    staleness=jnp.zeros_like(rollouts.lengths),
+  )
+
+
+def say(text: str) -> None:
+  """Progress, one line at a time, from process 0; readable in a log file too."""
+  if jax.process_index() == 0:
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
+
+
+def stop_on_sigterm():
+  """Returns stopping(step) -> bool: has any process been told to end?
+
+  One process needs its own flag: jax's preemption notice exists only under
+  jax.distributed.
+  """
+  told = []
+  signal.signal(signal.SIGTERM, lambda *_: told.append(True))
+  if jax.process_count() == 1:
+    return lambda step: bool(told)
+  from jax.experimental import multihost_utils
+
+  def any_told(step):
+    flags = multihost_utils.process_allgather(np.array([bool(told)]))
+    return bool(flags.any())
+
+  return any_told
+
+
+def held_out(scenarios, count: int) -> list:
+  """The first count / 2 held-out users of each group, in the environment's order."""
+  users = [s for s in scenarios if s.split == "heldout"]
+  groups = [[s for s in users if s.is_gameable == flag] for flag in (True, False)]
+  chosen = [s for group in groups for s in group[: (count + 1) // 2]]
+  if not chosen:
+    raise UserError("the environment has no held-out users: environment.heldout_fraction > 0")
+  return chosen
+
+
+def encode_prompts(chat, slots: int, users) -> tuple[np.ndarray, np.ndarray]:
+  """tokens [N, slots] int32 padded on the right, lengths [N]. Too long is an error."""
+  tokens, lengths = np.full((len(users), slots), chat.pad_id, np.int32), []
+  for i, user in enumerate(users):
+    ids = chat.encode(environments.policy_messages(user))
+    if len(ids) > slots:
+      raise UserError(
+        f"prompt of scenario {user.id} has {len(ids)} tokens, the limit is {slots}: raise "
+        "--config.max_prompt_tokens (prompts are never cut)"
+      )
+    tokens[i, : len(ids)] = ids
+    lengths.append(len(ids))
+  return tokens, np.array(lengths, np.int32)
+
+
+def sampler_settings(config, stop_ids) -> sampler.SamplerSettings:
+  return sampler.SamplerSettings(stop_ids=tuple(stop_ids), **config.sampler)
+
+
+def learner_settings(config) -> learner.LearnerSettings:
+  return learner.LearnerSettings(
+    objective=losses.make(**config.objective),
+    temperature=config.sampler.temperature or 1.0,
+    dropout=config.lora.dropout,
+    **config.learner,
+  )
+
+
+def lora_config(config) -> lora.LoraConfig:
+  return lora.LoraConfig(**{**config.lora, "targets": tuple(config.lora.targets)})
+
+
+def init_state(config, model, optimizer, mesh, key):
+  """Adapter and optimiser state, made in place on the mesh: never whole on one device."""
+  settings = lora_config(config)
+  layers = transformer.weights(model.config)["layers"]
+  axes = lora.adapter_axes(layers, settings)
+
+  def init():
+    adapter = lora.init_adapter(layers, settings, key)
+    pin = lambda x, a: sharding.constrain(x, *a)  # noqa: E731
+    weights = jax.tree.map(pin, adapter.weights, axes)
+    return learner.init_state(adapter.replace(weights=weights), optimizer)
+
+  return jax.jit(init)()
+
+
+def group_line(row: dict) -> str:
+  """reward 5.1/4.8 ...: gameable / non-gameable."""
+  parts = []
+  for name in ("reward", "acc", "hex"):
+    parts.append(f"{name} {row[f'{name}_gameable']:.2f}/{row[f'{name}_non_gameable']:.2f}")
+  return "  ".join(parts) + " (gameable/non-gameable)"
+
+
+def main(argv: list[str]) -> None:
+  config, flags = config_lib.read_flags(argv)
+  compilation_cache()
+  run(config, flags["workdir"] or f"runs/{config.name}")
+
+
+def compilation_cache() -> None:
+  """A second start of the same program skips XLA; JAX_COMPILATION_CACHE_DIR moves it."""
+  if not jax.config.jax_compilation_cache_dir:
+    folder = pathlib.Path.home() / ".cache" / "rlsafety" / "jax"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+if __name__ == "__main__":
+  run_main(main, sys.argv)

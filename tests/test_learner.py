@@ -1,0 +1,179 @@
+"""The update: what must not change it, what must, and that it learns."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import LLAMA, make_model, make_prompts
+
+from rlsafety import advantages, learner, losses, sampler
+from rlsafety.errors import UserError
+from rlsafety.learner import LearnerSettings
+from rlsafety.types import Batch
+
+STOPS = tuple(range(20))
+
+
+@pytest.fixture(scope="module")
+def model():
+  return LLAMA, *make_model(LLAMA)
+
+
+def make_batch(model, objective, P=4, G=3, T=6, ratings=None):
+  config, params, adapter = model
+  prompts = make_prompts(config, [6, 3, 7, 5][:P], 7)
+  draw = sampler.SamplerSettings(group=G, max_tokens=T, stop_ids=STOPS)
+  r = sampler.sample_jit(params, adapter, config, prompts, jax.random.key(7), draw)
+  if ratings is None:
+    ratings = jax.random.uniform(jax.random.key(8), (P, G), minval=1.0, maxval=10.0)
+  return Batch(
+    prompts=prompts,
+    tokens=r.tokens,
+    lengths=r.lengths,
+    advantages=advantages.advantages(ratings, objective),
+    ratings=ratings,
+    behaviour_logprobs=r.logprobs,
+    reference_logprobs=jnp.where(r.logprobs == 0, 0, r.logprobs - 0.1),
+    staleness=jnp.zeros_like(r.lengths),
+  )
+
+
+def step(model, batch, settings, key=0, optimizer=None):
+  config, params, adapter = model
+  optimizer = optimizer or learner.make_optimizer(1e-3)
+  update = jax.jit(
+    functools.partial(learner.update, config=config, settings=settings, optimizer=optimizer)
+  )
+  return update(learner.init_state(adapter, optimizer), params, batch, jax.random.key(key))
+
+
+def assert_same_update(a, b, rtol=1e-4):
+  """States after one update from the same start agree, relative to the step taken."""
+  for x, y in zip(jax.tree.leaves(a.adapter), jax.tree.leaves(b.adapter), strict=True):
+    np.testing.assert_allclose(x, y, atol=rtol * 1e-3 + 1e-7)
+
+
+@pytest.mark.parametrize("name", sorted(losses.PRESETS))
+def test_microbatches_change_nothing(model, name):
+  objective = losses.make(name)
+  groups = 2 if name == "dpo" else 3
+  batch = make_batch(model, objective, G=groups)
+  results = [
+    step(model, batch, LearnerSettings(objective, microbatches=m, chunk_tokens=8 * m))
+    for m in (1, 2, 4)
+  ]
+  for _, metrics in results[1:]:
+    for key in ("loss", "grad_norm", "entropy"):
+      np.testing.assert_allclose(metrics[key], results[0][1][key], rtol=2e-5, atol=1e-6)
+
+
+def test_on_policy_ratios_are_one(model):
+  objective = losses.make("grpo")
+  _, metrics = step(model, make_batch(model, objective), LearnerSettings(objective))
+  assert float(metrics["ratio_deviation_max"]) < 1e-5
+  assert float(metrics["clip_fraction"]) == 0.0
+
+
+def test_remat_changes_nothing(model):
+  objective = losses.make("grpo")
+  batch = make_batch(model, objective)
+  norms = [
+    float(step(model, batch, LearnerSettings(objective, remat=r))[1]["grad_norm"])
+    for r in ("none", "full", "dots")
+  ]
+  np.testing.assert_allclose(norms, norms[0], rtol=1e-5)
+
+
+def test_stop_token_gets_gradient(model):
+  """d loss / d log-prob is non-zero in the last counted slot and zero in the next."""
+  objective = losses.make("grpo")
+  batch = make_batch(model, objective)
+
+  def total(logprobs):
+    return losses.objective(logprobs, jnp.zeros_like(logprobs), batch, objective)[0]
+
+  gradient = np.asarray(jax.grad(total)(batch.behaviour_logprobs))
+  lengths = np.asarray(batch.lengths)
+  ended = np.argwhere(np.asarray(batch.tokens).max(-1) >= 0)
+  stopped = 0
+  for p, g in ended:
+    n = lengths[p, g]
+    is_stop = int(batch.tokens[p, g, n - 1]) in STOPS
+    stopped += is_stop
+    assert gradient[p, g, n - 1] != 0.0
+    assert not gradient[p, g, n:].any()
+  assert stopped > 0
+
+
+def test_nan_rating_leaves_siblings_as_if_it_were_absent(model):
+  """A group of 3 with one NaN gives the gradient of the group of 2 without it."""
+  objective = losses.make("grpo")
+  ratings = jnp.array([[1.0, jnp.nan, 9.0], [3.0, 4.0, jnp.nan], [2.0, 8.0, jnp.nan], [5.0, jnp.nan, 6.0]])
+  batch = make_batch(model, objective, ratings=ratings)
+  a, metrics = step(model, batch, LearnerSettings(objective))
+  keep = jnp.array([[0, 2], [0, 1], [0, 1], [0, 2]])
+  pick = lambda x: jnp.take_along_axis(x, keep.reshape(4, 2, *[1] * (x.ndim - 2)), 1)  # noqa: E731
+  small = batch.replace(
+    **{
+      name: pick(getattr(batch, name))
+      for name in ("tokens", "lengths", "ratings", "behaviour_logprobs", "reference_logprobs", "staleness")
+    }
+  )
+  small = small.replace(advantages=advantages.advantages(small.ratings, objective))
+  b, _ = step(model, small, LearnerSettings(objective))
+  assert np.isfinite(float(metrics["loss"]))
+  assert_same_update(a, b)
+
+
+def test_nonfinite_gradient_is_named_and_not_applied(model):
+  objective = losses.make("grpo")
+  batch = make_batch(model, objective)
+  batch = batch.replace(advantages=batch.advantages.at[0, 0].set(jnp.inf))
+  state, metrics = step(model, batch, LearnerSettings(objective))
+  assert float(metrics["nonfinite"]) == 1.0
+  for x, y in zip(jax.tree.leaves(state.adapter), jax.tree.leaves(model[2]), strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+def test_warmup_rises_to_a_constant():
+  optimizer = learner.make_optimizer(0.1, warmup_steps=4, clip_norm=1e9, eps=1e-30)
+  adapter = {"w": jnp.zeros(())}
+  state, steps = optimizer.init(adapter), []
+  for _ in range(6):
+    updates, state = optimizer.update({"w": jnp.ones(())}, state, adapter)
+    steps.append(-float(updates["w"]))
+  np.testing.assert_allclose(steps, [0.025, 0.05, 0.075, 0.1, 0.1, 0.1], rtol=1e-4)
+
+
+def test_microbatches_must_divide_the_prompts(model):
+  objective = losses.make("grpo")
+  with pytest.raises(UserError, match="microbatches=3"):
+    step(model, make_batch(model, objective), LearnerSettings(objective, microbatches=3))
+
+
+def test_learns_a_toy_task_on_policy(model):
+  """Reward = share of even tokens: thirty on-policy updates raise it far above chance."""
+  config, params, adapter = model
+  objective = losses.make("grpo")
+  optimizer = learner.make_optimizer(0.02)
+  update = jax.jit(
+    functools.partial(
+      learner.update, config=config, settings=LearnerSettings(objective), optimizer=optimizer
+    )
+  )
+  state = learner.init_state(adapter, optimizer)
+  prompts = make_prompts(config, [6, 3, 7, 5], 7)
+  draw = sampler.SamplerSettings(group=8, max_tokens=6)
+  shares = []
+  for i in range(30):
+    r = sampler.sample_jit(params, state.adapter, config, prompts, jax.random.key(i), draw)
+    ratings = 1.0 + 9.0 * (r.tokens % 2 == 0).mean(-1)
+    shares.append(float((ratings.mean() - 1) / 9))
+    batch = Batch(
+      prompts, r.tokens, r.lengths, advantages.advantages(ratings, objective), ratings,
+      r.logprobs, None, jnp.zeros_like(r.lengths),
+    )  # fmt: skip
+    state, _ = update(state, params, batch, jax.random.key(0))
+  assert np.mean(shares[:3]) < 0.7 and np.mean(shares[-3:]) > 0.9

@@ -1,0 +1,113 @@
+"""What the sampler draws, and what it says about it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import LLAMA, make_model, make_prompts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlsafety import learner, sampler
+from rlsafety.errors import UserError
+from rlsafety.models import transformer
+from rlsafety.sampler import SamplerSettings
+from rlsafety.types import Prompts
+
+
+@pytest.fixture(scope="module")
+def model():
+  return LLAMA, *make_model(LLAMA)
+
+
+def draw(model, prompts, key=0, first_row=0, **kwargs):
+  config, params, adapter = model
+  return sampler.sample_jit(
+    params, adapter, config, prompts, jax.random.key(key), SamplerSettings(**kwargs), first_row
+  )
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p", [(1.0, 0, 1.0), (0.6, 0, 1.0), (1.3, 8, 0.8)])
+def test_logprobs_are_the_learners_whatever_was_truncated(family, temperature, top_k, top_p):
+  prompts = make_prompts(family[0], [6, 3], 7)
+  r = draw(
+    family, prompts, group=3, max_tokens=9, stop_ids=tuple(range(20)),
+    temperature=temperature, top_k=top_k, top_p=top_p,
+  )  # fmt: skip
+  config, params, adapter = family
+  scores = learner.token_scores(
+    params, adapter, config, prompts, r.tokens, r.lengths, temperature=temperature
+  )
+  np.testing.assert_allclose(r.logprobs, scores.logprobs, atol=1e-4)
+
+
+def test_stop_token_ends_a_reply_and_belongs_to_it(model):
+  stops = tuple(range(30))
+  r = draw(model, make_prompts(LLAMA, [6, 3, 5], 7), group=6, max_tokens=10, stop_ids=stops)
+  tokens, lengths, finished = (np.asarray(x) for x in (r.tokens, r.lengths, r.finished))
+  assert finished.any()
+  for row, n, done in zip(tokens.reshape(-1, 10), lengths.ravel(), finished.ravel(), strict=True):
+    assert (row[: n - 1] >= 30).all()  # no stop inside
+    assert (row[n - 1] < 30) == done
+    assert done or n == 10
+    assert not row[n:].any()
+
+
+def test_rows_do_not_depend_on_how_the_batch_is_cut(model):
+  whole = make_prompts(LLAMA, [6, 3, 5, 7], 7)
+  r = draw(model, whole, group=3, max_tokens=6)
+  for start in (0, 2):
+    piece = jax.tree.map(lambda x, s=start: x[s : s + 2], whole)
+    part = draw(model, piece, group=3, max_tokens=6, first_row=start)
+    np.testing.assert_array_equal(part.tokens, r.tokens[start : start + 2])
+  other = draw(model, whole, key=1, group=3, max_tokens=6)
+  assert (other.tokens != r.tokens).any()
+  assert (r.tokens[:, 0] != r.tokens[:, 1]).any()  # siblings differ
+
+
+def test_greedy_takes_the_most_likely_token(model):
+  config, params, adapter = model
+  prompts = make_prompts(LLAMA, [4], 4)
+  r = draw(model, prompts, group=1, max_tokens=5, temperature=0.0)
+  sequence = prompts.tokens
+  for i in range(5):
+    n = jnp.array([sequence.shape[1]], jnp.int32)
+    _, hidden = transformer.prefill(params, adapter, config, Prompts(sequence, n))
+    best = jnp.argmax(transformer.unembed(params, config, hidden[:, -1]), -1)
+    assert int(best[0]) == int(r.tokens[0, 0, i])
+    sequence = jnp.concatenate([sequence, best[None].astype(jnp.int32)], 1)
+
+
+def test_first_tokens_follow_the_softmax(model):
+  """4,000 draws of one token: chi-square over the likely tokens within 5 sigma."""
+  config, params, adapter = model
+  prompts = make_prompts(LLAMA, [5], 5)
+  _, hidden = transformer.prefill(params, adapter, config, prompts)
+  probs = jax.nn.softmax(transformer.unembed(params, config, hidden[0, -1]) / 0.9)
+  n = 4000
+  r = draw(model, prompts, group=n, max_tokens=1, temperature=0.9)
+  counts = np.bincount(np.asarray(r.tokens).ravel(), minlength=config.vocab_size)
+  likely = np.asarray(probs) * n >= 5
+  expected = np.asarray(probs)[likely] * n
+  chi2 = ((counts[likely] - expected) ** 2 / expected).sum()
+  k = likely.sum()
+  assert abs(chi2 - k) < 5 * np.sqrt(2 * k)
+
+
+@given(st.integers(0, 12), st.floats(0.05, 1.0), st.integers(0, 10_000))
+@settings(max_examples=60, deadline=None)
+def test_truncation_keeps_the_smallest_sufficient_set(top_k, top_p, seed):
+  logits = np.random.default_rng(seed).normal(size=12).astype(np.float32) * 2
+  kept = np.isfinite(np.asarray(sampler.truncated(jnp.asarray(logits), top_k, top_p)))
+  order = np.argsort(-logits)
+  allowed = order[: top_k or 12]
+  probs = np.exp(logits[allowed] - logits.max())
+  probs /= probs.sum()
+  size = int(np.searchsorted(np.cumsum(probs), top_p - 1e-6) + 1)
+  assert set(np.flatnonzero(kept)) == set(allowed[:size])
+
+
+def test_bad_settings_name_the_field():
+  for kwargs in ({"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -2}):
+    with pytest.raises(UserError, match=next(iter(kwargs))):
+      SamplerSettings(group=1, max_tokens=1, **kwargs)
