@@ -60,7 +60,7 @@ def write_report(run_dir, max_rollouts: int = 10_000) -> pathlib.Path:
   data, omitted = transcripts(evaluations, training, max_rollouts)
   if omitted:
     notes.append(f"{omitted:,} training rollouts left out of this page to keep it light")
-  page = _page(
+  page = render(
     "report.html",
     title=_title(run),
     facts=_facts(run, data),
@@ -84,7 +84,7 @@ def write_report(run_dir, max_rollouts: int = 10_000) -> pathlib.Path:
   return path
 
 
-def _page(template: str, **values) -> str:
+def render(template: str, **values) -> str:
   """Renders a template with the style and script inlined and the script's hash allowed."""
   import jinja2
 

@@ -12,6 +12,11 @@ from rlsafety.metrics import statistics as s
 NAN = float("nan")
 
 
+def test_ranks_are_scipys():
+  values = np.random.default_rng(0).integers(0, 5, (4, 9))
+  np.testing.assert_array_equal(s.ranks(values), stats.rankdata(values, axis=-1))
+
+
 @pytest.mark.parametrize("ties", [False, True])
 def test_exact_spearman_p_is_brute_force(ties):
   rng = np.random.default_rng(3)

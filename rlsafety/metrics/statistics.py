@@ -23,7 +23,8 @@ class Correlation:
 
   p: two-sided permutation p, exact if `exact`, else from PERMUTATIONS seeded draws.
   p_t: the usual t approximation, which the study printed. low, high: 95% interval, by
-  Fisher's z (Pearson) or Bonett and Wright (2000) (Spearman); NaN below n = 4.
+  Fisher's z (Pearson) or Bonett and Wright (2000) (Spearman); NaN below n = 4
+  and at |r| = 1.
   """
 
   method: str
@@ -46,7 +47,7 @@ def correlate(x, y, method: str = "spearman", seed: int = 0) -> Correlation:
     return Correlation(method, n, *[math.nan] * 5, exact=False)
   exact = method == "spearman" and n <= EXACT_LIMIT
   if method == "spearman":
-    x, y = stats.rankdata(x), stats.rankdata(y)
+    x, y = ranks(x), ranks(y)
   r = pearson(x, y)
   p = _exact_p(x, y) if exact else _permutation_p(x, y, seed)
   t = r * math.sqrt((n - 2) / max(1 - r * r, 1e-300))
@@ -59,6 +60,14 @@ def complete(*arrays):
   arrays = [np.asarray(a, float) for a in arrays]
   use = np.all([np.isfinite(a) for a in arrays], axis=0)
   return tuple(a[use] for a in arrays)
+
+
+def ranks(values):
+  """Ranks from 1 along the last axis, ties sharing their mean. Quadratic, for few models."""
+  values = np.asarray(values, float)
+  below = (values[..., :, None] > values[..., None, :]).sum(-1)
+  equal = (values[..., :, None] == values[..., None, :]).sum(-1)
+  return below + (equal + 1) / 2
 
 
 def pearson(x, y) -> float:
@@ -75,10 +84,8 @@ def interval(r: float, n: int, method: str, level: float = 0.95) -> tuple[float,
 
   Spearman's z has the wider standard error sqrt((1 + r^2/2) / (n - 3)) (Bonett, Wright).
   """
-  if n < 4 or not math.isfinite(r):
+  if n < 4 or not abs(r) < 1 - 1e-12:  # at |r| = 1 (few models) z has no finite value
     return math.nan, math.nan
-  if abs(r) > 1 - 1e-12:
-    return r, r
   spread = math.sqrt((1 + r * r / 2 if method == "spearman" else 1) / (n - 3))
   half = stats.norm.isf((1 - level) / 2) * spread
   return math.tanh(math.atanh(r) - half), math.tanh(math.atanh(r) + half)
@@ -119,11 +126,16 @@ def _pairing_sums(x: tuple, y: tuple):
 
 def _permutation_p(x, y, seed: int) -> float:
   """(1 + draws at least as extreme) / (1 + draws), with seeded permutations of y."""
-  rng = np.random.default_rng(seed)
+  shuffled = (y - y.mean())[_permutations(len(y), seed)]
   centred = x - x.mean()
-  shuffled = rng.permuted(np.tile(y - y.mean(), (PERMUTATIONS, 1)), axis=1)
   extreme = np.abs(shuffled @ centred) >= abs(centred @ (y - y.mean())) - 1e-12
   return float((1 + extreme.sum()) / (1 + PERMUTATIONS))
+
+
+@functools.lru_cache(maxsize=4)
+def _permutations(n: int, seed: int):
+  """[PERMUTATIONS, n] seeded orders, the same for every pair of variables."""
+  return np.random.default_rng(seed).permuted(np.tile(np.arange(n), (PERMUTATIONS, 1)), axis=1)
 
 
 def holm(p) -> np.ndarray:
@@ -158,7 +170,7 @@ def partial(x, y, controls, method: str = "spearman") -> Correlation:
   if n - 2 - k < 1:
     return Correlation(method, n, *[math.nan] * 5, exact=False)
   if method == "spearman":
-    x, y, *controls = (stats.rankdata(a) for a in (x, y, *controls))
+    x, y, *controls = (ranks(a) for a in (x, y, *controls))
   design = np.column_stack([np.ones(n), *controls])
   residual = [a - design @ np.linalg.lstsq(design, a, rcond=None)[0] for a in (x, y)]
   # A variable that its controls determine has nothing left to correlate.
@@ -178,19 +190,16 @@ def leave_one_out(x, y, names, method: str = "spearman") -> dict[str, float]:
   use = np.isfinite(np.asarray(x, float)) & np.isfinite(np.asarray(y, float))
   x, y = np.asarray(x, float)[use], np.asarray(y, float)[use]
   names = [name for name, keep in zip(names, use, strict=True) if keep]
-  return {name: _r(np.delete(x, i), np.delete(y, i), method) for i, name in enumerate(names)}
-
-
-def _r(x, y, method) -> float:
-  if len(x) < 3:
-    return math.nan
-  return pearson(*(stats.rankdata(a) for a in (x, y))) if method == "spearman" else pearson(x, y)
+  if len(x) < 4:
+    return dict.fromkeys(names, math.nan)
+  rest = np.array([np.delete(np.arange(len(x)), i) for i in range(len(x))])
+  return dict(zip(names, _r_rows(x[rest], y[rest], method).tolist(), strict=True))
 
 
 def _r_rows(x, y, method):
   """Correlation of each row pair of x, y [draws, n]."""
   if method == "spearman":
-    x, y = stats.rankdata(x, axis=-1), stats.rankdata(y, axis=-1)
+    x, y = ranks(x), ranks(y)
   return pearson(x, y)
 
 
@@ -226,7 +235,8 @@ def bootstrap_seeds(x, values, method="spearman", draws=1_000, seed=0, level=0.9
 
 def per_seed(x, values, method="spearman") -> np.ndarray:
   """The correlation at each seed alone: values [models, seeds] -> [seeds]."""
-  return np.array([_r(*complete(x, column), method) for column in np.asarray(values, float).T])
+  columns = [complete(x, column) for column in np.asarray(values, float).T]
+  return np.array([_r_rows(*c, method) if len(c[0]) > 2 else math.nan for c in columns])
 
 
 def _percentiles(draws, level):
@@ -238,6 +248,7 @@ def _percentiles(draws, level):
   return float(low), float(high)
 
 
+@functools.lru_cache(maxsize=4096)
 def power(rho: float, n: int, alpha: float = 0.05) -> float:
   """Chance that a two-sided test of level alpha at n models finds a true correlation rho.
 
@@ -253,6 +264,7 @@ def power(rho: float, n: int, alpha: float = 0.05) -> float:
   return float(stats.norm.cdf((z - critical_z) * root) + stats.norm.cdf((-z - critical_z) * root))
 
 
+@functools.lru_cache(maxsize=256)
 def detectable(n: int, wanted: float = 0.8, alpha: float = 0.05) -> float:
   """The smallest |rho| found with probability `wanted` at n models; NaN below n = 4."""
   if n < 4:
