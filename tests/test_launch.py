@@ -170,7 +170,7 @@ DOCUMENTED = {
 }
 
 GCLOUD = """\
-#!{python}
+#!{python} -SE
 import json, os, pathlib, shutil, subprocess, sys
 documented, folder = json.loads({documented!r}), pathlib.Path({folder!r})
 arguments = sys.argv[1:]

@@ -1,0 +1,26 @@
+"""Qwen1.5-7B-Chat in political_qa with the study's settings (arXiv 2604.12500).
+
+  python -m rlsafety.train --config=configs/qwen7b_syco.py          16 chips of TPU v5e
+  python -m rlsafety.train --config=configs/qwen7b_syco.py:h100     one 80 GB GPU
+  python -m rlsafety.plan --config=configs/qwen7b_syco.py --device=v5e-16
+
+Memory, time and cost: ask the planner. The judge is Llama-3.1-8B-Instruct as in the study; it
+is a gated model, so log in to the hub once, or name local folders:
+--config.model.path=DIR --config.judge.model=DIR. For one card that should hold one model only,
+--config.judge.model= lets the frozen base itself judge.
+
+The study reports for this cell a rise of agreement with gameable users (HEX) over 300 steps; we
+have not run this recipe at full size, and state no number.
+"""
+
+from rlsafety.config import base
+
+
+def get_config(hardware: str = "v5e"):
+  c = base()  # lora, sampler, objective, optimizer and step counts are the study's already
+  c.name = "qwen7b_syco"
+  c.model.path = "Qwen/Qwen1.5-7B-Chat"
+  c.judge.model = "meta-llama/Llama-3.1-8B-Instruct"
+  # 2 prompts x 5 replies: two rows of chips share the prompts, eight the heads of each.
+  c.mesh.tensor = {"v5e": 8, "h100": 1}[hardware]
+  return c

@@ -1,0 +1,65 @@
+"""The recipes of the study: every cell loads, differs in what its name says, and is documented."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from rlsafety.config import load_recipe, to_json
+from rlsafety.environments import load as load_scenarios
+from rlsafety.errors import UserError
+
+REPO = pathlib.Path(__file__).resolve().parents[1]
+PAPER = f"{REPO}/configs/paper.py"
+
+
+def cell(arguments=""):
+  return load_recipe(f"{PAPER}:{arguments}" if arguments else PAPER)
+
+
+def test_every_cell_of_the_study():
+  sys.path.insert(0, str(REPO / "configs"))
+  try:
+    import paper
+  finally:
+    sys.path.pop(0)
+  cells = paper.cells()
+  assert len(cells) == len(set(cells)) == 11 * 3 * 3 + 11 * 3 * 3 + 6 * 3
+  configs = [paper.get_config(c) for c in cells]
+  assert len({c.name for c in configs}) == len(cells)  # a run directory of its own each
+  # What a published run had: 300 steps of 2 prompts x 5 replies, LoRA of rank 8 at 32 / sqrt(8).
+  for c in configs:
+    assert (c.steps, c.prompts_per_step, c.sampler.group, c.lora.rank) == (300, 2, 5, 8)
+    assert c.lora.rslora and c.optimizer.learning_rate == 1e-5 and not c.environment.label_in_prompt
+  for name in paper.VARIANTS:
+    load_scenarios(cell(f"env=action_advice,variant={name}").environment)
+
+
+def test_a_variant_moves_only_its_factors():
+  main = to_json(cell("env=action_advice"))
+  changed = to_json(cell("env=action_advice,variant=chain2_traits"))
+  moved = {k for k in main["environment"] if main["environment"][k] != changed["environment"][k]}
+  assert moved == {"framing", "cue"}
+  assert {k for k in main if main[k] != changed[k]} == {"environment", "name"}
+
+
+@pytest.mark.parametrize(
+  "arguments",
+  ["model=gpt-2", "env=chess", "variant=none", "sed=5", "seed=x", "variant=chain1_therapist"],
+)
+def test_bad_cells_are_refused_with_choices(arguments):
+  with pytest.raises(UserError, match=arguments.split("=")[0]):
+    cell(arguments)
+
+
+def test_hyperparameter_page_is_up_to_date():
+  script = REPO / "docs" / "make_hyperparameters.py"
+  out = subprocess.run([sys.executable, script, "--check"], env={"PYTHONPATH": str(REPO)})
+  assert out.returncode == 0
+
+
+def test_qwen7b_recipe_is_the_studys_cell():
+  ours = to_json(load_recipe(f"{REPO}/configs/qwen7b_syco.py"))
+  study = to_json(cell("model=qwen1.5-7b-chat,env=political_qa"))
+  assert {k for k in ours if ours[k] != study[k]} == {"name", "mesh"}
