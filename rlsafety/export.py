@@ -2,9 +2,11 @@
 
   python -m rlsafety.export --run=runs/x --format=peft [--out=DIR]     the LoRA adapter
   python -m rlsafety.export --run=runs/x --format=merged [--out=DIR]   whole weights
+  python -m rlsafety.export --run=runs/x --format=inspect [--out=DIR]  rollouts as .eval logs
 
 The first is read by peft.PeftModel, the second by transformers' AutoModelForCausalLM and
-everything that reads its folders. Both give the logits of the run's last adapter.
+everything that reads its folders. Both give the logits of the run's last adapter. The
+third opens with `inspect view --log-dir=DIR`.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import sys
 
 import jax.numpy as jnp
 
+from rlsafety import inspect_log
 from rlsafety.errors import UserError, run_main
 from rlsafety.models import hf, load, presets
 
@@ -46,14 +49,17 @@ def main(argv: list[str]) -> None:
     prog="python -m rlsafety.export", description="Writes a run's model for other programs."
   )
   parser.add_argument("--run", type=pathlib.Path, required=True, help="run directory")
-  parser.add_argument("--format", choices=["peft", "merged"], required=True)
+  parser.add_argument("--format", choices=["peft", "merged", "inspect"], required=True)
   parser.add_argument("--out", type=pathlib.Path, help="default: RUN/export_FORMAT")
   parser.add_argument(
     "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of merged"
   )
   args = parser.parse_args(argv[1:])
   out = args.out or args.run / f"export_{args.format}"
-  export(args.run, args.format, out, args.dtype)
+  if args.format == "inspect":
+    inspect_log.write_inspect_logs(args.run, out)
+  else:
+    export(args.run, args.format, out, args.dtype)
   print(json.dumps({"written": str(out)}))
 
 

@@ -139,13 +139,12 @@ def eval_rollouts(run: Run, notes: list[str] | None = None) -> dict[int, list[di
 
 
 def model_name(run: Run) -> str:
-  """How the run names its policy: config.json's model, else the config's path or preset."""
-  for source in (run.info.get("model"), run.config.get("model")):
-    if isinstance(source, dict):
-      source = source.get("name") or source.get("path") or source.get("preset")
-    if source:
-      return str(source).rstrip("/").split("/")[-1].removeprefix("package:")
-  return ""
+  """How the run names its policy: config.json's model name, else the path or preset."""
+  stated, chosen = (d if isinstance(d, dict) else {"name": d or ""} for d in
+                    (run.info.get("model"), run.config.get("model")))  # fmt: skip
+  names = (stated.get("name"), chosen.get("name"), chosen.get("path"), chosen.get("preset"))
+  name = next((str(n) for n in names if n), str(stated.get("path") or ""))
+  return name.rstrip("/").split("/")[-1].removeprefix("package:")
 
 
 def environment_name(run: Run) -> str:

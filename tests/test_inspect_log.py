@@ -1,0 +1,30 @@
+"""Inspect logs read back through inspect_ai itself."""
+
+import math
+
+import pytest
+import synthetic_runs
+
+from rlsafety import inspect_log, runs
+
+
+def test_logs_read_back_with_every_rollout_and_score(tmp_path, monkeypatch):
+  log = pytest.importorskip("inspect_ai.log", reason="inspect_ai is not installed")
+  path = synthetic_runs.write_run(tmp_path / "run", steps=12, eval_every=12, extra=["<b>x</b>"])
+  monkeypatch.setattr(inspect_log, "PER_LOG", 100)
+  written = inspect_log.write_inspect_logs(path, tmp_path / "logs")
+  assert [p.name for p in written] == ["heldout.eval", "train_000.eval", "train_001.eval"]
+  records = [r for rs in runs.eval_rollouts(runs.load_run(path)).values() for r in rs]
+  read = log.read_eval_log(str(written[0]))
+  assert read.status == "success" and len(read.samples) == len(records)
+  assert len({(s.id, s.epoch) for s in read.samples}) == len(records)
+  found = {(s.metadata["step"], s.id, s.epoch): s for s in read.samples}
+  for r in records:
+    sample = found[r["step"], f"{r['scenario_id']}@{r['step']}.{r['prompt']}", r["sample"] + 1]
+    assert sample.messages[-1].text == r["completion"]
+    assert [m.role for m in sample.messages] == ["system", "user", "assistant"]
+    for label, field in (("reward", "rating"), ("HEX", "hex"), ("ACC", "acc")):
+      value = sample.scores[label].value
+      assert value == r[field] if r[field] is not None else math.isnan(value)
+  train = [s for p in written[1:] for s in log.read_eval_log(str(p)).samples]
+  assert len(train) == 12 * 16 and any(math.isnan(s.scores["reward"].value) for s in train)
