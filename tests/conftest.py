@@ -7,8 +7,14 @@ devices, XLA's CPU collectives wait for each other for ever.
 import os
 
 os.environ.setdefault("NPROC", "16")
-os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = " ".join(
+  [
+    os.environ.get("XLA_FLAGS", ""),
+    "--xla_force_host_platform_device_count=8",
+    # Tests compile far longer than they compute.
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+  ]
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -60,14 +66,18 @@ CONFIGS = {"llama": LLAMA, "qwen": QWEN, "gemma": GEMMA}
 
 def make_model(config, seed=0, rank=4):
   """(params, adapter) with every weight random and large enough to matter."""
-  params = transformer.init_params(config, jax.random.key(seed))
+  rng = np.random.default_rng(seed)  # numpy: jax would compile a generator for each shape
+  fill = lambda shape, size: jnp.asarray(size * rng.standard_normal(shape), jnp.float32)  # noqa: E731
+  declared = transformer.weights(config)
   params = jax.tree.map(
-    lambda x: x + 0.15 * jax.random.normal(jax.random.key(x.size), x.shape), params
+    lambda w: fill(w.shape, 0.15) + (w.init == "ones"), declared, is_leaf=transformer.is_weight
   )
-  layers = transformer.weights(config)["layers"]
-  adapter = lora.init_adapter(layers, lora.LoraConfig(rank=rank, alpha=4.0), jax.random.key(1))
-  noise = lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size + 1), x.shape)  # noqa: E731
-  return params, jax.tree.map(noise, adapter)
+  weights = {
+    name: {"a": fill((w.shape[0], w.shape[1], rank), 0.1), "b": fill((w.shape[0], rank, w.shape[2]), 0.05)}
+    for name, w in declared["layers"].items()
+    if name in lora.TARGETS
+  }
+  return params, lora.Adapter(weights, scale=2.0)
 
 
 def make_prompts(config, lengths, slots, seed=0):

@@ -110,17 +110,15 @@ def test_stop_token_gets_gradient(model):
 def test_nan_rating_leaves_siblings_as_if_it_were_absent(model):
   """A group of 3 with one NaN gives the gradient of the group of 2 without it."""
   objective = losses.make("grpo")
-  ratings = jnp.array([[1.0, jnp.nan, 9.0], [3.0, 4.0, jnp.nan], [2.0, 8.0, jnp.nan], [5.0, jnp.nan, 6.0]])
+  nan = jnp.nan
+  ratings = jnp.array([[1.0, nan, 9.0], [3.0, 4.0, nan], [2.0, 8.0, nan], [5.0, nan, 6.0]])
   batch = make_batch(model, objective, ratings=ratings)
   a, metrics = step(model, batch, LearnerSettings(objective))
   keep = jnp.array([[0, 2], [0, 1], [0, 1], [0, 2]])
   pick = lambda x: jnp.take_along_axis(x, keep.reshape(4, 2, *[1] * (x.ndim - 2)), 1)  # noqa: E731
-  small = batch.replace(
-    **{
-      name: pick(getattr(batch, name))
-      for name in ("tokens", "lengths", "ratings", "behaviour_logprobs", "reference_logprobs", "staleness")
-    }
-  )
+  per_reply = ("tokens", "lengths", "ratings", "behaviour_logprobs", "reference_logprobs")
+  small = batch.replace(**{name: pick(getattr(batch, name)) for name in per_reply})
+  small = small.replace(staleness=pick(batch.staleness))
   small = small.replace(advantages=advantages.advantages(small.ratings, objective))
   b, _ = step(model, small, LearnerSettings(objective))
   assert np.isfinite(float(metrics["loss"]))

@@ -1,9 +1,11 @@
 """The two-segment decoder against itself, run flat: one softmax, one set of positions."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from conftest import make_prompts
+from conftest import LLAMA, make_model, make_prompts
 
 from rlsafety import learner, logprobs
 from rlsafety.models import lora, transformer
@@ -17,20 +19,27 @@ def completions(config, P, G, T, seed=1):
 
 
 def flat_logprobs(params, adapter, config, prompts, tokens, lengths):
-  """Every row alone as one sequence through `prefill`: no group, no second segment."""
+  """Every row as one sequence of its own through `prefill`: no group, no second segment."""
   P, G, T = tokens.shape
-  out = []
-  for p in range(P):
-    n = (6, 3)[p]  # static: the lengths of the one test that comes here
-    rows = []
-    for g in range(G):
-      row = jnp.concatenate([prompts.tokens[p, :n], tokens[p, g]])[None]
-      sequence = Prompts(row, jnp.array([n + T], jnp.int32))
-      _, hidden = transformer.prefill(params, adapter, config, sequence)
-      logits = transformer.unembed(params, config, hidden[0, n - 1 : n + T - 1])
-      rows.append(jax.nn.log_softmax(logits)[jnp.arange(T), tokens[p, g]])
-    out.append(jnp.stack(rows))
-  return jnp.where(jnp.arange(T) < lengths[..., None], jnp.stack(out), 0.0)
+  S = prompts.tokens.shape[1]
+  slot = jnp.arange(S + T)
+  n = jnp.repeat(prompts.lengths, G)[:, None]
+  rows = jnp.repeat(jnp.pad(prompts.tokens, ((0, 0), (0, T))), G, 0)
+  own = jnp.take_along_axis(tokens.reshape(P * G, T), jnp.clip(slot - n, 0, T - 1), 1)
+  rows = jnp.where(slot < n, rows, own)
+  _, hidden = transformer.prefill(params, adapter, config, Prompts(rows, n[:, 0] + T))
+  at = n - 1 + jnp.arange(T)
+  hidden = jnp.take_along_axis(hidden, at[..., None], 1)
+  logprobs = jax.nn.log_softmax(transformer.unembed(params, config, hidden))
+  logprobs = jnp.take_along_axis(logprobs.reshape(P, G, T, -1), tokens[..., None], -1)[..., 0]
+  return jnp.where(jnp.arange(T) < lengths[..., None], logprobs, 0.0)
+
+
+def grouped_logprobs(params, adapter, config, prompts, tokens, lengths):
+  return learner.token_scores(params, adapter, config, prompts, tokens, lengths).logprobs
+
+
+grouped_jit = jax.jit(grouped_logprobs, static_argnums=2)
 
 
 def test_grouped_equals_flat_in_value_and_gradient(family):
@@ -38,17 +47,19 @@ def test_grouped_equals_flat_in_value_and_gradient(family):
   prompts = make_prompts(config, [6, 3], 7)
   tokens, lengths = completions(config, 2, 3, 5)
 
-  def grouped(adapter):
-    return learner.token_scores(params, adapter, config, prompts, tokens, lengths).logprobs
-
-  def flat(adapter):
-    return flat_logprobs(params, adapter, config, prompts, tokens, lengths)
-
-  np.testing.assert_allclose(grouped(adapter), flat(adapter), atol=2e-5)
   weight = jax.random.normal(jax.random.key(2), tokens.shape)
-  a = jax.jit(jax.grad(lambda x: (grouped(x) * weight).sum()))(adapter)
-  b = jax.jit(jax.grad(lambda x: (flat(x) * weight).sum()))(adapter)
-  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+
+  def value_and_gradient(logprobs):
+    def total(adapter):
+      out = logprobs(params, adapter, config, prompts, tokens, lengths)
+      return (out * weight).sum(), out
+
+    return jax.jit(jax.value_and_grad(total, has_aux=True))(adapter)
+
+  (_, a), grad_a = value_and_gradient(grouped_logprobs)
+  (_, b), grad_b = value_and_gradient(flat_logprobs)
+  np.testing.assert_allclose(a, b, atol=2e-5)
+  for x, y in zip(jax.tree.leaves(grad_a), jax.tree.leaves(grad_b), strict=True):
     np.testing.assert_allclose(x, y, atol=2e-5 * float(jnp.abs(y).max()) + 1e-7)
 
 
@@ -56,8 +67,9 @@ def test_cached_decode_equals_teacher_forcing(family):
   config, params, adapter = family
   prompts = make_prompts(config, [6, 3], 7)
   tokens, _ = completions(config, 2, 3, 8)
-  cache, _ = transformer.prefill(params, adapter, config, prompts)
-  hidden, _ = transformer.extend(params, adapter, config, cache, tokens)
+  cache, _ = jax.jit(transformer.prefill, static_argnums=2)(params, adapter, config, prompts)
+  extend = jax.jit(transformer.extend, static_argnums=2)
+  hidden, _ = extend(params, adapter, config, cache, tokens)
   own = transformer.init_cache(config, 2, 3, 8, jnp.float32)
   decode = jax.jit(transformer.decode, static_argnums=2)
   for i in range(8):
@@ -72,8 +84,8 @@ def test_padding_slots_change_nothing(family):
   filled = jnp.pad(short.tokens, ((0, 0), (0, 9)), constant_values=5)
   longer = Prompts(filled.at[1, 3:].set(11), short.lengths)
   wide = jnp.pad(tokens, ((0, 0), (0, 0), (0, 6)), constant_values=7)
-  a = learner.token_scores(params, adapter, config, short, tokens, lengths).logprobs
-  b = learner.token_scores(params, adapter, config, longer, wide, lengths).logprobs
+  a = grouped_jit(params, adapter, config, short, tokens, lengths)
+  b = grouped_jit(params, adapter, config, longer, wide, lengths)
   np.testing.assert_allclose(a, b[..., :5], atol=1e-5)
   assert not b[..., 5:].any()
 
@@ -82,7 +94,7 @@ def test_fresh_adapter_is_the_base_and_merging_is_the_adapter(family):
   config, params, adapter = family
   prompts = make_prompts(config, [6, 3], 7)
   tokens, lengths = completions(config, 2, 2, 4)
-  score = lambda base, a: learner.token_scores(base, a, config, prompts, tokens, lengths).logprobs  # noqa: E731
+  score = lambda base, a: grouped_jit(base, a, config, prompts, tokens, lengths)  # noqa: E731
   layers = transformer.weights(config)["layers"]
   fresh = lora.init_adapter(layers, lora.LoraConfig(rank=4), jax.random.key(3))
   np.testing.assert_array_equal(score(params, fresh), score(params, None))
@@ -98,16 +110,15 @@ def test_chunked_scores_match_plain_softmax(family):
   tokens, _ = completions(config, 2, 3, 6)
   plain = jax.nn.log_softmax(transformer.unembed(params, config, hidden) / 0.7)
   for chunk_tokens in (1, 12, 10_000):
-    out = logprobs.score(
-      params, config, hidden, tokens, temperature=0.7, chunk_tokens=chunk_tokens
-    )
+    score = functools.partial(logprobs.score, temperature=0.7, chunk_tokens=chunk_tokens)
+    out = jax.jit(score, static_argnums=1)(params, config, hidden, tokens)
     picked = jnp.take_along_axis(plain, tokens[..., None], -1)[..., 0]
     np.testing.assert_allclose(out.logprobs, picked, atol=1e-5)
     np.testing.assert_allclose(out.entropy, -(jnp.exp(plain) * plain).sum(-1), atol=1e-5)
 
 
-def test_dropout_is_off_at_rate_zero_and_unbiased_above(family):
-  config, params, adapter = family
+def test_dropout_is_off_at_rate_zero_and_unbiased_above():
+  config, (params, adapter) = LLAMA, make_model(LLAMA)
   x = jax.random.normal(jax.random.key(5), (4000, config.d_model))
   ab = jax.tree.map(lambda w: w[0], adapter.weights["q"])
   w = params["layers"]["q"][0] * 0
@@ -120,8 +131,7 @@ def test_dropout_is_off_at_rate_zero_and_unbiased_above(family):
   assert (jnp.abs(dropped.mean(0) - exact[0]) < 5 * error + 1e-6).all()
 
 
-def test_no_logits_of_all_tokens_at_once():
-  """The compiled update may hold logits of one chunk, never of all P * G * T tokens."""
+def test_chunks_are_the_largest_divisor_that_fits():
   assert logprobs.chunk_slots(4, 8, 48, 256) == 8
   assert logprobs.chunk_slots(64, 8, 256, 2048) == 4
   assert logprobs.chunk_slots(64, 8, 7, 1) == 1
