@@ -5,6 +5,7 @@ docstring is the experiment's record. `read_flags` parses a program's command li
 mistyped or ill-typed field is one clear line, never silently ignored.
 """
 
+import dataclasses
 import difflib
 import importlib.util
 import json
@@ -56,13 +57,12 @@ def base() -> ConfigDict:
   c.judge.url = ""  # http: address of an OpenAI-compatible endpoint
   c.judge.degenerate = "floor"  # empty or degenerate replies: floor | nan
 
-  c.objective = ConfigDict()  # see losses.Objective; fields left out take the method's own
-  c.objective.name = "grpo"
-  c.objective.clip_low = 0.2
-  c.objective.clip_high = 0.2
-  c.objective.kl = "none"  # to the frozen base: none | k2 | k3 | k1_reward
-  c.objective.kl_coef = 0.0
-  c.objective.entropy_coef = 0.0
+  c.objective = objective("grpo")  # all fields of losses.Objective; its name brings the rest
+  c.epochs = 1  # updates on each batch; more than one needs behaviour log-probs
+
+  c.data = ConfigDict()  # recorded rollouts, see rlsafety.data.record
+  c.data.path = ""  # dataset folder; "" = on-policy
+  c.data.fraction = 1.0  # share of every batch's prompts that come from it
 
   c.optimizer = ConfigDict()
   c.optimizer.learning_rate = 1e-5
@@ -92,6 +92,25 @@ def base() -> ConfigDict:
   c.mesh.fsdp = 1
   c.mesh.tensor = 1
   return c
+
+
+def objective(name: str, **overrides) -> ConfigDict:
+  """The method `name` with its usual settings (`losses.make`) as part of a config."""
+  from rlsafety import losses
+
+  return ConfigDict(dataclasses.asdict(losses.make(name, **overrides)))
+
+
+def beside(file: str, argument: str, **recipes: str) -> ConfigDict:
+  """A recipe built on another: beside(__file__, argument, full="a", quicktest="b") gives
+  a.py's config, or b.py's where the argument is "quicktest", under the name of `file`."""
+  argument = argument or "full"
+  if argument not in recipes:
+    raise UserError(f"--config={file}:{argument}: known arguments are {', '.join(recipes)}")
+  here = pathlib.Path(file)
+  config = load_recipe(str(here.with_name(f"{recipes[argument]}.py")))
+  config.name = here.stem + ("" if argument == "full" else f"_{argument}")
+  return config
 
 
 _FIELD = re.compile(r"^--config\.([A-Za-z0-9_.]+)(?:=(.*))?$", re.S)
@@ -131,7 +150,8 @@ def read_flags(argv: list[str], extra=()) -> tuple[ConfigDict, dict]:
   if not recipe:
     raise UserError("no recipe: give --config=configs/<name>.py")
   config = load_recipe(recipe)
-  for field, value in overrides:
+  # A method's name comes first: it resets the fields of `objective` to the method's own.
+  for field, value in sorted(overrides, key=lambda o: o[0] != "objective.name"):
     set_field(config, field, value)
   return config.lock(), values
 
@@ -155,6 +175,9 @@ def load_recipe(recipe: str) -> ConfigDict:
 
 def set_field(config: ConfigDict, field: str, text: str | None) -> None:
   """Sets config.<field> from text, by the type of the field's present value."""
+  if field == "objective.name":
+    config.objective = objective(text or "")
+    return
   parts = field.split(".")
   node = config
   for i, part in enumerate(parts):

@@ -30,6 +30,7 @@ from rlsafety import (
 )
 from rlsafety import config as config_lib
 from rlsafety.data import prompts as prompt_order
+from rlsafety.data import recorded
 from rlsafety.errors import UserError, run_main
 from rlsafety.metrics.groups import group_means
 from rlsafety.models import hf, load, lora, transformer
@@ -69,6 +70,7 @@ def run(config, workdir: str) -> dict:
   train_prompts, eval_prompts = encode(train_users), encode(eval_users)
   say(f"model {model.source}: {transformer.params_count(model.config) / 1e6:.1f} M parameters")
   say(f"environment {config.environment.name}: {len(train_users)} training prompts")
+  records, from_records = open_records(config, model)
   score = judges.make_scorer(config, model, mesh)
   say(f"judge {score.describe()['name']}: {score.describe()['limits']}")
 
@@ -78,16 +80,10 @@ def run(config, workdir: str) -> dict:
   settings = learner_settings(config)
   state = init_state(config, model, optimizer, mesh, jax.random.fold_in(root, 0))
   update = jax.jit(
-    functools.partial(
-      learner.update, config=model.config, settings=settings, optimizer=optimizer
-    ),
+    functools.partial(learner.update, config=model.config, settings=settings, optimizer=optimizer),
     donate_argnums=0,
   )
-  make_batch = jax.jit(
-    functools.partial(
-      on_policy_batch, base=model.params, config=model.config, settings=settings
-    )
-  )
+  make_batch = jax.jit(functools.partial(complete_batch, config=model.config, settings=settings))
   draw = sampler_settings(config, model.chat.stop_ids)
 
   # --- Resume -------------------------------------------------------------------------
@@ -141,23 +137,29 @@ def run(config, workdir: str) -> dict:
 
   def log(pending) -> None:
     """Writes one step; called while the device works on the next one."""
-    step, users, rollouts, scores, metrics, times = pending
+    step, users, rollouts, scores, data, lengths, metrics, times = pending
     rollouts, scores, metrics = sharding.fetch((rollouts, scores, metrics))
+    lengths = sharding.fetch(lengths)
     if metrics.pop("nonfinite"):
       raise FloatingPointError(
         f"step {step}: the gradient is not finite (loss {metrics['loss']}); the adapter of the "
         f"step before is in {workdir / 'checkpoints'}; lower optimizer.learning_rate"
       )
-    tokens = int(rollouts.lengths.sum())
-    row = {"step": step, **group_means(scores, np.array([s.is_gameable for s in users]))}
-    row |= {"unscorable": int(np.isnan(scores["reward"]).sum())}
-    row |= {"length_mean": rollouts.lengths.mean(), "finished": rollouts.finished.mean()}
+    row = {"step": step}
+    if users:
+      row |= group_means(scores, np.array([s.is_gameable for s in users]))
+      row |= {"unscorable": int(np.isnan(scores["reward"]).sum())}
+      row |= {"length_mean": rollouts.lengths.mean(), "finished": rollouts.finished.mean()}
+    if data:
+      means = group_means({n: data[n] for n in ("reward", "acc", "hex")}, data["is_gameable"])
+      row |= {f"data_{name}": value for name, value in means.items()}
     row |= {name: float(value) for name, value in metrics.items()}
     timing = {"step": step, "seconds": sum(times.values()), **times}
-    timing["tokens_per_second"] = tokens / timing["seconds"]
+    timing["tokens_per_second"] = int(lengths.sum()) / timing["seconds"]
     if first_process:
-      records = rundir.rollout_records(step, 0, users, model.chat, rollouts, scores)
-      rundir.append(workdir / "rollouts/train.jsonl", records)
+      if users:  # what this policy said; what it read stays where it was recorded
+        rows = rundir.rollout_records(step, 0, users, model.chat, rollouts, scores)
+        rundir.append(workdir / "rollouts/train.jsonl", rows)
       rundir.append(workdir / "metrics.jsonl", [row])
       rundir.append(workdir / "timing.jsonl", [timing])
       write_events(step, {**row, **timing})
@@ -178,21 +180,33 @@ def run(config, workdir: str) -> dict:
     checkpoints.save(manager, step, state)
   while step < config.steps:
     step_key = jax.random.fold_in(jax.random.fold_in(root, 2), step)
-    chosen = prompt_order.at(train_users, config.seed, step, config.prompts_per_step)
-    users = [train_users[i] for i in chosen]
-    tokens, lengths = (x[chosen] for x in train_prompts)
-    prompts, rollouts, scores, judge_metrics, times = rollouts_of(
-      state.adapter, users, tokens, lengths, jax.random.fold_in(step_key, 0), draw
-    )
+    users, rollouts, scores, judge_metrics, times = [], None, {}, {}, {}
+    drawn = replayed = data = None
+    if sampled := config.prompts_per_step - from_records:
+      chosen = prompt_order.at(train_users, config.seed, step, sampled)
+      users = [train_users[i] for i in chosen]
+      tokens, lengths = (x[chosen] for x in train_prompts)
+      prompts, rollouts, scores, judge_metrics, times = rollouts_of(
+        state.adapter, users, tokens, lengths, jax.random.fold_in(step_key, 0), draw
+      )
+      drawn = prompts, rollouts, scores["reward"]
     began = time.monotonic()
-    batch = make_batch(prompts, rollouts, scores["reward"])
-    state, metrics = update(state, model.params, batch, jax.random.fold_in(step_key, 1))
+    if from_records:
+      replayed, data = recorded.batch_at(records, config.seed, step, from_records)
+      replayed = sharding.put_prompts(mesh, replayed)
+    batch = make_batch(model.params, drawn, replayed)
+    for epoch in range(config.epochs):
+      if epoch:
+        batch = batch.replace(staleness=batch.staleness + 1)
+      key = jax.random.fold_in(step_key, 1 + epoch)
+      state, metrics = update(state, model.params, batch, key)
     if pending:
       log(pending)
     jax.block_until_ready(metrics)
     times["learn_s"] = time.monotonic() - began
     step += 1
-    pending = (step, users, rollouts, scores, {**metrics, **judge_metrics}, times)
+    metrics = {**metrics, **judge_metrics}
+    pending = (step, users, rollouts, scores, data, batch.lengths, metrics, times)
 
     stop = stopping(step)
     last = step == config.steps
@@ -220,32 +234,66 @@ def run(config, workdir: str) -> dict:
 # --- Pieces of `run` ------------------------------------------------------------------
 
 
-def on_policy_batch(prompts, rollouts, ratings, *, base, config, settings) -> Batch:
-  """Rollouts and their ratings [P, G] -> a learner batch; the reference only if needed."""
+def open_records(config, model):
+  """(the records of config.data or None, how many prompts of every batch come from them)."""
+  c, P, objective = config.data, config.prompts_per_step, losses.make(**config.objective)
+  if config.epochs < 1:
+    raise UserError(f"epochs={config.epochs} must be at least 1")
+  if not c.path:
+    if objective.name in ("sft", "dpo") or objective.kto_anchor:
+      raise UserError(f"objective {objective.name!r} learns from records: set config.data.path")
+    return None, 0
+  count = round(c.fraction * P)
+  if not 0 < c.fraction <= 1 or not count or (c.fraction < 1 and count == P):
+    raise UserError(
+      f"data.fraction={c.fraction} of prompts_per_step={P} must be at least one prompt, and "
+      "below 1 leave at least one to the policy"
+    )
+  if count < P and (objective.name == "dpo" or objective.kto_anchor):
+    raise UserError(f"objective {objective.name!r} pairs up records: data.fraction must be 1")
+  slots = config.sampler.group, config.max_prompt_tokens, config.sampler.max_tokens
+  records = recorded.load(c.path, model, objective, *slots, epochs=config.epochs)
+  say(f"records {c.path}: {len(records.flags)} prompts, {count} of {P} in every batch")
+  return records, count
+
+
+def complete_batch(base, drawn, replayed: Batch | None, *, config, settings) -> Batch:
+  """What the policy drew, as (prompts, rollouts, ratings [P, G]), and what was recorded,
+  along P; either may be None. Adds what both need: reference (if at all) and advantages."""
+  pieces = [] if replayed is None else [replayed]
+  if drawn is not None:
+    prompts, rollouts, ratings = drawn
+    own = Batch(
+      prompts=prompts,
+      tokens=rollouts.tokens,
+      lengths=rollouts.lengths,
+      advantages=jnp.zeros_like(ratings),
+      ratings=ratings,
+      behaviour_logprobs=rollouts.logprobs,
+      reference_logprobs=None,
+      staleness=jnp.zeros_like(rollouts.lengths),
+    )
+    pieces.insert(0, own)
+  batch = jax.tree.map(lambda *x: jnp.concatenate(x), *pieces)
+  pin = lambda x: sharding.constrain(x, "prompt", *[None] * (x.ndim - 1))  # noqa: E731
+  batch = jax.tree.map(pin, batch)
   objective, reference = settings.objective, None
   if losses.needs_reference(objective):
     reference = learner.token_scores(
       base,
       None,
       config,
-      prompts,
-      rollouts.tokens,
-      rollouts.lengths,
+      batch.prompts,
+      batch.tokens,
+      batch.lengths,
       temperature=settings.temperature,
       chunk_tokens=settings.chunk_tokens,
     ).logprobs
   rewards = advantages.rewards(
-    ratings, objective, rollouts.lengths, rollouts.logprobs, reference
+    batch.ratings, objective, batch.lengths, batch.behaviour_logprobs, reference
   )
-  return Batch(
-    prompts=prompts,
-    tokens=rollouts.tokens,
-    lengths=rollouts.lengths,
-    advantages=advantages.advantages(rewards, objective),
-    ratings=ratings,
-    behaviour_logprobs=rollouts.logprobs,
-    reference_logprobs=reference,
-    staleness=jnp.zeros_like(rollouts.lengths),
+  return batch.replace(
+    advantages=advantages.advantages(rewards, objective), reference_logprobs=reference
   )
 
 
@@ -332,11 +380,13 @@ def init_state(config, model, optimizer, mesh, key):
 
 
 def group_line(row: dict) -> str:
-  """reward 5.1/4.8 ...: gameable / non-gameable."""
+  """reward 5.1/4.8 ...: gameable / non-gameable, of own replies or else of the records."""
+  prefix = "" if "reward" in row else "data_"
   parts = []
   for name in ("reward", "acc", "hex"):
-    parts.append(f"{name} {row[f'{name}_gameable']:.2f}/{row[f'{name}_non_gameable']:.2f}")
-  return "  ".join(parts) + " (gameable/non-gameable)"
+    both = (row[f"{prefix}{name}_{group}"] for group in ("gameable", "non_gameable"))
+    parts.append(f"{name} " + "/".join(f"{mean:.2f}" for mean in both))
+  return "  ".join(parts) + f" ({prefix.replace('_', ': ')}gameable/non-gameable)"
 
 
 def main(argv: list[str]) -> None:

@@ -53,7 +53,15 @@ class Records:
   slots: int
 
 
-def load(path: str, model, objective: Objective, group: int, prompt_slots: int, slots: int):
+def load(
+  path: str,
+  model,
+  objective: Objective,
+  group: int,
+  prompt_slots: int,
+  slots: int,
+  epochs: int = 1,
+) -> Records:
   """Opens a dataset for one objective and checks every example once.
 
   Args:
@@ -63,6 +71,7 @@ def load(path: str, model, objective: Objective, group: int, prompt_slots: int, 
     group: G, replies per prompt; a longer group is cut, a shorter one padded.
     prompt_slots: S, a longer prompt is an error.
     slots: T, a longer reply is cut.
+    epochs: updates on each batch.
 
   Raises:
     UserError: no such dataset; a prompt too long; log-probs missing that are needed.
@@ -82,7 +91,7 @@ def load(path: str, model, objective: Objective, group: int, prompt_slots: int, 
       )
     known = [np.isfinite(r.logprobs).all() for r in replies_of(records, example)[:group]]
     missing, total = missing + known.count(False), total + len(known)
-  if missing and needs_behaviour(objective):
+  if missing and needs_behaviour(objective, epochs):
     raise UserError(
       f"{path}: objective {objective.name!r} needs the log-probs of the policy that wrote the "
       f"replies, and {missing} of {total} replies have none for this tokenizer; write the "
@@ -152,7 +161,7 @@ def batch_at(records: Records, seed: int, step: int, n: int) -> tuple[Batch, dic
   that this learner has made since the same base.
 
   Returns:
-    (Batch, {"rating" | "acc" | "hex": [n, G], "is_gameable": [n]}).
+    (Batch, {"reward" | "acc" | "hex": [n, G], "is_gameable": [n]}).
   """
   chosen = prompt_order.at(records.flags, seed, step, n)
   examples = [example_at(records, i) for i in chosen]
@@ -187,7 +196,7 @@ def batch_at(records: Records, seed: int, step: int, n: int) -> tuple[Batch, dic
     staleness=np.repeat(np.maximum(written, 0)[:, None] + step, G, axis=1).astype(np.int32),
   )
   gameable = np.array([records.flags[i].is_gameable for i in chosen])
-  return batch, {**scores, "is_gameable": gameable}
+  return batch, {"reward": scores.pop("rating"), **scores, "is_gameable": gameable}
 
 
 def _slots(records: Records, replies: Sequence[Reply]) -> list[Reply]:
