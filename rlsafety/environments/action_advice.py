@@ -28,11 +28,11 @@ _SHAPES = (
   ("open", "situation", "pull", "worry", "mark", "ask"),
   ("open", "situation", "persona", "worry", "pull", "mark", "ask"),
 )
-_PER_SITUATION = 7
+_PER_SITUATION = 8
 
 
 def people(seed: int) -> list[Person]:
-  """Seven people per situation, 126 per topic."""
+  """Eight people per situation, 144 per topic."""
   texts = bank("action_advice")
   return [
     _person(texts, seed, topic, situation, i)

@@ -76,7 +76,8 @@ def deal(items: Sequence, turn: int, *key: Any) -> Any:
 
 def hand(items: Sequence, size: int, *key: Any) -> list:
   """`size` different items."""
-  return shuffled(items, *key)[:size]
+  left = list(items)
+  return [left.pop(int(uniform(*key, k) * len(left))) for k in range(size)]
 
 
 def deal_choice(styles: dict[str, list[str]], turn: int, *key: Any, **fill: str) -> Choice:

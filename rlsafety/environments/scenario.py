@@ -6,10 +6,12 @@ files, and returns plain records; the three `*_messages` functions turn a record
 messages. Changing one factor leaves every other text identical (tests/test_environments.py).
 """
 
+import collections
 import dataclasses
 import difflib
+import functools
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -90,8 +92,7 @@ def load(config: Mapping[str, Any]) -> list[Scenario]:
   factors = checked(config)
   if factors["data_dir"]:
     return _published(factors)
-  environment = environment_module(factors["name"])
-  everyone = environment.people(factors["seed"])
+  everyone = _people(environment_module(factors["name"]), factors["seed"])
   gameable = assign_groups(everyone, factors["gameable_fraction"], factors["seed"])
   heldout = heldout_units(everyone, factors["heldout_fraction"], factors["seed"])
   scenarios = []
@@ -115,8 +116,23 @@ def load(config: Mapping[str, Any]) -> list[Scenario]:
         factors=_recorded(factors),
       )
     )
-  # Shuffled, so that the first n of a split are a fair sample of topics and issues.
-  return sorted(scenarios, key=lambda one: uniform(factors["seed"], "order", one.id))
+  return _mixed(scenarios, factors["seed"])
+
+
+def _mixed(scenarios: list[Scenario], seed: int) -> list[Scenario]:
+  """Shuffled by turns of topic and group, so that any first n are a fair sample."""
+  turns: collections.Counter = collections.Counter()
+  keyed = []
+  for one in sorted(scenarios, key=lambda one: uniform(seed, "order", one.id)):
+    cell = (one.topic, one.is_gameable, one.split)
+    keyed.append((turns[cell], len(keyed), one))
+    turns[cell] += 1
+  return [one for _, _, one in sorted(keyed, key=lambda entry: entry[:2])]
+
+
+@functools.lru_cache(maxsize=8)
+def _people(module: ModuleType, seed: int) -> tuple[Person, ...]:
+  return tuple(module.people(seed))
 
 
 def policy_messages(scenario: Scenario) -> list[dict[str, str]]:
@@ -139,7 +155,7 @@ def evaluator_messages(scenario: Scenario, metric: str) -> list[dict[str, str]]:
   return rubrics.rating_messages(rubrics.EVALUATORS[name], scenario.message, REPLY)
 
 
-def assign_groups(everyone: list[Person], fraction: float, seed: int) -> set[str]:
+def assign_groups(everyone: Sequence[Person], fraction: float, seed: int) -> set[str]:
   """Ids of the gameable users.
 
   Both groups get users of every unit, so content does not tell the group. A larger fraction
@@ -157,7 +173,7 @@ def assign_groups(everyone: list[Person], fraction: float, seed: int) -> set[str
   return chosen
 
 
-def heldout_units(everyone: list[Person], fraction: float, seed: int) -> set[str]:
+def heldout_units(everyone: Sequence[Person], fraction: float, seed: int) -> set[str]:
   """Units kept for evaluation: the same share within every topic."""
   topics: dict[str, list[str]] = {}
   for person in everyone:
@@ -240,4 +256,4 @@ def _published(factors: dict[str, Any]) -> list[Scenario]:
         factors=_recorded(factors),
       )
     )
-  return scenarios
+  return _mixed(scenarios, factors["seed"])

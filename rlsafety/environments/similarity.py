@@ -1,8 +1,9 @@
-"""How alike the messages of a bank are: `python -m rlsafety.environments.similarity`.
+"""How alike the messages of a bank are: `python -m rlsafety.environments.similarity [names]`.
 
 Two messages are compared by the Jaccard index of their word 5-grams (shared / all). For
 each message the largest value over all others of its bank counts, as a reader looking for
-near-duplicates would do. Prints one row per environment and length.
+near-duplicates would do. Prints one row per environment and length, with mean,
+95% quantile and maximum of that value.
 """
 
 import collections
@@ -35,18 +36,18 @@ def nearest_jaccard(texts: list[str], n: int = 5) -> np.ndarray:
   return nearest
 
 
-def main() -> None:
-  print("environment    length  messages  distinct  words  nearest 5-gram Jaccard: mean  p95  max")
-  for name in scenario.ENVIRONMENTS:
+def main(names: list[str]) -> None:
+  print("environment     length  messages  distinct  words  mean   p95   max")
+  for name in names or scenario.ENVIRONMENTS:
     for length in ("full", "short"):
       texts = [s.message for s in scenario.load({"name": name, "length": length})]
       near = nearest_jaccard(texts)
       words = np.mean([len(text.split()) for text in texts])
       print(
-        f"{name:<14} {length:<7} {len(texts):>8} {len(set(texts)):>9} {words:>6.1f}"
-        f"{near.mean():>29.2f} {np.quantile(near, 0.95):.2f} {near.max():.2f}"
+        f"{name:<15} {length:<6} {len(texts):>9} {len(set(texts)):>9} {words:>6.1f}"
+        f" {near.mean():>5.2f} {np.quantile(near, 0.95):>5.2f} {near.max():>5.2f}"
       )
 
 
 if __name__ == "__main__":
-  sys.exit(run_main(main))
+  run_main(main, sys.argv[1:])

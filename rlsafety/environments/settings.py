@@ -1,0 +1,68 @@
+"""Named points of the factor space: the published chain and every single-factor change.
+
+A recipe writes `config.environment.update(settings.overrides("action_advice+therapist"))`;
+a sweep or the gameability report goes over `settings.named()`.
+"""
+
+import difflib
+
+from rlsafety.environments import framing, rubrics
+from rlsafety.environments.scenario import ENVIRONMENTS, default_config
+from rlsafety.errors import UserError
+
+# From action_advice to something like therapy_talk, one change at a time (PAPER_FACTS 3.6).
+# The study's last step also changed pool and wish wording; here it only removes the style.
+CHAIN = {
+  "action_advice": {"name": "action_advice"},
+  "action_advice+therapist": {"name": "action_advice", "framing": "therapist"},
+  "action_advice+therapist+traits": {
+    "name": "action_advice",
+    "framing": "therapist",
+    "cue": "style+traits",
+  },
+  "action_advice+therapist+traits+equal_style": {
+    "name": "action_advice",
+    "framing": "therapist",
+    "cue": "traits",
+  },
+}
+
+# Values that single-factor settings go through, besides each environment's own.
+VALUES = {
+  "framing": tuple(framing.FRAMINGS),
+  "cue": ("none", *framing.CUES, "style+traits"),
+  "cue_strength": (0.5,),
+  "gameable_fraction": (0.1, 0.9),
+  "label_in_prompt": (True,),
+  "reward_wording": tuple(rubrics.WORDINGS),
+  "length": ("short",),
+}
+
+
+def named() -> dict[str, dict]:
+  """All named settings: name -> the fields that differ from the defaults, and `name`.
+
+  Environments under their own names, the chain, and "<environment>:<field>=<value>" for
+  every change of one factor. A strength without a cue is no change and left out.
+  """
+  settings = {name: {"name": name} for name in ENVIRONMENTS} | CHAIN
+  for name in ENVIRONMENTS:
+    default = default_config(name)
+    for field, values in VALUES.items():
+      for value in values:
+        if value == default[field] or (field == "cue_strength" and default["cue"] == "none"):
+          continue
+        settings[f"{name}:{field}={value}"] = {"name": name, field: value}
+  return settings
+
+
+def overrides(name: str) -> dict:
+  """Every field of a named setting, defaults included, to update a config with."""
+  settings = named()
+  if name not in settings:
+    near = difflib.get_close_matches(name, settings, 3)
+    raise UserError(
+      f"unknown environment setting {name!r}"
+      + (f"; did you mean {', '.join(near)}?" if near else f"; chain: {', '.join(CHAIN)}")
+    )
+  return default_config(settings[name]["name"]) | settings[name]

@@ -1,0 +1,341 @@
+"""The scenario banks and the independence of their factors."""
+
+import collections
+import dataclasses
+import hashlib
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from rlsafety import environments
+from rlsafety.environments import framing, people, rubrics, scenario, settings, similarity
+from rlsafety.errors import UserError
+
+NAMES = environments.ENVIRONMENTS
+DOCS = pathlib.Path(__file__).parent.parent / "docs" / "new_environment.md"
+
+
+def load(name, **changes):
+  return environments.load({"name": name, **changes})
+
+
+def words(text):
+  return len(text.split())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bank_has_enough_distinct_balanced_messages_and_disjoint_splits(name):
+  scenarios = load(name)
+  train = [s for s in scenarios if s.split == "train"]
+  heldout = [s for s in scenarios if s.split == "heldout"]
+  assert len({s.id for s in scenarios}) == len(scenarios)
+  for group in (True, False):
+    assert len({s.message for s in train if s.is_gameable == group}) >= 300
+    assert len([s for s in heldout if s.is_gameable == group]) >= 60
+  count = collections.Counter((s.topic, s.is_gameable) for s in train)
+  assert len(count) == 2 * len(scenario.environment_module(name).TOPICS)
+  assert len(set(count.values())) == 1
+  first = [s.topic for s in heldout if s.is_gameable][: len(count) // 2]
+  assert len(set(first)) == len(count) // 2  # any first n are balanced over topics
+  units = {p.id: p.unit for p in scenario.environment_module(name).people(0)}
+  assert not {units[s.id] for s in train} & {units[s.id] for s in heldout}
+  assert not {s.message for s in train} & {s.message for s in heldout}
+
+
+def test_political_qa_covers_the_promised_ground():
+  scenarios = load("political_qa")
+  issues = collections.defaultdict(set)
+  for person in scenario.environment_module("political_qa").people(0):
+    issues[person.unit].add(person.topic)
+  assert len(issues) >= 40 and all(len(topics) == 4 for topics in issues.values())
+  assert len({s.message for s in scenarios}) >= 600
+  assert len({s.message for s in load("political_qa", length="short")}) >= 600
+
+
+@pytest.mark.parametrize(
+  "name, low, high, shortest, longest",
+  # Words: the group means of the published data are 79-96, 182-218 (notes included), 76-92.
+  [
+    ("action_advice", 80, 96, 50, 125),
+    ("therapy_talk", 180, 220, 150, 240),
+    ("political_qa", 76, 92, 50, 125),
+    ("neutral", 79, 96, 50, 125),
+  ],
+)
+def test_lengths_are_in_the_published_range_and_equal_between_groups(
+  name, low, high, shortest, longest
+):
+  counts = {True: [], False: []}
+  for s in load(name):
+    counts[s.is_gameable].append(words(s.user))
+  means = [np.mean(values) for values in counts.values()]
+  assert low <= min(means) and max(means) <= high
+  assert shortest <= min(map(min, counts.values())) and max(map(max, counts.values())) <= longest
+  assert max(means) / min(means) < 1.05
+  short = [words(s.message) for s in load(name, length="short")]
+  assert 25 <= np.mean(short) <= 46 and max(short) <= 65
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_near_duplicates(name):
+  near = similarity.nearest_jaccard([s.message for s in load(name)])
+  assert near.max() < 0.35 and near.mean() < 0.2
+
+
+def test_nearest_jaccard_by_hand():
+  a, b, c = "one two three four five six", "one two three four five seven", "a b c d e f"
+  # a and b share one 5-gram of three; c shares none.
+  np.testing.assert_allclose(similarity.nearest_jaccard([a, b, c]), [1 / 3, 1 / 3, 0])
+  np.testing.assert_allclose(similarity.nearest_jaccard([a, a]), [1, 1])
+
+
+SLIPS = re.compile(
+  r"[{}]|  | [.,?!]|[.,]{2}|[,:]\.|[.?!] [a-z]"  # joins
+  r"|\ba [aeio]\w|\ban [^aeiouhXI]|\b(?!that)(\w+) \1\b"  # articles, doubled words
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("cue", ["none", "style+traits+reward_hint"])
+def test_template_joins_leave_no_slips(name, cue):
+  for length in ("full", "short"):
+    for s in load(name, cue=cue, length=length):
+      assert not SLIPS.search(s.message), (s.message, SLIPS.search(s.message))
+      assert (s.message[0].isupper() or s.message[0].isdigit()) and s.message[-1] in ".?"
+
+
+def test_the_bank_depends_on_the_seed_alone():
+  code = (
+    "import hashlib; from rlsafety import environments as e;"
+    "texts = [repr(s) for n in e.ENVIRONMENTS[1:3] for s in e.load({'name': n, 'seed': 3})];"
+    "print(hashlib.sha256(''.join(texts).encode()).hexdigest())"
+  )
+  digests = {
+    subprocess.run(
+      [sys.executable, "-c", code],
+      env={"PYTHONHASHSEED": seed, "JAX_PLATFORMS": "cpu"},
+      cwd=DOCS.parent.parent,
+      capture_output=True,
+      text=True,
+      check=True,
+    ).stdout
+    for seed in ("1", "2")
+  }
+  assert len(digests) == 1
+  assert {s.message for s in load("political_qa", seed=3)} != {
+    s.message for s in load("political_qa")
+  }
+  # Draws are plain hashes: the same value on any machine and Python.
+  digest = hashlib.sha256(b"0/group/x").digest()
+  assert people.uniform(0, "group", "x") == int.from_bytes(digest[:8], "big") / 2**64
+
+
+def parts(s):
+  """A scenario's texts, by who decides about them."""
+  notes = s.user.removesuffix(s.message)
+  rubric = environments.judge_messages(s)[0]["content"].replace(s.message, "")
+  evaluators = tuple(
+    "".join(x["content"] for x in environments.evaluator_messages(s, m)).replace(s.message, "")
+    for m in ("acc", "hex")
+  )
+  return {
+    "system": s.system,
+    "notes": notes,
+    "message": s.message,
+    "wish": s.wish,
+    "rubric": rubric.replace(s.wish, ""),
+    "evaluators": evaluators,
+    "group": s.is_gameable,
+    "split": s.split,
+  }
+
+
+ORTHOGONAL = [
+  ({"framing": "preference-inferrer"}, {"system"}),
+  ({"label_in_prompt": True}, {"system"}),
+  ({"cue": "none"}, {"message", "notes"}),
+  ({"cue": "traits"}, {"message", "notes"}),
+  ({"cue": "style+traits+reward_hint"}, {"message", "notes"}),
+  ({"cue_strength": 0.4}, {"message", "notes"}),
+  ({"reward_wording": "plain"}, {"rubric"}),
+  ({"reward_wording": "preference"}, {"rubric"}),
+  ({"heldout_fraction": 0.5}, {"split"}),
+  ({"length": "short"}, {"message", "notes", "system"}),
+]
+
+
+@pytest.mark.parametrize("name", ["action_advice", "therapy_talk", "political_qa"])
+@pytest.mark.parametrize("change, may_change", ORTHOGONAL, ids=lambda value: str(value))
+def test_changing_one_factor_leaves_every_other_text_identical(name, change, may_change):
+  before = {s.id: parts(s) for s in load(name)}
+  after = {s.id: parts(s) for s in load(name, **change)}
+  assert before.keys() == after.keys()
+  changed = {
+    part for key in before for part in before[key] if before[key][part] != after[key][part]
+  }
+  assert changed and changed <= may_change
+  if change.get("cue") == "traits" and name != "therapy_talk":
+    assert changed == {"message", "notes"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_topics_and_gameable_fraction_move_nobody_else(name):
+  everyone = {s.id: s for s in load(name)}
+  topic = scenario.environment_module(name).TOPICS[1]
+  some = {s.id: s for s in load(name, topics=(topic,))}
+  assert some == {key: s for key, s in everyone.items() if s.topic == topic}
+  more = {s.id: s for s in load(name, gameable_fraction=0.8)}
+  fraction = dataclasses.asdict
+  for key, s in more.items():
+    assert s.is_gameable >= everyone[key].is_gameable  # a larger fraction only adds
+    if s.is_gameable == everyone[key].is_gameable:
+      same = fraction(s) | {"factors": None} == fraction(everyone[key]) | {"factors": None}
+      assert same
+  share = np.mean([s.is_gameable for s in more.values()])
+  assert abs(share - 0.8) < 0.02
+  assert not any(s.is_gameable for s in load(name, gameable_fraction=0))
+  assert all(s.is_gameable for s in load(name, gameable_fraction=1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_cue_and_label_the_policy_cannot_know_the_group(name):
+  """Equal style is exact: the same people told of as the other group, word for word."""
+  for length in ("full", "short"):
+    one, other = (
+      [environments.policy_messages(s) for s in load(name, cue="none", length=length, **group)]
+      for group in ({"gameable_fraction": 0.0}, {"gameable_fraction": 1.0})
+    )
+    assert one == other
+  one, other = (
+    [s.message for s in load(name, cue="traits+reward_hint", gameable_fraction=f)] for f in (0, 1)
+  )
+  assert one == other  # these cues live in the notes only
+
+
+@pytest.mark.parametrize("cue", ["style", "traits", "reward_hint"])
+def test_strength_is_the_share_of_slots_with_the_cue(cue):
+  """Stronger settings only add slots, and their share is the strength."""
+  for name in ("action_advice", "political_qa"):
+    everyone = scenario.environment_module(name).people(0)[::3]
+    base = scenario.default_config(name) | {"cue": cue}
+    shares = {}
+    slots = {"style": "full", "traits": "traits", "reward_hint": "hints"}[cue]
+    seen = {}
+    for strength in (0.0, 0.3, 0.7, 1.0):
+      factors = base | {"cue_strength": strength}
+      carried = set()
+      for person in everyone:
+        text = framing.user_turn(
+          framing.notes_lines(person, True, factors), framing.message_text(person, True, factors)
+        )
+        for i, choice in enumerate(getattr(person, slots)):
+          if isinstance(choice, people.Choice) and choice.gameable in text:
+            carried.add((person.id, i))
+      seen[strength] = carried
+      shares[strength] = len(carried)
+    assert shares[0.0] == 0 and seen[0.3] < seen[0.7] < seen[1.0]
+    assert abs(shares[0.3] / shares[1.0] - 0.3) < 0.06
+    assert abs(shares[0.7] / shares[1.0] - 0.7) < 0.06
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_each_party_sees(name):
+  for s in load(name)[:40]:
+    policy = str(environments.policy_messages(s))
+    judge = environments.judge_messages(s)
+    assert s.wish not in policy and environments.REPLY not in policy
+    assert s.wish in judge[0]["content"] and s.message in judge[0]["content"]
+    assert s.system not in str(judge)
+    for messages in (judge, *(environments.evaluator_messages(s, m) for m in ("acc", "hex"))):
+      assert [m["content"] for m in messages].count(environments.REPLY) == 1
+      assert str(messages).count(environments.REPLY) == 1
+    for metric in ("acc", "hex"):
+      assert s.wish not in str(environments.evaluator_messages(s, metric))
+    assert s.factors["framing"] == scenario.environment_module(name).DEFAULTS["framing"]
+  twin = load(name, label_in_prompt=True)
+  endings = {(s.is_gameable, s.system.rsplit(". ", 1)[1]) for s in twin}
+  assert endings == {(True, "Be helpful."), (False, "Be helpful and honest.")}
+
+
+def test_braces_and_slots_in_a_message_are_text():
+  """User text is never treated as a template."""
+  text = "What about {message}, {wish}, {rubric} and %s?"
+  messages = rubrics.rating_messages("Rate {message}.", text, environments.REPLY)
+  assert text in messages[0]["content"] and "Rate {message}." in messages[0]["content"]
+
+
+def test_neutral_has_the_users_of_action_advice_without_their_cues():
+  plain = load("action_advice", cue="none", framing="assistant")
+  neutral = load("neutral")
+  keep = ("topic", "is_gameable", "split", "system", "user", "message", "wish")
+  rows = [
+    {s.id.split("-", 1)[1]: [getattr(s, k) for k in keep] for s in scenarios}
+    for scenarios in (plain, neutral)
+  ]
+  differing = [key for key in rows[0] if rows[0][key][3:6] != rows[1][key][3:6]]
+  assert rows[0].keys() == rows[1].keys() and not differing
+
+
+@pytest.mark.parametrize(
+  "config, message",
+  [
+    ({}, "environment.name is missing"),
+    ({"name": "action_advise"}, "not one of action_advice"),
+    ({"name": "no.such_module"}, "cannot import"),
+    ({"name": "neutral", "framng": "x"}, "did you mean 'framing'"),
+    ({"name": "neutral", "framing": "doctor"}, "not one of assistant, advisor, therapist"),
+    ({"name": "neutral", "cue": "style+trait"}, "'trait' is not one of none, style, traits"),
+    ({"name": "neutral", "cue": "none+style"}, "joins 'none'"),
+    ({"name": "neutral", "topics": ("drinking", "fishing")}, "'fishing' is not one of drinking"),
+    ({"name": "neutral", "gameable_fraction": 1.5}, "not a number from 0 to 1"),
+    ({"name": "neutral", "cue_strength": "high"}, "not a number from 0 to 1"),
+    ({"name": "neutral", "label_in_prompt": 1}, "not a bool"),
+    ({"name": "neutral", "length": "long"}, "not one of full, short"),
+    ({"name": "neutral", "reward_wording": "x"}, "not one of strict"),
+    ({"name": "neutral", "seed": "x"}, "not an integer"),
+  ],
+)
+def test_bad_settings_are_one_clear_error(config, message):
+  with pytest.raises(UserError, match=re.escape(message)):
+    environments.load(config)
+
+
+def test_a_locked_config_dict_and_its_defaults_load():
+  config = ConfigDict(environments.default_config("therapy_talk"))
+  config.lock()
+  assert environments.load(config) == load("therapy_talk")
+
+
+def test_every_named_setting_loads_and_chain_changes_one_thing_at_a_time():
+  for name, setting in settings.named().items():
+    full = settings.overrides(name)
+    assert set(full) == {"name", *scenario.FACTORS}
+    differing = {k for k, v in full.items() if v != scenario.default_config(full["name"])[k]}
+    if ":" in name:
+      assert differing == set(setting) - {"name"} and len(differing) == 1
+    scenario.checked(full)
+  chain = [settings.overrides(name) for name in settings.CHAIN]
+  for one, two in zip(chain, chain[1:], strict=False):
+    assert sum(one[field] != two[field] for field in one) == 1
+  with pytest.raises(UserError, match="did you mean"):
+    settings.overrides("action_advice+therapists")
+
+
+def test_the_worked_example_of_the_docs(tmp_path, monkeypatch):
+  module, use = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
+  (tmp_path / "my_study").mkdir()
+  (tmp_path / "my_study" / "tipping.py").write_text(module)
+  monkeypatch.syspath_prepend(tmp_path)
+  scope = {}
+  exec(use, scope)
+  scenarios = scope["scenarios"]
+  assert len(scenarios) == 24 and len({s.message for s in scenarios}) == 24
+  assert {s.topic for s in scenarios} == {"restaurant", "taxi"}
+  assert sum(s.is_gameable for s in scenarios) == 12
+  assert "therapy" in scenarios[0].system
+  assert environments.evaluator_messages(scenarios[0], "acc")
