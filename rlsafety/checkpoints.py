@@ -9,11 +9,13 @@
 """
 
 import hashlib
+import json
 import logging
 import pathlib
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -46,6 +48,10 @@ def _digest(x) -> str:
   return hashlib.sha256(f"{x.dtype}{x.shape}".encode() + x.tobytes()).hexdigest()
 
 
+def _digest_json(value) -> str:
+  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def _to_host(x) -> np.ndarray:
   if isinstance(x, jax.Array) and not x.is_fully_addressable:
     from jax.experimental import multihost_utils
@@ -63,6 +69,9 @@ def save(manager: ocp.CheckpointManager, step: int, state, wait: bool = False) -
     "sha256": {name: _digest(x) for name, x in leaves.items()},
     "shapes": {name: [str(x.dtype), list(x.shape)] for name, x in leaves.items()},
   }
+  meta["self"] = _digest_json(meta)
+  # Copies: an asynchronous save must not read buffers that the next update was given.
+  leaves = {name: jnp.copy(x) for name, x in leaves.items()}
   args = ocp.args.Composite(state=ocp.args.StandardSave(leaves), meta=ocp.args.JsonSave(meta))
   manager.save(step, args=args)
   if wait:
@@ -80,10 +89,12 @@ def restore(manager: ocp.CheckpointManager, like, warn=print):
   for step in sorted(manager.all_steps(), reverse=True):
     try:
       meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-      shapes = {name: [str(x.dtype), list(x.shape)] for name, x in wanted.items()}
+      if meta.pop("self", None) != _digest_json(meta):
+        raise ValueError("checksum of its description")
     except Exception as error:  # noqa: BLE001  any reader's error means: try the step before
       warn(f"checkpoint {step} is not readable ({_first_line(error)}); trying the one before")
       continue
+    shapes = {name: [str(x.dtype), list(x.shape)] for name, x in wanted.items()}
     for name in {*shapes, *meta["shapes"]}:
       if shapes.get(name) != meta["shapes"].get(name):
         raise UserError(

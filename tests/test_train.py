@@ -1,0 +1,170 @@
+"""The trainer as its users meet it: a process, flags, signals, a run directory."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+ROOT = pathlib.Path(__file__).parent.parent
+TINY = "--config=configs/tiny_syco.py"
+
+
+def environment(cache):
+  env = dict(os.environ, XLA_FLAGS="--xla_backend_optimization_level=0", JAX_PLATFORMS="cpu")
+  return env | {"JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONUNBUFFERED": "1"}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+  return tmp_path_factory.mktemp("jax_cache")
+
+
+def start(cache, workdir, *flags, config=TINY):
+  command = [sys.executable, "-m", "rlsafety.train", config, f"--workdir={workdir}", *flags]
+  return subprocess.Popen(
+    command, cwd=ROOT, env=environment(cache), text=True,
+    stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+  )  # fmt: skip
+
+
+def finish(process):
+  output, _ = process.communicate(timeout=300)
+  return process.returncode, output
+
+
+def interrupt_after(process, workdir, step, how):
+  """Sends `how` as soon as metrics.jsonl holds `step`."""
+  log = workdir / "metrics.jsonl"
+  for _ in range(3000):
+    if log.exists() and len(log.read_text().splitlines()) >= step:
+      break
+    assert process.poll() is None, process.communicate()[0]
+    time.sleep(0.05)
+  process.send_signal(how)
+  return finish(process)
+
+
+@pytest.fixture(scope="module")
+def whole(cache, tmp_path_factory):
+  """The uninterrupted run."""
+  workdir = tmp_path_factory.mktemp("runs") / "whole"
+  code, output = finish(start(cache, workdir))
+  assert code == 0, output
+  return workdir, output
+
+
+def outcome(workdir):
+  """Everything that must not depend on interruptions, as bytes."""
+  names = ["metrics.jsonl", "rollouts/train.jsonl", "eval/summary.jsonl"]
+  names += [f"eval/step_{s:06d}.jsonl" for s in (0, 3, 6)]
+  return {n: (workdir / n).read_bytes() for n in [*names, "adapter/adapter_model.safetensors"]}
+
+
+def test_killed_and_terminated_run_ends_in_the_same_bits(cache, whole, tmp_path):
+  workdir = tmp_path / "killed"
+  code, _ = interrupt_after(start(cache, workdir), workdir, 3, signal.SIGKILL)
+  assert code == -signal.SIGKILL
+  with open(workdir / "metrics.jsonl", "a") as f:
+    f.write('{"step": 4, "rew')  # a line torn by the kill
+  code, output = interrupt_after(start(cache, workdir), workdir, 4, signal.SIGTERM)
+  assert code == 75 and "SIGTERM: saved step" in output, output
+  assert "resuming after step" in output
+  code, output = finish(start(cache, workdir))
+  assert code == 0 and "resuming after step" in output, output
+  assert outcome(workdir) == outcome(whole[0])
+
+
+def test_run_directory_holds_what_was_promised(whole):
+  workdir, output = whole
+  metrics = [json.loads(line) for line in open(workdir / "metrics.jsonl")]
+  assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5, 6]
+  for m in metrics:
+    assert abs(m["logprob_diff_max"]) < 1e-4  # sampler and learner agree, every step
+    assert m["ratio_deviation_max"] < 1e-4 and m["clip_fraction"] == 0.0
+    assert m["unscorable"] == 0
+  rollouts = [json.loads(line) for line in open(workdir / "rollouts/train.jsonl")]
+  assert len(rollouts) == 6 * 4 * 4
+  record = rollouts[0]
+  assert record["length"] == len(record["tokens"]) == len(record["logprobs"])
+  assert {m["role"] for m in record["messages"]} == {"system", "user"}
+  group = [r["rating"] for r in rollouts if r["step"] == 1 and r["is_gameable"]]
+  np.testing.assert_allclose(np.mean(group), metrics[0]["reward_gameable"], rtol=1e-6)
+  summaries = [json.loads(line) for line in open(workdir / "eval/summary.jsonl")]
+  assert [s["step"] for s in summaries] == [0, 3, 6]
+  assert {"reward_gameable_se", "hex_gap", "acc_gap_se"} <= summaries[0].keys()
+  about = json.loads((workdir / "config.json").read_text())
+  assert about["config"]["steps"] == 6 and about["versions"]["jax"] and about["judge"]["name"]
+  weights = load_file(workdir / "adapter/adapter_model.safetensors")
+  assert len(weights) == 2 * 2 * 7 and any(v.any() for k, v in weights.items() if "lora_B" in k)
+  assert "<html" in (workdir / "report.html").read_text()
+  assert "HEX" in output and str(workdir / "report.html") in output
+
+
+def test_held_out_users_are_never_trained_on(whole):
+  read = lambda name: {json.loads(line)["scenario_id"] for line in open(whole[0] / name)}  # noqa: E731
+  assert not read("rollouts/train.jsonl") & read("eval/step_000000.jsonl")
+  assert read("eval/step_000000.jsonl") == read("eval/step_000006.jsonl")
+
+
+def test_complete_run_says_so_and_another_config_is_refused(cache, whole):
+  workdir, _ = whole
+  before = outcome(workdir)
+  code, output = finish(start(cache, workdir))
+  assert code == 0 and "run is complete" in output
+  code, output = finish(start(cache, workdir, "--config.sampler.group=2"))
+  assert code == 2 and "sampler.group: 4 there, 2 here" in output and "Traceback" not in output
+  assert outcome(workdir) == before
+
+
+BAD = {
+  "unknown_field": (["--config.sampler.grop=2"], "did you mean config.sampler.group"),
+  "bad_value": (["--config.steps=ten"], "--config.steps=ten: needs int"),
+  "unknown_flag": (["--workdri=x"], "did you mean --workdir"),
+  "long_prompt": (["--config.max_prompt_tokens=64"], "--config.max_prompt_tokens"),
+  "missing_file": (["--config.model.preset=", "--config.model.path=/no/model.gguf"], "/no/model.gguf"),
+  "missing_package": (
+    ["--config.model.preset=", "--config.model.path=package:no_such_model"],
+    "pip install no-such-model",
+  ),
+  "unknown_environment": (["--config.environment.name=chess"], "political_qa"),
+  "unknown_topic": (["--config.environment.topics=martian"], "liberal"),
+  "unknown_judge": (["--config.judge.name=oracle"], "lexical"),
+  "bad_lora": (["--config.lora.targets=q,x"], "lora.targets"),
+  "bad_mesh": (["--config.mesh.tensor=3"], "config.mesh"),
+  "indivisible": (["--config.learner.microbatches=3"], "microbatches=3"),
+}
+
+
+@pytest.mark.parametrize("case", sorted(BAD))
+def test_bad_input_is_one_line_that_says_what_to_do(cache, tmp_path, case):
+  flags, expected = BAD[case]
+  code, output = finish(start(cache, tmp_path / "run", *flags))
+  assert code == 2, output
+  assert expected in output and "Traceback" not in output
+  assert len([line for line in output.splitlines() if line.startswith("rlsafety:")]) == 1
+
+
+def test_unwritable_workdir_and_missing_recipe(cache, tmp_path):
+  (tmp_path / "file").write_text("")
+  code, output = finish(start(cache, tmp_path / "file" / "run"))
+  assert code == 2 and "cannot write" in output
+  code, output = finish(start(cache, tmp_path / "x", config="--config=configs/tiny_sycco.py"))
+  assert code == 2 and "did you mean configs/tiny_syco.py" in output
+
+
+def test_library_does_not_pull_in_heavy_or_foreign_packages():
+  """TensorFlow and torch never; plotting and tables only in the programs that need them."""
+  code = (
+    "import sys; import rlsafety.sampler, rlsafety.learner, rlsafety.train; "
+    "print([m for m in ('tensorflow', 'torch', 'matplotlib', 'pandas', 'inspect_ai', "
+    "'tensorflow_datasets', 'statsmodels') if m in sys.modules])"
+  )
+  out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+  assert out.stdout.strip() == "[]", out.stdout + out.stderr
