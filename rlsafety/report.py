@@ -116,9 +116,9 @@ def embed_json(value) -> str:
 def transcripts(evaluations: dict, training: list[dict], max_rollouts: int):
   """The page's data: prompts once each, rollouts as rows that point at them.
 
-  Returns ({"prompts": [...], "rollouts": [[kind, step, prompt, group's prompt number,
-  sample, reward, hex, acc, length, finished, completion], ...]}, rollouts left out).
-  kind: 0 held-out, 1 training.
+  Returns ({"prompts": [...], "rollouts": [[kind, step, prompt, its number in the batch,
+  sample, reward, hex, acc, length, finished, completion], ...], "shared": factors that
+  every user has}, rollouts left out). kind: 0 held-out, 1 training.
   """
   held_out = [(0, r) for records in evaluations.values() for r in records]
   room = max(0, max_rollouts - len(held_out))
@@ -153,7 +153,10 @@ def transcripts(evaluations: dict, training: list[dict], max_rollouts: int):
       + [None if not math.isfinite(s) else round(s, 2) for s in scores]
       + [r.get("length"), bool(r.get("finished", True)), str(r.get("completion", ""))]
     )
-  return {"prompts": prompts, "rollouts": rows}, omitted
+  shared = dict(set.intersection(*(set(p["factors"].items()) for p in prompts)) if prompts else ())
+  for p in prompts:  # what all users share is a setting of the run, not a way to tell them apart
+    p["factors"] = {k: v for k, v in p["factors"].items() if k not in shared}
+  return {"prompts": prompts, "rollouts": rows, "shared": shared}, omitted
 
 
 def overview(run, evaluations: dict) -> dict | None:
@@ -246,6 +249,9 @@ def _facts(run, data) -> list[tuple[str, str]]:
     ("revision", f"{revision[:10]}{'+' * bool(plus)}{changes}" or "–"),
     ("transcripts", f"{held_out:,} held-out, {len(data['rollouts']) - held_out:,} training"),
   ]
+  shared = sorted(data["shared"].items())
+  if shared:
+    facts.append(("all users", " · ".join(f"{k.replace('_', ' ')}: {v}" for k, v in shared)))
   return facts
 
 

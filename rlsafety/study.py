@@ -84,7 +84,7 @@ def find_runs(patterns) -> tuple[list, list[str]]:
     matches = glob.glob(str(pattern), recursive=True)
     for match in map(pathlib.Path, matches):
       folder = match if match.is_dir() else match.parent
-      if (folder / "config.json").exists() and (folder / "metrics.jsonl").exists():
+      if (folder / "config.json").exists() and (folder / "eval").exists():
         found[folder.resolve()] = folder
   complete = []
   for folder in sorted(found.values()):
@@ -193,7 +193,7 @@ def collect(patterns, window=None, scores="", compat=False) -> tuple[list[Cell],
     else:
       seeds[seed] = run
   if window is None:
-    shortest = min(len(run.metrics) for run in found)
+    shortest = min((len(run.metrics) for run in found if run.metrics), default=1)
     window = min(misalignment.WINDOW, max(1, shortest // 6))
   if window != misalignment.WINDOW:
     notes.append(f"smoothing window is {window} steps, not the study's {misalignment.WINDOW}")
@@ -212,19 +212,21 @@ def _cell(key, seeds, window, scores, compat, notes) -> Cell:
   name = " / ".join(key)
   data = {s: rollout_scores(run, scores, compat) for s, run in seeds.items()}
   for seed in [s for s, d in data.items() if not len(d["step"])]:
-    notes.append(f"{name}: seed {seed} has no scored rollouts, left out")
+    notes.append(f"{name}: seed {seed} has no training rollouts, held-out gaps only")
     del data[seed]
-  if not data:
-    return Cell(*key, [], {}, {})
-  first, last = (
-    max(d["step"].min() for d in data.values()),
-    min(d["step"].max() for d in data.values()),
-  )
+  held_out = held_out_gaps(list(seeds.values()))
+  cell = Cell(*key, list(seeds), {}, {}, sources=[str(run.path) for run in seeds.values()])
+  cell.parameters = max((_parameters(run) for run in seeds.values()), default=math.nan)
+  _add(cell, held_out, 0 if compat else 1)
+  if len(seeds) == 1:
+    notes.append(f"{name}: a single seed ({next(iter(seeds))}), no spread over seeds")
+  if len(data) < len(seeds):  # curves need rollouts of every seed
+    return cell
+  first = max(int(d["step"].min()) for d in data.values())
   ends = {s: int(d["step"].max()) for s, d in data.items()}
+  last = min(ends.values())
   if len(set(ends.values())) > 1:
     notes.append(f"{name}: unequal steps {ends}, cut to {last}")
-  if len(data) == 1:
-    notes.append(f"{name}: a single seed ({next(iter(data))}), no spread over seeds")
   steps = np.arange(first, last + 1)
   means, hms_b, unscored = [], [], 0
   for d in data.values():
@@ -241,21 +243,27 @@ def _cell(key, seeds, window, scores, compat, notes) -> Cell:
   empty = int(np.isnan(summary["curves"]["hex_gap"]).sum())
   if empty:
     notes.append(f"{name}: {empty} of {len(steps)} steps have no HEX gap even after smoothing")
-  per_seed = summary["per_seed"] | {"hms_windowed": np.array(hms_b)}
-  held_out, kept = held_out_gaps([seeds[s] for s in data]), 0 if compat else 1
-  per_seed |= held_out
-  extra = {
-    k: float(misalignment.nanmean(v)) for k, v in {"hms_windowed": hms_b, **held_out}.items()
+  cell.values |= summary["scalars"]
+  cell.sd |= summary["sd"]
+  cell.per_seed |= summary["per_seed"]
+  _add(cell, {"hms_windowed": np.array(hms_b)}, 0 if compat else 1)
+  cell.full, cell.steps = summary["full"], steps
+  cell.curves, cell.curve_sd = summary["curves"], summary["curve_sd"]
+  cell.counts = {
+    "rollouts": sum(len(d["step"]) for d in data.values()),
+    "unscored": unscored,
+    "steps": len(steps),
+    "window": window,
   }
-  return Cell(
-    *key, list(data), summary["scalars"] | extra,
-    summary["sd"] | {k: float(misalignment.nanstd(per_seed[k], kept)) for k in extra},
-    per_seed, summary["full"], steps, summary["curves"], summary["curve_sd"],
-    [str(seeds[s].path) for s in data],
-    {"rollouts": int(sum(len(d["step"]) for d in data.values())), "unscored": unscored,
-     "steps": len(steps), "window": window},
-    max((_parameters(run) for run in seeds.values()), default=math.nan),
-  )  # fmt: skip
+  return cell
+
+
+def _add(cell: Cell, per_seed: dict, ddof: int) -> None:
+  """Adds scalars that are means over the seeds' own values."""
+  for name, values in per_seed.items():
+    cell.per_seed[name] = values
+    cell.values[name] = float(misalignment.nanmean(values))
+    cell.sd[name] = float(misalignment.nanstd(values, ddof))
 
 
 def held_out_gaps(seeds: list) -> dict:

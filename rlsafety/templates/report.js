@@ -23,7 +23,7 @@ function button(label, says, action) {
   node.type = "button"; node.setAttribute("aria-label", says); node.addEventListener("click", action);
   return node;
 }
-const show = v => v === null ? "–" : v.toFixed(1).replace("-", "−");
+const show = v => v === null ? "–" : (Math.round(v * 10) / 10 + 0).toFixed(1).replace("-", "−");
 const signed = v => v === null ? "–" : (v > 0 ? "+" : "") + show(v);
 function mean(list, key) {
   const known = list.map(r => r[key]).filter(v => v !== null);

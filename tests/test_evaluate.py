@@ -1,0 +1,164 @@
+"""Re-scoring, agreement of judges and cross-entropy, on records with real scenarios."""
+
+import csv
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import synthetic_runs
+
+from rlsafety import environments, evaluate, judges, runs, study
+from rlsafety.errors import UserError
+from rlsafety.models import load, presets, transformer
+from rlsafety.types import Prompts
+
+REPLIES = {
+  "agree": "I completely agree with you, you are absolutely right about this.",
+  "balance": "There are good arguments on both sides, and reasonable people disagree.",
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+  return load.random_model(presets.preset("tiny"), seed=0)
+
+
+@pytest.fixture
+def run(tmp_path, model):
+  """A run whose records hold real scenarios, one agreeing and one balanced reply each."""
+  from rlsafety.config import base, to_json
+
+  config = base()
+  config.environment.length = "short"
+  config.model.preset, config.model.dtype, config.judge.name = "tiny", "float32", "lexical"
+  config.steps = 3
+  users = environments.load(config.environment)[:6]
+  path = synthetic_runs.write_run(tmp_path / "run", steps=3, eval_every=3)
+  info = runs.read_json(path / "config.json") | {"config": to_json(config)}
+  (path / "config.json").write_text(json.dumps(info))
+  records = []
+  for step in (1, 2, 3):
+    for p, user in enumerate(users[2 * step - 2 : 2 * step]):
+      for g, (stance, text) in enumerate(REPLIES.items()):
+        ids = model.chat.encode_text(text)
+        records.append(
+          {"step": step, "prompt": p, "sample": g, "scenario_id": user.id, "tokens": ids,
+           "environment": user.environment, "topic": user.topic, "is_gameable": user.is_gameable,
+           "factors": {}, "messages": environments.policy_messages(user), "completion": text,
+           "logprobs": [], "length": len(ids), "finished": True, "rating": 5.0,
+           "hex": 9.0 if stance == "agree" else 1.5, "acc": 1.0 if stance == "agree" else 9.0}
+        )  # fmt: skip
+  (path / "rollouts" / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+  for old in (path / "eval").glob("step_*.jsonl"):
+    old.unlink()
+  return runs.load_run(path)
+
+
+def score(run, model, records, **kwargs):
+  config = evaluate.judge_config(run, "lexical", "", "")
+  scorer = judges.make_scorer(config, model)
+  return evaluate.score_run(run, "lex", config, model, scorer, records, batch=8, **kwargs)
+
+
+def test_selection_is_seeded_by_step_and_keeps_k_of_each(run):
+  every = evaluate.select(run)
+  assert [evaluate.place(r)[1:] for r in every] == sorted(evaluate.place(r)[1:] for r in every)
+  picked = evaluate.select(run, per_step=1, seed=3)
+  assert [r["step"] for r in picked] == [1, 2, 3]
+  assert picked == evaluate.select(run, per_step=1, seed=3)
+  assert any(evaluate.select(run, per_step=1, seed=s) != picked for s in range(4, 9))
+  assert [r["step"] for r in evaluate.select(run, every=2)] == [2] * 4
+  with pytest.raises(UserError, match="--source=test"):
+    evaluate.select(run, source="test")
+
+
+def test_scores_are_the_judges_and_resuming_changes_nothing(run, model):
+  records, said = evaluate.select(run), []
+  assert score(run, model, records, say=said.append)["scored"] == 12
+  assert "12/12" in said[-1] and "left" in said[-1]
+  path = run.path / "scores" / "lex.jsonl"
+  whole = path.read_text()
+  rows = [json.loads(line) for line in whole.splitlines()]
+  for agree, balance in zip(rows[::2], rows[1::2], strict=True):
+    assert agree["hex"] > balance["hex"] and agree["acc"] < balance["acc"]
+  # Killed in the middle of a line: the same command makes the same file.
+  path.write_text(whole[: len(whole) // 2])
+  done = score(run, model, records, say=said.append)
+  assert 0 < done["old"] < 12 and done["scored"] == 12 - done["old"]
+  assert path.read_text() == whole
+  header = run.path / "scores" / "lex.json"
+  header.write_text(header.read_text().replace("phrases", "other phrases"))
+  with pytest.raises(UserError, match="another judge"):
+    score(run, model, records)
+  scores = study.rollout_scores(run, "lex")
+  np.testing.assert_allclose(scores["hex"], [r["hex"] for r in rows])
+  np.testing.assert_array_equal(scores["reward"], 5.0)  # the reward stays what was trained on
+
+
+def test_agreement_by_hand(run):
+  records = evaluate.select(run)
+  lines = [
+    dict(zip(("source", "step", "prompt", "sample"), evaluate.place(r), strict=True))
+    | {"rating": 5.0, "acc": None if i == 0 else r["acc"] - 2, "hex": 11 - r["hex"] + i % 2 * 0.5}
+    for i, r in enumerate(records)
+  ]
+  (run.path / "scores").mkdir()
+  (run.path / "scores" / "new.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+  table = evaluate.agreement([run], "new").set_index(["slice", "score"])
+  every = table.loc[("all", "hex")]
+  assert every["n"] == 12 and every["spearman"] == pytest.approx(-1.0)
+  assert every["within_1"] == 0 and every["mean_first"] == pytest.approx(5.25)
+  acc = table.loc[("all", "acc")]
+  assert acc["n"] == 11 and acc["unscored"] == 1 and acc["pearson"] == pytest.approx(1.0)
+  assert np.isnan(table.loc[("all", "reward"), "pearson"])  # constant: nothing to correlate
+  groups = [table.loc[(g, "hex"), "n"] for g in runs.GROUPS]
+  assert sum(groups) == 12
+  with pytest.raises(UserError, match="no rollout has scores"):
+    evaluate.agreement([run], "absent")
+
+
+def test_curated_replies_are_gameable_equal_in_number_and_by_hex(run):
+  sets = evaluate.curated([run, run], per_run=2)
+  assert len(sets["harmful"]) == len(sets["safe"]) > 0
+  assert all(r["is_gameable"] for rs in sets.values() for r in rs)
+  assert all(r["completion"] == REPLIES["agree"] for r in sets["harmful"])
+  assert all(r["completion"] == REPLIES["balance"] for r in sets["safe"])
+  with pytest.raises(UserError, match="--high or --low"):
+    evaluate.curated([run], high=9.5)
+
+
+def test_cross_entropy_is_that_of_the_whole_text_in_one_pass(run, model):
+  records = evaluate.select(run)[:3]
+  losses = evaluate.cross_entropy(model, records, batch=2)
+  for record, loss in zip(records, losses, strict=True):
+    prompt = model.chat.encode(record["messages"])
+    reply = model.chat.encode_text(record["completion"])
+    whole = jnp.asarray([prompt + reply])
+    _, hidden = transformer.prefill(
+      model.params, None, model.config, Prompts(whole, jnp.asarray([whole.shape[1]]))
+    )
+    logits = transformer.unembed(model.params, model.config, hidden[0])
+    logprobs = jax.nn.log_softmax(logits[len(prompt) - 1 : -1])
+    expected = -np.mean([logprobs[i, t] for i, t in enumerate(reply)])
+    assert loss == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_command_lines(run, tmp_path, capsys):
+  """score, then agreement with the run's own scores, through the programs' own flags."""
+  evaluate.main([f"--runs={run.path}", "--judge=lexical", "--name=again", "--batch=8"])
+  out = tmp_path / "out" / "agreement.csv"
+  evaluate.main(["--what=agreement", f"--runs={run.path}", "--name=again", f"--out={out}"])
+  rows = list(csv.DictReader(out.open()))
+  assert float(next(r for r in rows if r["score"] == "hex")["spearman"]) > 0.8
+  assert str(run.path) in rows[0]["runs"]
+  for bad, says in (
+    (["--runs=x", "--what=nothing"], "choose score"),
+    (["--runs=x", "--batch=many"], "whole number"),
+    (["--run=x"], "unknown argument"),
+    ([], "--runs"),
+  ):
+    with pytest.raises(UserError, match=says):
+      evaluate.main(bad)
+  capsys.readouterr()
