@@ -190,7 +190,20 @@ def _save(path: Path, tensors: dict[str, np.ndarray]) -> None:
   sums = {CHECKSUM + name: _checksum(x) for name, x in tensors.items()}
   unfinished = path.with_name(path.name + ".partial")
   save_file(tensors, unfinished, metadata={"format": "pt"} | sums)
+  _sort_header(unfinished)
   unfinished.replace(path)
+
+
+def _sort_header(path: Path) -> None:
+  """The library writes metadata in random order; sorted, equal tensors are equal files."""
+  with open(path, "r+b") as f:
+    size = int.from_bytes(f.read(8), "little")
+    header = json.loads(f.read(size))
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+    if len(text) == size:
+      f.seek(8)
+      f.write(text)
 
 
 def _write_json(path: Path, value: dict) -> None:
