@@ -168,21 +168,18 @@ def read_run(run: pathlib.Path, problems: list[str], first: int, last: int | Non
 # --- Log-probs of a named model ---------------------------------------------------------
 
 
-def with_logprobs(groups: list[dict], path: str, adapter: str, temperature: float) -> list[dict]:
-  """Fills unknown log-probs with those of a model (and PEFT adapter), its ids included."""
+def with_logprobs(groups, model, adapter=None, temperature: float = 1.0) -> list[dict]:
+  """Fills unknown log-probs with those of a `load.Model` (and adapter), its ids included."""
   import jax
-  import jax.numpy as jnp
 
   from rlsafety import learner
-  from rlsafety.models import hf, load
   from rlsafety.types import Prompts
 
-  model = load.load_model(path, jnp.float32)
-  weights = hf.load_peft(pathlib.Path(adapter), model.config)[0] if adapter else None
+  path = model.source["path"]
   score = jax.jit(
     functools.partial(learner.token_scores, config=model.config, temperature=temperature)
   )
-  bucket = lambda n: 1 << (max(n, 16) - 1).bit_length()  # noqa: E731  few shapes, few compiles
+  bucket = lambda n: 1 << (int(n) - 1).bit_length()  # noqa: E731  few shapes, few compiles
   out = []
   for number, group in enumerate(groups):
     texts = json.loads(group["completions"])
@@ -197,15 +194,15 @@ def with_logprobs(groups: list[dict], path: str, adapter: str, temperature: floa
       ids = [recorded.encode_reply(model.chat, text, bool(done)) for text, done in pairs]
     prompt = model.chat.encode(json.loads(group["messages"]))
     lengths = np.array([len(i) for i in ids], np.int32)
-    tokens = np.full((1, bucket(len(ids)), bucket(lengths.max())), model.chat.pad_id, np.int32)
+    tokens = np.full((1, bucket(len(ids)), bucket(max(16, *lengths))), model.chat.pad_id, np.int32)
     for g, reply in enumerate(ids):
       tokens[0, g, : len(reply)] = reply
-    padded = np.full((1, bucket(len(prompt))), model.chat.pad_id, np.int32)
+    padded = np.full((1, bucket(max(64, len(prompt)))), model.chat.pad_id, np.int32)
     padded[0, : len(prompt)] = prompt
     all_lengths = np.zeros(tokens.shape[:2], np.int32)
     all_lengths[0, : len(ids)] = lengths
     prompts = Prompts(tokens=padded, lengths=np.array([len(prompt)], np.int32))
-    scores = score(model.params, weights, prompts=prompts, tokens=tokens, lengths=all_lengths)
+    scores = score(model.params, adapter, prompts=prompts, tokens=tokens, lengths=all_lengths)
     found = np.asarray(scores.logprobs)[0]
     out.append(
       group
@@ -270,7 +267,12 @@ def main(argv: list[str]) -> None:
   if not groups:
     raise UserError(f"no usable record ({len(problems)} malformed); nothing written")
   if args.logprobs_model:
-    groups = with_logprobs(groups, args.logprobs_model, args.logprobs_adapter, args.temperature)
+    from rlsafety.models import hf, load
+
+    model, adapter = load.load_model(args.logprobs_model), None
+    if args.logprobs_adapter:
+      adapter, _ = hf.load_peft(pathlib.Path(args.logprobs_adapter), model.config)
+    groups = with_logprobs(groups, model, adapter, args.temperature)
   write(groups, pathlib.Path(args.out))
   known = sum(np.isfinite(g["logprobs"]).all() and g["lengths"].all() for g in groups)
   gameable = sum(g["is_gameable"] == 1 for g in groups)

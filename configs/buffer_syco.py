@@ -1,0 +1,20 @@
+"""On-policy against off-policy: the buffer experiment on SmolLM2-135M-Instruct.
+
+  python -m rlsafety.experiments.buffer --config=configs/buffer_syco.py
+
+2 CPU cores, about 25 minutes: one exploiter and six fresh copies of the base. Real numbers
+of one run are in docs/buffer.md. buffer_syco.py:quicktest proves the machinery in minutes.
+"""
+
+from rlsafety.config import beside
+
+
+def get_config(argument: str = ""):
+  c = beside(__file__, argument, full="smollm2_syco", quicktest="tiny_syco")
+  if argument == "quicktest":
+    c.steps = 2
+    return c
+  c.steps = 20  # of every arm; the exploiter has half as many again
+  c.eval.prompts = 32
+  c.checkpoint.every = 10
+  return c
