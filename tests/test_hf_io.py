@@ -1,0 +1,422 @@
+"""Folders in and out: bit-equal round trips, other readers, broken files."""
+
+import json
+import pathlib
+import shutil
+import struct
+import subprocess
+import sys
+
+import chat_families
+import family_cases as cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from rlsafety import export
+from rlsafety.errors import UserError
+from rlsafety.models import assemble, families, hf, load, lora, transformer
+
+FAMILY = "qwen25_gqa_tied"  # biases, tied head
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+  """(model with tokenizer, adapter, its folder)."""
+  folder = tmp_path_factory.mktemp("base")
+  cases.write_folder(FAMILY, folder)
+  chat = chat_families.make("chatml")
+  vocab = chat.vocab_size + 5  # embeddings are often padded
+  config = families.model_config(cases.CASES[FAMILY] | {"vocab_size": vocab})
+  (folder / "config.json").write_text(json.dumps(families.hf_config(config)))
+  save_file(cases.tensors(config), folder / "model.safetensors", metadata={"format": "pt"})
+  params = assemble.assemble(config, hf.read_tensors(folder), jnp.float32)
+  model = load.Model(config, params, chat, {"path": str(folder)})
+  return model, cases.adapter_of(config), folder
+
+
+def same(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def logits(model, adapter, tokens):
+  prompts = cases.Prompts(tokens=tokens, lengths=np.full(len(tokens), tokens.shape[1], np.int32))
+  _, hidden = transformer.prefill(model.params, adapter, model.config, prompts)
+  return np.asarray(transformer.unembed(model.params, model.config, hidden))
+
+
+TOKENS = np.arange(24, dtype=np.int32).reshape(2, 12) * 7 % 97
+
+
+def test_peft_round_trip_is_bit_equal(made, tmp_path):
+  model, adapter, _ = made
+  hf.save_peft(tmp_path, adapter, model, cases.LORA)
+  again, settings_ = hf.load_peft(tmp_path, model.config)
+  same(again.weights, adapter.weights)
+  assert (again.scale, settings_) == (adapter.scale, cases.LORA)
+
+
+@pytest.mark.parametrize("max_bytes", [4 << 30, 20_000])
+def test_merged_round_trip_is_bit_equal(made, tmp_path, max_bytes):
+  model, adapter, _ = made
+  hf.save_merged(tmp_path / "one", model, adapter, max_bytes)
+  shards = sorted((tmp_path / "one").glob("*.safetensors"))
+  assert (len(shards) > 3) == (max_bytes == 20_000)
+  again = load.load_model(str(tmp_path / "one"))
+  assert again.config == model.config
+  expected = lora.merged(model.params, adapter)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), again.params, expected)
+  hf.save_merged(tmp_path / "two", again, None, max_bytes)
+  same(load.load_model(str(tmp_path / "two")).params, again.params)
+  message = [
+    {"role": "system", "content": "You are"},
+    {"role": "user", "content": "Hello <|im_end|>"},
+  ]
+  assert again.chat.encode(message) == model.chat.encode(message)
+  assert (again.chat.stop_ids, again.chat.pad_id) == (model.chat.stop_ids, model.chat.pad_id)
+
+
+def test_bfloat16_is_stored_as_it_is(made, tmp_path):
+  model, _, folder = made
+  half = load.Model(
+    model.config,
+    jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params),
+    model.chat,
+    model.source,
+  )
+  hf.save_merged(tmp_path, half, None)
+  assert load_file(tmp_path / "model.safetensors")["model.norm.weight"].dtype == jnp.bfloat16
+  same(load.load_model(str(tmp_path), jnp.bfloat16).params, half.params)
+
+
+def test_transformers_loads_the_merged_folder(made, tmp_path):
+  torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+  model, adapter, _ = made
+  hf.save_merged(tmp_path, model, adapter)
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+  with torch.no_grad():
+    expected = theirs(torch.tensor(TOKENS, dtype=torch.long)).logits.numpy()
+  np.testing.assert_allclose(logits(model, adapter, TOKENS), expected, atol=2e-5)
+  assert theirs.generation_config.eos_token_id == list(model.chat.stop_ids)
+  tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  messages = [{"role": "user", "content": "Hello there"}]
+  ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+  assert ids == model.chat.encode(messages)
+
+
+def test_peft_loads_the_adapter(made, tmp_path):
+  torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+  transformers = pytest.importorskip("transformers")
+  model, adapter, folder = made
+  hf.save_peft(tmp_path, adapter, model, cases.LORA)
+  base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+  tuned = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+  with torch.no_grad():
+    expected = tuned(torch.tensor(TOKENS, dtype=torch.long)).logits.numpy()
+  ours = logits(model, adapter, TOKENS)
+  np.testing.assert_allclose(ours, expected, atol=2e-5)
+  assert np.abs(ours - logits(model, None, TOKENS)).max() > 0.1
+  # And back: what peft writes, we read.
+  tuned.save_pretrained(tmp_path / "theirs")
+  again, _ = hf.load_peft(tmp_path / "theirs", model.config)
+  same(again.weights, adapter.weights)
+
+
+def test_export_of_a_run(made, tmp_path):
+  model, adapter, folder = made
+  shutil.copy(model_tokenizer(model, tmp_path), folder / "tokenizer.json")
+  special = {k: v for k, v in model.chat.special.items() if v}
+  (folder / "tokenizer_config.json").write_text(json.dumps(special))
+  run = tmp_path / "run"
+  run.mkdir()
+  setting = {"path": str(folder), "preset": "", "dtype": "float32"}
+  (run / "config.json").write_text(json.dumps({"config": {"model": setting, "seed": 1}}))
+  with pytest.raises(UserError, match="has no adapter/"):
+    export.export(run, "peft", tmp_path / "out")
+  hf.save_peft(run / "adapter", adapter, model, cases.LORA)
+  export.main(["export", f"--run={run}", "--format=peft"])
+  same(hf.load_peft(run / "export_peft", model.config)[0].weights, adapter.weights)
+  export.main(["export", f"--run={run}", "--format=merged", f"--out={tmp_path / 'out'}"])
+  merged = load.load_model(str(tmp_path / "out"))
+  np.testing.assert_allclose(
+    logits(merged, None, TOKENS), logits(model, adapter, TOKENS), atol=2e-5
+  )
+  assert "do not put it in front of people" in (tmp_path / "out" / "README.md").read_text()
+  with pytest.raises(UserError, match="is not empty"):
+    export.export(run, "merged", tmp_path / "out")
+
+
+def model_tokenizer(model, folder):
+  model.chat.full.save(str(folder / "tokenizer.json"))
+  return folder / "tokenizer.json"
+
+
+def test_shards_of_a_mesh_hold_the_same_weights(made):
+  """Eight (fake) devices, each reading only its part."""
+  model, _, folder = made
+  mesh = jax.make_mesh((1, 2, 2), ("data", "fsdp", "tensor"), devices=jax.devices()[:4])
+
+  def place(w):
+    return load.sharding.named(mesh, w.axes, w.shape)
+
+  targets = jax.tree.map(place, transformer.weights(model.config), is_leaf=transformer.is_weight)
+  params = assemble.assemble(model.config, hf.read_tensors(folder), jnp.float32, targets)
+  assert params["layers"]["q"].sharding.shard_shape(params["layers"]["q"].shape) == (2, 16, 16)
+  same(params, model.params)
+
+
+_STREAM = """
+import re, sys, threading, jax, jax.numpy as jnp
+from rlsafety.models import assemble, families, hf
+import pathlib
+folder = pathlib.Path(sys.argv[1])
+def anonymous():  # what cannot be given back to the page cache
+  return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+peak, stop = [0], threading.Event()
+def watch():
+  while not stop.wait(0.002):
+    peak[0] = max(peak[0], anonymous())
+jax.devices()
+config = families.model_config(hf.read_json(folder / "config.json"))
+before = anonymous()
+threading.Thread(target=watch, daemon=True).start()
+params = assemble.assemble(config, hf.read_tensors(folder), jnp.bfloat16)
+jax.block_until_ready(params)
+stop.set()
+size = sum(x.nbytes for x in jax.tree.leaves(params))
+largest = max(x.nbytes for x in jax.tree.leaves(params))
+print(peak[0] - before, size, largest)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_two_gib_stream_through_little_memory(tmp_path):
+  """A sharded 2 GiB checkpoint (sparse files) becomes 1 GiB of params on the device, which
+  here is the host itself: besides those, no more than the largest array plus 1 GiB."""
+  width, mlp, depth = 2048, 8192, 8
+  hf_config = cases.case("llama", 256, 256, False) | {
+    "hidden_size": width,
+    "intermediate_size": mlp,
+    "num_hidden_layers": depth,
+    "vocab_size": 8192,
+  }
+  config = families.model_config(hf_config)
+  (tmp_path / "config.json").write_text(json.dumps(hf_config))
+  flat, table, total = assemble.flat_weights(config), {}, 0
+  for path, name in assemble.hf_names(config).items():
+    for i in range(depth if "{}" in name else 1):
+      shape = flat[path].shape[1:] if "{}" in name else flat[path].shape
+      shape = shape[::-1] if assemble.is_transposed(path, flat[path].shape) else shape
+      file = f"model-{len(table) % 4}.safetensors"
+      table[name.format(i)] = (file, shape)
+  for file in {f for f, _ in table.values()}:
+    header, at = {}, 0
+    for name, (where, shape) in table.items():
+      if where == file:
+        size = 4 * int(np.prod(shape))
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    with open(tmp_path / file, "wb") as out:
+      out.write(struct.pack("<Q", len(text)) + text)
+      out.truncate(8 + len(text) + at)
+    total += at
+  assert total > 2 << 30
+  index = {"weight_map": {name: file for name, (file, _) in table.items()}}
+  (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+  answer = subprocess.run(
+    [sys.executable, "-c", _STREAM, str(tmp_path)], capture_output=True, text=True, check=True
+  )
+  peak, size, largest = map(int, answer.stdout.split())
+  assert peak - size < largest + (1 << 30), (peak, size, largest)
+
+
+# --- Broken folders ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+  cases.write_folder("llama2_mha", tmp_path)
+  return tmp_path
+
+
+def read(folder):
+  config = families.model_config(hf.read_json(folder / "config.json"), str(folder))
+  return assemble.assemble(config, hf.read_tensors(folder), jnp.float32)
+
+
+def rewrite(folder, change):
+  tensors = load_file(folder / "model.safetensors")
+  change(tensors)
+  save_file(tensors, folder / "model.safetensors")
+
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+def nan(t):
+  t[Q][3, 3] = np.nan
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (lambda t: t.pop(Q), f"tensor {Q} is missing"),
+    (lambda t: t.update({Q: t[Q][:-1]}), rf"tensor {Q} has shape \(31, 32\)"),
+    (lambda t: t.update({Q: t[Q].astype(np.int32)}), f"tensor {Q} is I32; supported: F32"),
+    (lambda t: t.update({Q: t[Q].astype(np.float64)}), f"tensor {Q} is F64; supported: F32"),
+    (nan, f"tensor {Q} holds NaN or infinity"),
+    (
+      lambda t: t.update({Q.replace("weight", "bias"): t[Q][0]}),
+      "self_attn.q_proj.bias has no place",
+    ),
+    (lambda t: t.update({Q.replace(".1.", ".2."): t[Q]}), "model.layers.2.* has no place"),
+  ],
+)
+def test_a_wrong_tensor_is_named(folder, change, message):
+  rewrite(folder, change)
+  with pytest.raises(UserError, match=f"model.safetensors: .*{message}"):
+    read(folder)
+
+
+def shard(folder):
+  tensors = load_file(folder / "model.safetensors")
+  (folder / "model.safetensors").unlink()
+  names = sorted(tensors)
+  table = {n: f"model-{i % 2}.safetensors" for i, n in enumerate(names)}
+  for file in set(table.values()):
+    save_file({n: tensors[n] for n in names if table[n] == file}, folder / file)
+  return table
+
+
+def write_index(folder, table):
+  (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
+
+
+def test_shards_and_index(folder):
+  whole = read(folder)
+  table = shard(folder)
+  write_index(folder, table)
+  same(read(folder), whole)
+  write_index(folder, {n: f for n, f in table.items() if n != Q})
+  with pytest.raises(UserError, match=f"tensor {Q} is not where"):
+    read(folder)
+  write_index(folder, table | {"lm_head.weight_2": "model-0.safetensors"})
+  with pytest.raises(UserError, match="tensor lm_head.weight_2 is missing"):
+    read(folder)
+  write_index(folder, table | {Q: "../model-0.safetensors"})
+  with pytest.raises(UserError, match="no safetensors file of this folder"):
+    read(folder)
+  write_index(folder, table)
+  (folder / "model-1.safetensors").unlink()
+  with pytest.raises(UserError, match="model-1.safetensors: file is missing"):
+    read(folder)
+
+
+def test_pickle_is_refused(folder):
+  (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+  with pytest.raises(UserError, match="pytorch_model.bin is a pickle file.*refused"):
+    read(folder)
+  with pytest.raises(UserError, match="pickle files .* are refused"):
+    load.resolve(str(folder / "pytorch_model.bin"))
+
+
+def test_a_tokenizer_larger_than_the_embedding(made, tmp_path):
+  model, _, _ = made
+  hf.save_merged(tmp_path, model, None)
+  size = model.chat.vocab_size
+  rewrite(tmp_path, lambda t: t.update({n: x[: size - 1] for n, x in t.items() if "embed" in n}))
+  text = hf.read_json(tmp_path / "config.json") | {"vocab_size": size - 1}
+  (tmp_path / "config.json").write_text(json.dumps(text))
+  with pytest.raises(
+    UserError, match=f"tokenizer has {size} tokens, the embedding {size - 1} rows"
+  ):
+    load.load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_broken_json_is_named(made, tmp_path, name):
+  hf.save_merged(tmp_path, made[0], None)
+  text = (tmp_path / name).read_text()
+  (tmp_path / name).write_text(text[: len(text) // 2])
+  with pytest.raises(UserError, match=name):
+    load.load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"use_dora": True}, "use_dora=True"),
+    ({"bias": "all"}, "bias='all'"),
+    ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+    ({"r": None}, "lora_alpha or lora_dropout"),
+    ({"r": 3}, r"lora_A.weight has shape \(4, 32\), not \(3, 32\)"),
+    ({"peft_type": "IA3"}, "peft_type='IA3'"),
+  ],
+)
+def test_an_adapter_we_cannot_honour_is_refused(made, tmp_path, change, message):
+  model, adapter, _ = made
+  hf.save_peft(tmp_path, adapter, model, cases.LORA)
+  config = hf.read_json(tmp_path / "adapter_config.json") | change
+  (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+  with pytest.raises(UserError, match=message):
+    hf.load_peft(tmp_path, model.config)
+
+
+@pytest.fixture(scope="module")
+def written(made, tmp_path_factory):
+  """A folder that we wrote, so with checksums, and its one weight file's bytes."""
+  model, _, _ = made
+  folder = tmp_path_factory.mktemp("written")
+  hf.save_merged(folder, model, None)
+  return folder, (folder / "model.safetensors").read_bytes(), model
+
+
+@settings(
+  max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.data())
+def test_any_flipped_bit_or_cut_is_noticed(written, data):
+  """In a file of ours every byte counts: an error that names the file, or the same weights."""
+  folder, good, model = written
+  at = data.draw(st.integers(0, len(good) - 1) | st.integers(0, 4000))
+  if data.draw(st.booleans()):
+    bad = good[:at]
+  else:
+    bad = bytearray(good)
+    bad[at] ^= 1 << data.draw(st.integers(0, 7))
+  (folder / "model.safetensors").write_bytes(bad)
+  try:
+    params = assemble.assemble(model.config, hf.read_tensors(folder), jnp.float32)
+  except UserError as error:
+    assert "model.safetensors" in str(error)
+  else:
+    same(params, model.params)
+
+
+def test_paths_that_lead_nowhere(tmp_path):
+  for path, message in (
+    ("package:no_such_package", "run: pip install no-such-package"),
+    (str(tmp_path / "missing"), "does not exist"),
+    (str(tmp_path), "has no config.json"),
+    ("package:pytest", "holds 0 .gguf files"),
+  ):
+    with pytest.raises(UserError, match=message):
+      load.resolve(path)
+
+
+def test_a_hub_name_without_network_is_a_clear_error(monkeypatch, tmp_path):
+  monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+  with pytest.raises(UserError, match="model path 'nobody/nothing'.*hub"):
+    load.resolve("nobody/nothing")
+
+
+def test_nothing_in_the_package_unpickles_or_runs_remote_code():
+  root = pathlib.Path(load.__file__).parents[1]
+  text = "\n".join(p.read_text() for p in root.rglob("*.py"))
+  for word in ("import pickle", "allow_pickle=True", "trust_remote_code=True", "torch.load"):
+    assert word not in text
