@@ -118,13 +118,62 @@ def slurm(tmp_path_factory):
         daemon.kill()
 
 
-def test_hello(slurm, tmp_path):
-  out = subprocess.run(
-    ["srun", "-n2", "--overcommit", "bash", "-c", "echo $SLURM_PROCID $SLURM_STEP_NODELIST"],
-    env=slurm,
-    capture_output=True,
-    text=True,
-    timeout=60,
-  )
-  print(out)
-  assert out.returncode == 0
+TINY = [
+  f"--config={REPO}/configs/tiny_syco.py",
+  "--config.steps=2",
+  "--config.eval.every=2",
+  "--config.eval.prompts=4",
+  "--config.checkpoint.every=1",
+  "--config.sampler.max_tokens=8",
+]
+
+
+def out_of(command, env, **kwargs):
+  kwargs = {"capture_output": True, "text": True, "timeout": 120, "cwd": REPO} | kwargs
+  return subprocess.run([str(c) for c in command], env=env, **kwargs)
+
+
+def gone(job, env):
+  """No task of the job waits or runs any more."""
+  return lambda: out_of(["squeue", "-h", "-j", job], env).stdout.strip() == ""
+
+
+def test_sweep_runs_an_array_and_skips_what_is_complete(slurm, tmp_path):
+  sweep = tmp_path / "sweep"
+  command = [sys.executable, "launch/sweep.py", f"--sweep={sweep}", *TINY[:1], "--backend=slurm"]
+  command += ["--grid=seed=1,2", "--jobs=2", "--pass=--cpus-per-task=1", "--", *TINY[1:]]
+  first = out_of(command, slurm)
+  assert first.returncode == 0 and "submitted array" in first.stdout, first.stderr
+  job = (sweep / "slurm.txt").read_text().split()[0]
+  waiting = out_of(command, slurm)  # what is queued is left to the queue
+  assert "2 complete or queued, 0 to do" in waiting.stdout
+  wait_for(gone(job, slurm), 300, "the end of the array")
+  logs = "".join(p.read_text() for p in (sweep / "logs").glob("*.log"))
+  assert sorted(p.parent.name for p in sweep.glob("*/summary.json")) == ["seed-1", "seed-2"], logs
+  status = out_of([*command[: command.index("--")], "--status", "--", *TINY[1:]], slurm)
+  assert "2 of 2 complete" in status.stdout
+
+
+def test_two_tasks_are_one_run_and_a_preempted_job_resumes(slurm, tmp_path):
+  """srun starts two JAX processes; SIGTERM makes them save, requeue and complete."""
+  workdir, log = tmp_path / "run", tmp_path / "job.log"
+  submit = ["sbatch", "--parsable", "--ntasks-per-node=2", "--cpus-per-task=1", f"--output={log}"]
+  flags = [*TINY, "--config.steps=6", "--config.eval.every=6", f"--workdir={workdir}"]
+  job = out_of([*submit, "launch/slurm.sbatch", *flags], slurm).stdout.strip()
+  assert job.isdigit()
+
+  def seen(path):
+    def look():
+      assert out_of(["squeue", "-h", "-j", job], slurm).stdout.strip(), log.read_text()
+      return path.exists()
+
+    return look
+
+  wait_for(seen(workdir / "checkpoints" / "1"), 200, "a first checkpoint")
+  out_of(["scancel", "--signal=TERM", job], slurm)
+  wait_for(lambda: "back into the queue" in log.read_text(), 100, "the requeue")
+  out_of(["scontrol", "update", f"JobId={job}", "StartTime=now"], slurm)
+  wait_for(gone(job, slurm), 300, "the end of the job")
+  text = log.read_text()
+  assert (workdir / "summary.json").exists(), text
+  assert "resuming after step" in text and "'data': 2" in text

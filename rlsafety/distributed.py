@@ -1,0 +1,94 @@
+"""Many hosts: JAX's own runtime, started where it is needed, and failures that name a host.
+
+Every process runs the same program. On TPU pods and under SLURM `start` needs nothing; anywhere
+else set JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID. With one
+process it does nothing, so that a laptop and a pod run the same command.
+"""
+
+import os
+import pathlib
+import re
+
+import jax
+
+from rlsafety.errors import UserError
+
+VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def start() -> None:
+  """Joins the other processes; call it before any computation.
+
+  A process that dies or loses its network ends the others with an error that names it, within
+  RLSAFETY_HEARTBEAT seconds (default 60): a collective would wait for it for ever.
+  """
+  if jax.distributed.is_initialized():
+    return
+  arguments = _arguments(os.environ)
+  if arguments is None:
+    return
+  timeout = _number("RLSAFETY_HEARTBEAT", os.environ.get("RLSAFETY_HEARTBEAT", "60"))
+  # Peers of a failed start give up after this long, and say who is missing.
+  waiting = _number("RLSAFETY_START_TIMEOUT", os.environ.get("RLSAFETY_START_TIMEOUT", "300"))
+  jax.distributed.initialize(
+    **arguments,
+    heartbeat_timeout_seconds=timeout,
+    initialization_timeout=waiting,
+    shutdown_timeout_seconds=timeout,
+  )
+
+
+def _arguments(env) -> dict | None:
+  """What jax.distributed.initialize needs beyond what it finds itself; None = one process."""
+  given = {name: env[name] for name in VARIABLES if env.get(name)}
+  if len(given) == len(VARIABLES):
+    address, count, index = (given[name] for name in VARIABLES)
+    count, index = _number(VARIABLES[1], count), _number(VARIABLES[2], index)
+    if not re.fullmatch(r"\S+:\d+", address) or index >= count:
+      raise UserError(
+        f"{'; '.join(f'{k}={v}' for k, v in given.items())}: the address is host:port, and "
+        "process ids run from 0 to the number of processes - 1"
+      )
+    if count == 1:
+      return None
+    return {"coordinator_address": address, "num_processes": count, "process_id": index}
+  if len(given) > 1:  # an address alone is a default that some clusters set
+    missing = [name for name in VARIABLES if name not in given]
+    raise UserError(f"{', '.join(given)} is set but {', '.join(missing)} is not; set all or none")
+  if "SLURM_STEP_NODELIST" in env and "SLURM_PROCID" in env:  # started by srun
+    return {} if int(env.get("SLURM_NTASKS", "1")) > 1 else None
+  on_tpu = any(pathlib.Path(p).exists() for p in ("/dev/accel0", "/dev/vfio/0"))
+  several = "," in env.get("TPU_WORKER_HOSTNAMES", "") or "TPU_PROCESS_ADDRESSES" in env
+  if several or (on_tpu and env.get("JAX_PLATFORMS", "tpu").startswith("tpu")):
+    return {}
+  return None
+
+
+def _number(name: str, text: str) -> int:
+  if not text.isdigit():
+    raise UserError(f"{name}={text!r}: needs a whole number")
+  return int(text)
+
+
+def barrier(name: str, seconds: int = 600) -> None:
+  """Waits until all processes have called it under the same name.
+
+  Raises RuntimeError naming the processes that did not come in time.
+  """
+  if jax.process_count() == 1:
+    return
+  from jax._src import distributed  # the public barrier is a collective: it cannot time out
+
+  try:
+    distributed.global_state.client.wait_at_barrier(name, seconds * 1000)
+  except Exception as error:
+    absent = sorted({int(n) for n in re.findall(r"task:(\d+)", str(error))})
+    who = f"process {', '.join(map(str, absent))}" if absent else "another process"
+    raise RuntimeError(
+      f"process {jax.process_index()} waited {seconds} s at {name!r}; missing: {who} "
+      f"of {jax.process_count()} ({_first_line(error)})"
+    ) from None
+
+
+def _first_line(error: Exception) -> str:
+  return str(error).splitlines()[0][:200] if str(error) else type(error).__name__

@@ -1,0 +1,428 @@
+"""Does it fit, how fast can it be, what does it cost: asked before anything is booked.
+
+  python -m rlsafety.plan --config=configs/qwen7b_syco.py --device=v5e-16
+  python -m rlsafety.plan --config=configs/paper.py:model=yi-6b-chat --device=H100 --mesh=auto
+
+Compiles the run's real sampler, judge and update for the device's mesh on fake CPU devices,
+without weights, and reads the compiled programs: buffers per device, every matrix product and
+every collective, with the trip counts of the loops around them.
+
+What the numbers are. Weights, adapter and optimiser are exact. Work space is that of XLA's CPU
+compiler for float32, scaled to the model's dtype (float32 parts kept): other compilers fuse and
+schedule differently. Seconds are a roofline: each product at the larger of its compute and
+memory time, each collective at the link's, nothing overlapped, replies of full length, no
+elementwise work, no host. A real run is slower; EFFICIENCY says what the cost assumes.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+import re
+import sys
+import time
+
+from rlsafety import config as config_lib
+from rlsafety.devices import GIB, Device, device
+from rlsafety.errors import UserError, run_main
+
+EFFICIENCY = 0.4  # share of the roofline that a run is assumed to reach, for time and cost
+USABLE = 0.92  # share of a device's memory: runtime and fragmentation take the rest
+LATENCY = 5e-6  # seconds that a collective takes, however small
+JUDGE_PROMPT, JUDGE_SUFFIX = 768, 32  # slots: rubric and user message; what follows the reply
+
+# --- Reading a compiled program --------------------------------------------------------
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$")
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)$")
+_SHAPE = re.compile(r"(pred|[a-z]+\d+)\[([\d,]*)\]")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.-]+)")
+_TRIPS = re.compile(r'known_trip_count\\?":\s*\{\\?"n\\?":\\?"(\d+)')
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+@dataclasses.dataclass
+class Work:
+  """What one device does in one call: sums over all trips of all loops.
+
+  flops of matrix products; moved: their operands and results in bytes; seconds: their roofline.
+  sent: bytes through links; collectives: how many; largest: name and bytes of the largest.
+  """
+
+  flops: float = 0.0
+  moved: float = 0.0
+  seconds: float = 0.0
+  sent: float = 0.0
+  collectives: float = 0.0
+  largest: tuple[str, float] = ("", 0.0)
+
+
+def _shapes(text: str) -> list[tuple[str, tuple[int, ...]]]:
+  return [(d, tuple(map(int, s.split(",") if s else ()))) for d, s in _SHAPE.findall(text)]
+
+
+def read_program(hlo: str, unknown_trips: int, width: float, chip) -> Work:
+  """Counts the work in the text of a compiled (per-device) HLO module.
+
+  unknown_trips: passes of a loop whose length the compiler does not know (the sampler's).
+  width: bytes that a float of the program takes on the device (the program is float32).
+  """
+  bodies, current = {}, None
+  for line in hlo.splitlines():
+    if match := _COMPUTATION.match(line):
+      current = bodies.setdefault(match[1], [])
+      if line.startswith("ENTRY"):
+        entry = match[1]
+    elif current is not None and (match := _INSTRUCTION.match(line)):
+      current.append(match.groups())
+
+  def size(kind, shape):
+    return math.prod(shape) * (width if kind == "f32" else int(re.sub(r"\D", "", kind) or 8) // 8)
+
+  @functools.cache
+  def work_of(name: str) -> Work:
+    total, known = Work(), {}
+    for result, shape_text, operation, rest in bodies.get(name, ()):
+      shapes = known[result] = _shapes(shape_text)
+      operands = re.findall(r"%([\w.-]+)", rest.split("), ")[0])
+      if operation == "dot":
+        (kind, out), (_, lhs) = shapes[0], known[operands[0]][0]
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", rest)[1]
+        depth = math.prod(lhs[int(i)] for i in contracted.split(",") if i)
+        flops = 2.0 * math.prod(out) * depth
+        moved = size(kind, out) + sum(size(*known[o][0]) for o in operands[:2])
+        total.flops += flops
+        total.moved += moved
+        total.seconds += max(flops / chip.flops, moved / chip.bandwidth)
+      kind = operation.removesuffix("-start")
+      if kind in COLLECTIVES:
+        amount = sum(size(*s) for s in shapes)
+        total.sent += amount * (2 if kind == "all-reduce" else 1)
+        total.collectives += 1
+        total.largest = max(total.largest, (f"{kind} {shape_text}", amount), key=lambda x: x[1])
+      trips = 1
+      if operation == "while":
+        found = _TRIPS.search(rest)
+        trips = int(found[1]) if found else unknown_trips
+      for called in _CALLED.findall(rest):
+        inner = work_of(called)
+        for field in ("flops", "moved", "seconds", "sent", "collectives"):
+          setattr(total, field, getattr(total, field) + trips * getattr(inner, field))
+        total.largest = max(total.largest, inner.largest, key=lambda x: x[1])
+    return total
+
+  return work_of(entry)
+
+
+# --- The run's programs, compiled without weights --------------------------------------
+
+
+def compile_programs(config, policy, judge, target: Device) -> dict:
+  """{program: (compiled, calls per step)} and {name: bytes per device} of what stays resident.
+
+  policy, judge: ModelConfigs; judge None = the policy's frozen base judges. Programs are
+  compiled in float32 whatever model.dtype says: XLA's CPU backend has no bfloat16 arithmetic
+  and would add copies that no accelerator makes.
+  """
+  import jax
+  import jax.numpy as jnp
+
+  from rlsafety import learner, sampler, sharding, train
+  from rlsafety.judges import head, lm
+  from rlsafety.models import lora, transformer
+  from rlsafety.types import Batch, Prompts
+
+  devices = jax.devices("cpu")
+  if len(devices) < target.chips:
+    raise UserError(f"{target.chips} fake devices are needed and {len(devices)} are there")
+  mesh = sharding.make_mesh(**config.mesh, devices=devices[: target.chips])
+  P, S, T = config.prompts_per_step, config.max_prompt_tokens, config.sampler.max_tokens
+  G = config.sampler.group
+  check_split(P, mesh)
+
+  def place(dtype, *axes_and_sizes):
+    axes, shape = zip(*axes_and_sizes, strict=True) if axes_and_sizes else ((), ())
+    sharding_ = sharding.named(mesh, axes, shape)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding_)
+
+  def base_of(model):
+    leaf = lambda w: place(jnp.float32, *zip(w.axes, w.shape, strict=True))  # noqa: E731
+    return jax.tree.map(leaf, transformer.weights(model), is_leaf=transformer.is_weight)
+
+  p = ("prompt", P)
+  prompts = Prompts(place(jnp.int32, p, (None, S)), place(jnp.int32, p))
+  pg = lambda dtype, slots=(): place(dtype, p, (None, G), *((None, n) for n in slots))  # noqa: E731
+  batch = Batch(
+    prompts=prompts,
+    tokens=pg(jnp.int32, (T,)),
+    lengths=pg(jnp.int32),
+    advantages=pg(jnp.float32),
+    ratings=pg(jnp.float32),
+    behaviour_logprobs=pg(jnp.float32, (T,)),
+    reference_logprobs=None,
+    staleness=pg(jnp.int32),
+  )
+  settings, optimizer = train.learner_settings(config), learner.make_optimizer(**config.optimizer)
+  base, layers = base_of(policy), transformer.weights(policy)["layers"]
+  axes = lora.adapter_axes(layers, train.lora_config(config))
+
+  def fresh(key):
+    return learner.init_state(lora.init_adapter(layers, train.lora_config(config), key), optimizer)
+
+  def place_state(path, x):
+    """Optimiser moments lie like the adapter weight they belong to; scalars everywhere."""
+    keys = [getattr(k, "key", None) for k in path]
+    target_name = next((k for k in keys if k in axes), None)
+    names = axes[target_name][keys[-1]] if target_name else (None,) * len(x.shape)
+    return place(x.dtype, *zip(names, x.shape, strict=True))
+
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  state = jax.tree_util.tree_map_with_path(place_state, jax.eval_shape(fresh, key))
+  key = place(key.dtype)
+  draw = train.sampler_settings(config, (0, 1))
+  update = functools.partial(learner.update, config=policy, settings=settings, optimizer=optimizer)
+  replies = (pg(jnp.int32, (T,)), pg(jnp.int32))
+  rater, rater_base = judge or policy, base_of(judge) if judge else base
+  shown = Prompts(place(jnp.int32, p, (None, JUDGE_PROMPT)), place(jnp.int32, p))
+  programs = {}
+
+  def add(name, calls, function, *arguments, **static):
+    with jax.set_mesh(mesh):
+      programs[name] = (function.lower(*arguments, **static).compile(), calls)
+
+  add("sampler", 1, sampler.sample_jit, base, state.adapter, policy, prompts, key, draw)
+  if config.judge.name == "lm":
+    suffix = (place(jnp.int32, p, (None, JUDGE_SUFFIX)), place(jnp.int32, p))
+    labels = tuple((i,) for i in range(2, 12))
+    rate = lm.label_distribution
+    add("judge", 3, rate, rater_base, None, rater, shown, *replies, *suffix, labels)
+  elif config.judge.name == "head":
+    chosen = tuple(range(policy.n_layers // 2, policy.n_layers, 4))
+    chunk = config.learner.chunk_tokens
+    read = head.features
+    add("judge", 1, read, base, policy, shown, *replies, chosen, chunk)
+  add("update", 1, jax.jit(update, donate_argnums=0), state, base, batch, key)
+
+  def per_device(tree, width=None):
+    return sum(
+      math.prod(x.sharding.shard_shape(x.shape)) * (width or x.dtype.itemsize)
+      for x in jax.tree.leaves(tree)
+    )
+
+  width = jnp.dtype(config.model.dtype).itemsize
+  float32 = 4 * sum(  # of the update, per device: one chunk's logits, an adapter's gradients
+    math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(state.adapter)
+  )
+  resident = {
+    "policy weights": per_device(base, width),
+    "judge weights": per_device(rater_base, width) if judge and config.judge.name == "lm" else 0,
+    "adapter": per_device(state.adapter),
+    "optimiser": per_device(state.opt_state),
+  }
+  ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  rows = P // ways if P % ways == 0 else P
+  cache = 2 * policy.n_layers * width * policy.n_kv_heads * policy.head_dim * rows * (S + G * T)
+  shared = policy.n_kv_heads % mesh.shape["tensor"] == 0
+  cache //= mesh.shape["tensor"] if shared else 1
+  return {
+    "programs": programs,
+    "resident": resident,
+    "float32": float32,
+    "kv cache": cache,
+    "mesh": dict(mesh.shape),
+  }
+
+
+def check_split(prompts: int, mesh) -> None:
+  ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  if prompts % ways:
+    fits = [n for n in range(1, mesh.size + 1) if mesh.size % n == 0 and prompts % n == 0]
+    sizes = ", ".join(f"data={n} tensor={mesh.size // n}" for n in reversed(fits))
+    raise UserError(
+      f"prompts_per_step={prompts} cannot be split over data x fsdp = {ways}: every device "
+      f"would do all of the work; meshes of {mesh.size} devices that fit: {sizes}; or set "
+      f"--config.prompts_per_step to a multiple of {ways}"
+    )
+
+
+# --- The plan --------------------------------------------------------------------------
+
+
+def make_plan(config, policy, judge, target: Device) -> dict:
+  """Memory, work, time and cost per device and step, as plain numbers (bytes, seconds, $)."""
+  import jax.numpy as jnp
+
+  began = time.monotonic()
+  made = compile_programs(config, policy, judge, target)
+  width = jnp.dtype(config.model.dtype).itemsize
+  programs = {}
+  for name, (compiled, calls) in made["programs"].items():
+    hlo = compiled.as_text()
+    work = read_program(hlo, config.sampler.max_tokens, width, target.chip)
+    temp = compiled.memory_analysis().temp_size_in_bytes
+    kept = min(temp, made["float32"] if name == "update" else 0)
+    programs[name] = {
+      "calls": calls,
+      "temp": (temp - kept) * width / 4 + kept,
+      "flops": work.flops,
+      "moved": work.moved,
+      "sent": work.sent,
+      "seconds": calls * (work.seconds + work.sent / target.chip.link + work.collectives * LATENCY),
+      "compute_bound": work.flops / target.chip.flops / max(work.seconds, 1e-30),
+      "largest_collective": work.largest[0],
+    }
+  resident = made["resident"]
+  busiest = max(programs, key=lambda name: programs[name]["temp"])
+  need = sum(resident.values()) + programs[busiest]["temp"]
+  step = sum(p["seconds"] for p in programs.values())
+  hours = config.steps * step / EFFICIENCY / 3600
+  return {
+    "device": target.name,
+    "mesh": made["mesh"],
+    "resident": resident,
+    "kv cache": made["kv cache"],
+    "programs": programs,
+    "busiest": busiest,
+    "bytes": need,
+    "memory": target.chip.memory,
+    "fits": need <= USABLE * target.chip.memory,
+    "step_seconds": step,
+    "run_hours": hours,
+    "run_dollars": hours * target.chips * target.chip.price,
+    "planning_seconds": time.monotonic() - began,
+  }
+
+
+def advice(plan: dict, config, policy, target: Device) -> list[str]:
+  """What to change, most effective first, where the plan does not fit."""
+  if plan["fits"]:
+    return []
+  out, resident = [], sum(plan["resident"].values())
+  room = USABLE * target.chip.memory
+  tensor = plan["mesh"]["tensor"]
+  wider = tensor * 2
+  if wider <= target.chips and (policy.n_heads * policy.head_dim) % wider == 0:
+    out.append(f"--config.mesh.tensor={wider} (weights and work space on {wider} devices each)")
+  if resident > 0.7 * room:
+    if plan["resident"]["judge weights"]:
+      out.append("--config.judge.model= (the frozen base judges: one model in memory)")
+    chips = math.ceil(resident / (0.6 * room)) * target.chips
+    out.append(f"a larger device: the weights alone ask for about {chips} x {target.kind}")
+  pieces, prompts = config.learner.microbatches, config.prompts_per_step
+  if plan["busiest"] == "update":
+    finer = next((n for n in range(pieces + 1, prompts + 1) if prompts % n == 0), None)
+    if finer:
+      out.append(f"--config.learner.microbatches={finer} (same result, smaller pieces)")
+    if config.learner.remat != "full":
+      out.append("--config.learner.remat=full")
+    if config.learner.chunk_tokens > 256:
+      out.append(f"--config.learner.chunk_tokens={config.learner.chunk_tokens // 4}")
+  elif plan["busiest"] == "sampler":
+    out.append(f"--config.prompts_per_step={max(1, prompts // 2)} (half the replies in flight)")
+  if config.max_prompt_tokens > 512:
+    out.append("--config.max_prompt_tokens=512, if the longest prompt allows it")
+  return out
+
+
+def automatic_mesh(config, policy, judge, target: Device) -> dict:
+  """The least tensor parallelism whose weights leave half of the memory free."""
+  from rlsafety.models import transformer
+
+  width = 2 if config.model.dtype != "float32" else 4
+  weights = width * sum(transformer.params_count(m) for m in (policy, judge) if m)
+  tensor = 1
+  while tensor < target.chips and (
+    weights / tensor > 0.5 * target.chip.memory
+    or config.prompts_per_step % (target.chips // tensor)
+  ):
+    tensor *= 2
+  return {"data": target.chips // tensor, "fsdp": 1, "tensor": tensor}
+
+
+def shape_of(name: str, field: str):
+  """ModelConfig of a preset, a local folder, a GGUF file, or a hub name whose shape we know."""
+  from rlsafety.models import families, presets
+
+  folder = pathlib.Path(name).expanduser()
+  if folder.is_dir():
+    path = folder / "config.json"
+    return families.model_config(json.loads(path.read_text()), str(path))
+  if name.startswith("package:") or folder.suffix == ".gguf":
+    from rlsafety.models import gguf, load
+
+    path = load.resolve(name)
+    return families.model_config(gguf.read_config(gguf.File(path)), str(path))
+  short = name.split("/")[-1].split("@")[0].lower().removeprefix("meta-").removesuffix("-hf")
+  known = presets.PRESETS
+  if short not in known:  # a base model has the shape of its chat version
+    chat = (short + "-", short.replace("gemma-", "gemma-1.1-") + "-")
+    short = next((k for k in known if k.startswith(chat)), short)
+  if short not in known and "/" in name:
+    raise UserError(f"{field}={name}: no known shape; name a local folder or --shape=PRESET")
+  return presets.preset(short)
+
+
+def policy_and_judge(config, shape: str = ""):
+  policy = shape_of(shape or config.model.path or config.model.preset, "model.path")
+  separate = config.judge.name == "lm" and config.judge.model
+  return policy, shape_of(config.judge.model, "judge.model") if separate else None
+
+
+def show(plan: dict, hints: list[str]) -> str:
+  gib = lambda x: f"{x / GIB:8.2f} GiB"  # noqa: E731
+  mesh = ", ".join(f"{k}={v}" for k, v in plan["mesh"].items())
+  lines = [f"{plan['device']}, mesh {mesh}; per device:"]
+  lines += [f"  {name:24}{gib(size)}" for name, size in plan["resident"].items() if size]
+  lines += [f"  (KV cache, in the sampler){gib(plan['kv cache']):>11}"]
+  for name, p in plan["programs"].items():
+    bound = "compute" if p["compute_bound"] > 0.5 else "memory"
+    lines.append(
+      f"  {name + ' work space':24}{gib(p['temp'])}   {p['calls'] * p['flops'] / 1e12:9.2f} TFLOP "
+      f"{p['calls'] * p['moved'] / 1e9:9.1f} GB moved {p['calls'] * p['sent'] / 1e9:8.2f} GB sent"
+      f"   {p['seconds']:7.3f} s, {bound}-bound"
+    )
+  verdict = "fits" if plan["fits"] else "DOES NOT FIT"
+  lines += [
+    f"  {'most at one time':24}{gib(plan['bytes'])} of {plan['memory'] / GIB:.0f}: {verdict} "
+    f"(limit {USABLE:.0%}; the {plan['busiest']} needs most)",
+    f"roofline {plan['step_seconds']:.2f} s per step; at {EFFICIENCY:.0%} of it "
+    f"{plan['run_hours']:.2f} h and ${plan['run_dollars']:.2f} per run at list price",
+  ]
+  return "\n".join(lines + [f"  try {hint}" for hint in hints])
+
+
+def fake_devices(count: int) -> None:
+  """Before jax starts: `count` CPU devices, and a compiler that skips machine-code tuning."""
+  fast = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+  flags = f"{fast} --xla_force_host_platform_device_count={count}"
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+  os.environ["JAX_PLATFORMS"] = "cpu"
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the partitioner's hints, see the profile
+
+
+def main(argv: list[str]) -> None:
+  extra = [
+    ("device", "v5e-16", "v4-*, v5e-*, v5p-*, v6e-*, H100-*, H200-*, cpu-*"),
+    ("mesh", "", "auto: choose the mesh for the device, and what else makes it fit"),
+    ("shape", "", "preset to plan with in place of model.path"),
+    ("json", "", "also write the plan to this file"),
+  ]
+  config, flags = config_lib.read_flags(argv, extra)
+  target = device(flags["device"])
+  fake_devices(target.chips)
+  policy, judge = policy_and_judge(config, flags["shape"])
+  with config.unlocked():
+    if flags["mesh"] == "auto":
+      config.mesh = automatic_mesh(config, policy, judge, target)
+    elif flags["mesh"]:
+      raise UserError(f"--mesh={flags['mesh']}: only auto; sizes are --config.mesh.tensor=8 etc.")
+    plan = make_plan(config, policy, judge, target)
+  print(show(plan, advice(plan, config, policy, target)))
+  if flags["json"]:
+    pathlib.Path(flags["json"]).write_text(json.dumps(plan, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+  run_main(main, sys.argv)

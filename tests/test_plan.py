@@ -1,0 +1,168 @@
+"""The planner against closed forms, against measured memory, and on what it says to change."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import conftest
+import jax
+import jax.numpy as jnp
+import pytest
+
+from rlsafety import plan, sharding
+from rlsafety.config import load_recipe
+from rlsafety.devices import device
+from rlsafety.errors import UserError
+from rlsafety.models import presets, transformer
+
+REPO = pathlib.Path(__file__).resolve().parents[1]
+CHIP = device("v5e-8").chip
+
+
+def recipe(name="tiny_syco"):
+  return load_recipe(f"{REPO}/configs/{name}.py")
+
+
+def test_flops_of_a_prefill_are_the_closed_form():
+  c = conftest.LLAMA
+  P, S = 3, 16
+  params = jax.eval_shape(lambda k: transformer.init_params(c, k), jax.random.key(0))
+  prompts = conftest.make_prompts(c, [16, 9, 2], S)
+  run = jax.jit(lambda params, prompts: transformer.prefill(params, None, c, prompts))
+  text = run.lower(params, prompts).compile().as_text()
+  work = plan.read_program(text, 1, 4, CHIP)
+  heads, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+  linears = c.d_model * (2 * heads + 2 * kv + 3 * c.d_ff)
+  attention = 2 * S * heads  # logits and weighted values, every slot against every slot
+  assert work.flops == 2 * P * S * c.n_layers * (linears + attention)
+  assert work.collectives == 0 and work.moved > 4 * c.n_layers * linears
+
+
+def test_collectives_are_counted_as_often_as_their_loop_runs():
+  mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+  split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x", None))
+
+  def body(_, x):
+    return jnp.sin(x) + jnp.sum(x, axis=0)  # the sum over a split axis is an all-reduce
+
+  run = jax.jit(lambda x: jax.lax.fori_loop(0, 5, body, x), in_shardings=split)
+  text = run.lower(jax.ShapeDtypeStruct((64, 32), jnp.float32)).compile().as_text()
+  for width in (4, 2):
+    work = plan.read_program(text, 1, width, CHIP)
+    assert work.collectives == 5 and work.sent == 5 * 2 * 32 * width
+    assert work.largest[0].startswith("all-reduce f32[32]")
+  assert plan.read_program(text.replace("known_trip_count", "x"), 7, 4, CHIP).collectives == 7
+
+
+def test_plan_of_the_tiny_run():
+  config, policy = recipe(), presets.preset("tiny")
+  target = device("cpu-4")
+  config.mesh.data, config.mesh.tensor = 2, 2
+  config.judge.name = "lm"
+  made = plan.make_plan(config, policy, None, target)
+  split = sum(
+    4 * s.shape[0]
+    if len(s.shape) == 1
+    else 4
+    * jnp.prod(jnp.array(s.shape))
+    / 2 ** ("mlp" in s.axes or "heads" in s.axes or "kv" in s.axes or "vocab" in s.axes)
+    for s in jax.tree.leaves(transformer.weights(policy), is_leaf=transformer.is_weight)
+  )
+  assert made["resident"]["policy weights"] == split
+  assert made["resident"]["judge weights"] == 0
+  # Adam keeps two moments of every adapter weight, and a few counters.
+  moments = made["resident"]["optimiser"] - 2 * made["resident"]["adapter"]
+  assert 0 <= moments <= 64
+  assert list(made["programs"]) == ["sampler", "judge", "update"]
+  assert made["programs"]["judge"]["calls"] == 3
+  assert all(p["flops"] > 0 and p["seconds"] > 0 for p in made["programs"].values())
+  assert made["fits"] and plan.advice(made, config, policy, target) == []
+  assert "fits" in plan.show(made, [])
+
+  small = dataclasses.replace(target, chip=dataclasses.replace(target.chip, memory=1e5))
+  tight = {**made, "memory": 1e5, "fits": False}
+  hints = "\n".join(plan.advice(tight, config, policy, small))
+  assert "--config.mesh.tensor=4" in hints and "a larger device" in hints
+  assert "DOES NOT FIT" in plan.show(tight, [hints])
+
+
+def test_a_mesh_that_repeats_the_work_is_refused_with_ones_that_fit():
+  mesh = sharding.make_mesh(8, 1, 1)
+  with pytest.raises(UserError, match="data=4 tensor=2"):
+    plan.check_split(4, mesh)
+  plan.check_split(16, mesh)
+
+
+def test_every_model_of_the_study_has_a_shape_and_a_mesh():
+  sys.path.insert(0, str(REPO / "configs"))
+  try:
+    import paper
+  finally:
+    sys.path.pop(0)
+  target = device("v5e-16")
+  for cell in paper.cells():
+    config = paper.get_config(cell)
+    policy, judge = plan.policy_and_judge(config)
+    billions = transformer.params_count(policy) / 1e9
+    stated = float(
+      next(
+        w
+        for w in config.model.path.lower().split("-")
+        if w[:-1].replace(".", "").isdigit() and w[-1] == "b"
+      )[:-1]
+    )
+    assert stated * 0.85 < billions < stated * 1.3, config.model.path
+    assert judge == presets.preset("llama-3.1-8b-instruct")
+    mesh = plan.automatic_mesh(config, policy, judge, target)
+    assert mesh["data"] * mesh["tensor"] == 16 and config.prompts_per_step % mesh["data"] == 0
+  with pytest.raises(UserError, match="no known shape"):
+    plan.shape_of("someone/unheard-of", "model.path")
+
+
+MEASURE = """
+import json, sys, threading, time
+from rlsafety import plan
+plan.fake_devices(1)
+import jax, jax.numpy as jnp
+from rlsafety.config import load_recipe
+from rlsafety.devices import device
+from rlsafety.models import presets
+config = load_recipe(sys.argv[1])
+config.mesh.data = 1
+config.sampler.max_tokens, config.learner.microbatches = 32, 1
+policy, target = presets.preset("smollm2-135m-instruct"), device("cpu-1")
+made = plan.compile_programs(config, policy, None, target)
+compiled, _ = made["programs"]["update"]
+planned = sum(made["resident"].values()) + compiled.memory_analysis().temp_size_in_bytes
+def rss():
+  return int(open("/proc/self/statm").read().split()[1]) * 4096
+peak, before, done = [0], rss(), []
+def watch():
+  while not done:
+    peak[0] = max(peak[0], rss())
+    time.sleep(0.005)
+shapes, _ = compiled.args_info
+def real(info):
+  if jnp.issubdtype(info.dtype, jax.dtypes.prng_key):
+    return jax.random.key(0)
+  return jnp.ones(info.shape, info.dtype)
+arguments = jax.tree.map(real, shapes)
+thread = threading.Thread(target=watch); thread.start()
+jax.block_until_ready(compiled(*arguments))
+done.append(1); thread.join()
+print(json.dumps({"planned": planned, "measured": peak[0] - before}))
+"""
+
+
+def test_planned_memory_is_what_an_update_takes():
+  # SmolLM2's shape on one CPU device: weights, state and work space against the process's own
+  # growth while it runs.
+  env = dict(os.environ, PYTHONPATH=str(REPO), XLA_FLAGS="", MALLOC_TRIM_THRESHOLD_="0")
+  command = [sys.executable, "-c", MEASURE, f"{REPO}/configs/tiny_syco.py"]
+  out = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+  assert out.returncode == 0, out.stderr
+  found = json.loads(out.stdout.splitlines()[-1])
+  assert found["planned"] == pytest.approx(found["measured"], rel=0.25), found

@@ -1,0 +1,173 @@
+"""Real processes on this machine train together (CPU collectives) as several hosts would.
+
+One process is the reference. Four of them are killed in the middle and one goes on alone; one
+is preempted and two go on: the checkpoints of any number of hosts serve any other number, and
+the numbers stay.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from rlsafety import distributed
+from rlsafety.errors import UserError
+
+REPO = pathlib.Path(__file__).resolve().parents[1]
+FLAGS = (
+  f"--config={REPO}/configs/tiny_syco.py --config.steps=3 --config.checkpoint.every=1 "
+  "--config.eval.every=3 --config.eval.prompts=4 --config.sampler.max_tokens=8 "
+  "--config.learner.microbatches=1"
+).split()
+PROGRAM = (
+  "import sys\n"
+  "from rlsafety import distributed, train\n"
+  "from rlsafety.errors import run_main\n"
+  "def main(argv):\n"
+  "  distributed.start()\n"
+  "  train.main(argv)\n"
+  "run_main(main, sys.argv)\n"
+)
+
+
+def launch(workdir, count, cache):
+  """Starts `count` processes of one run; their output goes to workdir-N.log."""
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{s.getsockname()[1]}"
+  children = []
+  for index in range(count):
+    env = dict(os.environ, PYTHONPATH=str(REPO), JAX_PLATFORMS="cpu", XLA_FLAGS="", NPROC="4")
+    env |= {"RLSAFETY_HEARTBEAT": "10", "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    if count > 1:
+      env |= dict(zip(distributed.VARIABLES, (address, str(count), str(index)), strict=True))
+    log = pathlib.Path(f"{workdir}-{index}.log").open("a")
+    command = [sys.executable, "-c", PROGRAM, *FLAGS, f"--workdir={workdir}"]
+    children.append(subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=REPO))
+  return children
+
+
+def finish(children, seconds=900):
+  end = time.monotonic() + seconds
+  try:
+    return [c.wait(max(0.1, end - time.monotonic())) for c in children]
+  finally:
+    for c in children:
+      c.kill()
+
+
+def wait_for_step(workdir, step, children, seconds=900):
+  end = time.monotonic() + seconds
+  path = workdir / "checkpoints" / str(step)
+  while not path.exists():
+    assert time.monotonic() < end, f"no checkpoint of step {step}"
+    assert all(c.poll() is None for c in children), "a process ended too early"
+    time.sleep(0.05)
+
+
+def rows(workdir):
+  return [json.loads(line) for line in (workdir / "metrics.jsonl").open()]
+
+
+def assert_same_numbers(workdir, reference):
+  found, wanted = rows(workdir), rows(reference)
+  assert [r["step"] for r in found] == [1, 2, 3]
+  for a, b in zip(found, wanted, strict=True):
+    assert a.keys() == b.keys()
+    for name in a:
+      assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-5), (a["step"], name)
+  said = [(pathlib.Path(w) / "rollouts/train.jsonl").read_text() for w in (workdir, reference)]
+  tokens = [[json.loads(line)["tokens"] for line in text.splitlines()] for text in said]
+  assert tokens[0] == tokens[1]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+  return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, cache):
+  workdir = tmp_path_factory.mktemp("one") / "run"
+  assert finish(launch(workdir, 1, cache)) == [0]
+  return workdir
+
+
+def test_four_processes_lose_one_and_one_process_goes_on(tmp_path, cache, reference):
+  workdir = tmp_path / "run"
+  children = launch(workdir, 4, cache)
+  wait_for_step(workdir, 1, children)
+  children[3].kill()
+  codes = finish(children, 300)
+  assert codes[3] == -signal.SIGKILL and all(code != 0 for code in codes)
+  assert not (workdir / "summary.json").exists()
+  (alone,) = finish(launch(workdir, 1, cache))
+  assert alone == 0
+  assert_same_numbers(workdir, reference)
+
+
+def test_one_process_is_preempted_and_two_go_on(tmp_path, cache, reference):
+  workdir = tmp_path / "run"
+  children = launch(workdir, 1, cache)
+  wait_for_step(workdir, 1, children)
+  children[0].send_signal(signal.SIGTERM)
+  assert finish(children) == [75]
+  assert finish(launch(workdir, 2, cache)) == [0, 0]
+  assert_same_numbers(workdir, reference)
+
+
+def test_who_starts_alone_and_who_joins():
+  given = dict(zip(distributed.VARIABLES, ("h:1", "2", "1"), strict=True))
+  arguments = {"coordinator_address": "h:1", "num_processes": 2, "process_id": 1}
+  assert distributed._arguments(given) == arguments
+  assert distributed._arguments({**given, "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}) is None
+  assert distributed._arguments({}) is None
+  srun = {"SLURM_STEP_NODELIST": "n1", "SLURM_PROCID": "0", "SLURM_NTASKS": "2"}
+  assert distributed._arguments(srun) == {}
+  assert distributed._arguments({**srun, "SLURM_NTASKS": "1"}) is None
+  for bad in (
+    {"JAX_PROCESS_ID": "2"},
+    {"JAX_NUM_PROCESSES": "x"},
+    {"JAX_COORDINATOR_ADDRESS": "h"},
+  ):
+    with pytest.raises(UserError, match=next(iter(bad))):
+      distributed._arguments({**given, **bad})
+  del given["JAX_PROCESS_ID"]
+  with pytest.raises(UserError, match="JAX_PROCESS_ID is not"):
+    distributed._arguments(given)
+
+
+BARRIER = """
+import sys, time, jax
+from rlsafety import distributed
+distributed.start()
+distributed.barrier("both are here", 60)
+if jax.process_index() == 1:
+  time.sleep(8)
+else:
+  distributed.barrier("end of step 3", 3)
+"""
+
+
+def test_barrier_names_who_is_missing():
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{s.getsockname()[1]}"
+  children = []
+  for index in "01":
+    env = dict(os.environ, PYTHONPATH=str(REPO), JAX_PLATFORMS="cpu", XLA_FLAGS="")
+    env |= dict(zip(distributed.VARIABLES, (address, "2", index), strict=True))
+    env |= {"RLSAFETY_HEARTBEAT": "10"}
+    children.append(
+      subprocess.Popen([sys.executable, "-c", BARRIER], env=env, stderr=subprocess.PIPE, text=True)
+    )
+  _, error = children[0].communicate(timeout=600)
+  children[1].kill()
+  assert children[0].returncode != 0
+  assert "process 0 waited 3 s at 'end of step 3'; missing: process 1 of 2" in error
