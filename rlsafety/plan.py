@@ -129,7 +129,7 @@ def compile_programs(config, policy, judge, target: Device) -> dict:
   import jax
   import jax.numpy as jnp
 
-  from rlsafety import learner, sampler, sharding, train
+  from rlsafety import learner, logprobs, sampler, sharding, train
   from rlsafety.judges import head, lm
   from rlsafety.models import lora, transformer
   from rlsafety.types import Batch, Prompts
@@ -212,24 +212,27 @@ def compile_programs(config, policy, judge, target: Device) -> dict:
     )
 
   width = jnp.dtype(config.model.dtype).itemsize
-  float32 = 4 * sum(  # of the update, per device: one chunk's logits, an adapter's gradients
-    math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(state.adapter)
-  )
+  ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  rows = P // ways if P % ways == 0 else P
+  adapter = per_device(state.adapter)
+  # What an update keeps in float32 in any dtype: a chunk's logits and their gradient, the
+  # adapter's gradient, its sum over micro-batches and its step.
+  vocab = policy.vocab_size // mesh.shape["tensor"]
+  pieces = max(1, rows // config.learner.microbatches)
+  logits = logprobs.logits_bytes(pieces, G, T, vocab, config.learner.chunk_tokens)
   resident = {
     "policy weights": per_device(base, width),
     "judge weights": per_device(rater_base, width) if judge and config.judge.name == "lm" else 0,
-    "adapter": per_device(state.adapter),
+    "adapter": adapter,
     "optimiser": per_device(state.opt_state),
   }
-  ways = mesh.shape["data"] * mesh.shape["fsdp"]
-  rows = P // ways if P % ways == 0 else P
   cache = 2 * policy.n_layers * width * policy.n_kv_heads * policy.head_dim * rows * (S + G * T)
   shared = policy.n_kv_heads % mesh.shape["tensor"] == 0
   cache //= mesh.shape["tensor"] if shared else 1
   return {
     "programs": programs,
     "resident": resident,
-    "float32": float32,
+    "float32": 3 * adapter + 2 * logits,
     "kv cache": cache,
     "mesh": dict(mesh.shape),
   }
