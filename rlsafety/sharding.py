@@ -64,6 +64,33 @@ def named(mesh: Mesh, axes: tuple, shape: tuple) -> NamedSharding:
   return NamedSharding(mesh, spec(axes, shape, mesh))
 
 
+def check_sizes(mesh: Mesh, config, prompts: int, microbatches: int) -> None:
+  """Refuses, before anything compiles, sizes that the mesh cannot split evenly.
+
+  config: the ModelConfig. prompts: P of a batch. Raises UserError with sizes that fit.
+  """
+  ways, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
+  if prompts % microbatches:
+    fitting = [m for m in range(1, prompts + 1) if prompts % m == 0]
+    raise UserError(
+      f"learner.microbatches={microbatches} must divide prompts_per_step={prompts}: {fitting} do"
+    )
+  if (prompts // microbatches) % ways:
+    raise UserError(
+      f"prompts_per_step={prompts} / learner.microbatches={microbatches} must be a multiple of "
+      f"mesh data x fsdp = {ways}; prompts_per_step={ways * microbatches} or a multiple fits"
+    )
+  sizes = {"attention heads": config.n_heads, "MLP width": config.d_ff}
+  for name, size in sizes.items():
+    if size % tensor:
+      fitting = [t for t in range(1, size + 1) if all(s % t == 0 for s in sizes.values())]
+      raise UserError(
+        f"mesh.tensor={tensor} does not divide the model's {size} {name}: {fitting[:8]} do"
+      )
+  if config.d_model % mesh.shape["fsdp"]:
+    raise UserError(f"mesh.fsdp={mesh.shape['fsdp']} must divide the width {config.d_model}")
+
+
 def constrain(x: jax.Array, *axes) -> jax.Array:
   """Pins x's layout under the mesh in use (`jax.set_mesh`); without a mesh, x itself."""
   mesh = jax.sharding.get_abstract_mesh()
@@ -89,7 +116,5 @@ def fetch(tree):
     from jax.experimental import multihost_utils
 
     gather = lambda x: multihost_utils.process_allgather(x, tiled=True)  # noqa: E731
-    return jax.tree.map(
-      lambda x: np.asarray(x if x.is_fully_addressable else gather(x)), tree
-    )
+    return jax.tree.map(lambda x: np.asarray(x if x.is_fully_addressable else gather(x)), tree)
   return jax.device_get(tree)

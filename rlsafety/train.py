@@ -63,6 +63,7 @@ def run(config, workdir: str) -> dict:
   jax.set_mesh(mesh)
   say(f"workdir {workdir}; mesh {dict(mesh.shape)} of {jax.devices()[0].device_kind}")
   model = load.from_config(config, mesh)
+  sharding.check_sizes(mesh, model.config, config.prompts_per_step, config.learner.microbatches)
   scenarios = environments.load(config.environment)
   train_users = [s for s in scenarios if s.split == "train"]
   eval_users = held_out(scenarios, config.eval.prompts)
@@ -72,7 +73,7 @@ def run(config, workdir: str) -> dict:
   say(f"environment {config.environment.name}: {len(train_users)} training prompts")
   records, from_records = open_records(config, model)
   score = judges.make_scorer(config, model, mesh)
-  say(f"judge {score.describe()['name']}: {score.describe()['limits']}")
+  say_judge(score.describe())
 
   # --- Learner state ------------------------------------------------------------------
   root = jax.random.key(config.seed)
@@ -303,6 +304,15 @@ def say(text: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
 
 
+def say_judge(about: dict) -> None:
+  """The judge's name and limits, and each head's AUCs where it has been measured."""
+  say(f"judge: {about['name']}")
+  for head, sets in about.get("auc", {}).items():
+    aucs = ", ".join(f"{name} replies {auc['rest']:.2f}" for name, auc in sets.items())
+    say(f"  AUC of the {head} head against all other replies: {aucs}")
+  say(f"  limits: {about['limits']}")
+
+
 def stop_on_sigterm():
   """Returns stopping(step) -> bool: has any process been told to end?
 
@@ -365,18 +375,30 @@ def lora_config(config) -> lora.LoraConfig:
 
 
 def init_state(config, model, optimizer, mesh, key):
-  """Adapter and optimiser state, made in place on the mesh: never whole on one device."""
+  """Adapter and optimiser state, made in place on the mesh: never whole on one device.
+
+  model.adapter names a PEFT folder to start from; its LoRA settings must be the config's.
+  """
   settings = lora_config(config)
+  loaded = None
+  if config.model.adapter:
+    loaded, found = hf.load_peft(pathlib.Path(config.model.adapter), model.config)
+    for field in ("rank", "alpha", "rslora", "targets"):
+      if getattr(found, field) != getattr(settings, field):
+        raise UserError(
+          f"model.adapter={config.model.adapter}: its {field} is {getattr(found, field)}, "
+          f"lora.{field} is {getattr(settings, field)}; set --config.lora.{field} to match"
+        )
   layers = transformer.weights(model.config)["layers"]
   axes = lora.adapter_axes(layers, settings)
 
-  def init():
-    adapter = lora.init_adapter(layers, settings, key)
+  def init(start):
+    adapter = start or lora.init_adapter(layers, settings, key)
     pin = lambda x, a: sharding.constrain(x, *a)  # noqa: E731
     weights = jax.tree.map(pin, adapter.weights, axes)
     return learner.init_state(adapter.replace(weights=weights), optimizer)
 
-  return jax.jit(init)()
+  return jax.jit(init)(loaded)
 
 
 def group_line(row: dict) -> str:

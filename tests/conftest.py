@@ -73,7 +73,10 @@ def make_model(config, seed=0, rank=4):
     lambda w: fill(w.shape, 0.15) + (w.init == "ones"), declared, is_leaf=transformer.is_weight
   )
   weights = {
-    name: {"a": fill((w.shape[0], w.shape[1], rank), 0.1), "b": fill((w.shape[0], rank, w.shape[2]), 0.05)}
+    name: {
+      "a": fill((w.shape[0], w.shape[1], rank), 0.1),
+      "b": fill((w.shape[0], rank, w.shape[2]), 0.05),
+    }
     for name, w in declared["layers"].items()
     if name in lora.TARGETS
   }

@@ -38,9 +38,7 @@ def test_logprobs_are_the_learners_whatever_was_truncated(family, temperature, t
   )  # fmt: skip
   config, params, adapter = family
   score = functools.partial(learner.token_scores, config=config, temperature=temperature)
-  scores = jax.jit(score)(
-    params, adapter, prompts=prompts, tokens=r.tokens, lengths=r.lengths
-  )
+  scores = jax.jit(score)(params, adapter, prompts=prompts, tokens=r.tokens, lengths=r.lengths)
   np.testing.assert_allclose(r.logprobs, scores.logprobs, atol=1e-4)
 
 

@@ -127,7 +127,10 @@ BAD = {
   "bad_value": (["--config.steps=ten"], "--config.steps=ten: needs int"),
   "unknown_flag": (["--workdri=x"], "did you mean --workdir"),
   "long_prompt": (["--config.max_prompt_tokens=64"], "--config.max_prompt_tokens"),
-  "missing_file": (["--config.model.preset=", "--config.model.path=/no/model.gguf"], "/no/model.gguf"),
+  "missing_file": (
+    ["--config.model.preset=", "--config.model.path=/no/model.gguf"],
+    "/no/model.gguf",
+  ),
   "missing_package": (
     ["--config.model.preset=", "--config.model.path=package:no_such_model"],
     "pip install no-such-model",

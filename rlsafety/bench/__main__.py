@@ -118,8 +118,7 @@ def core_suite(f: ConfigDict, peak: float, bandwidth: float) -> list[dict]:
   diff = float(update(state, params, batch, jax.random.key(4))[1]["logprob_diff_max"])
   passes = 2 if f.remat == "none" else 3  # forward, (again), gradient of activations only
   update_flops = passes * (
-    ceilings.body_flops(config, P * S, S / 2)
-    + ceilings.forward_flops(config, P * G * T, S + T / 2)
+    ceilings.body_flops(config, P * S, S / 2) + ceilings.forward_flops(config, P * G * T, S + T / 2)
   )
   rows = [
     ("prefill", prefill_s, P * S, floor(prefill_flops, weights)),
