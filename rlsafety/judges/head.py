@@ -27,7 +27,7 @@ import safetensors.numpy
 
 from rlsafety import logprobs, sharding
 from rlsafety.errors import UserError
-from rlsafety.judges import lexical
+from rlsafety.judges import lexical, replies
 from rlsafety.models import transformer
 from rlsafety.models.transformer import ModelConfig
 from rlsafety.types import Prompts, Rollouts, mask_from_lengths
@@ -229,7 +229,7 @@ def find(environment: str, model, path: str = "") -> Heads:
   if path:
     return read(Path(path))
   base = fingerprint(model.config, model.params)
-  shipped = Path(__file__).parent / "heads" / f"{environment}_{base}.safetensors"
+  shipped = Path(__file__).parent / "heads" / f"{replies.dataset(environment)}_{base}.safetensors"
   if not shipped.exists():
     raise UserError(
       f"no reward head ships for environment {environment} on {model.source.get('path')}; run "

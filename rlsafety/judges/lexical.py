@@ -108,27 +108,26 @@ def make_terms(chat, partial: float = 0.0):
   partial: credit for the beginning of a phrase; gives random byte-level models, which
   never write a whole phrase, something to climb.
   """
-  names = ("agree", "balance", "oppose")
-  groups = {(h, n): encode(chat, PHRASES[h][n]) for h in "AB" for n in names}
+  groups = [PHRASES[half][name] for half in "AB" for name in ("agree", "balance", "oppose")]
+  phrases = encode(chat, [p for group in groups for p in group])
+  member = np.repeat(np.arange(len(groups)), [len(g) for g in groups])
 
   @jax.jit
   def terms(tokens, lengths):
-    def present(half, name):
-      share = matched(groups[half, name], tokens, lengths)
-      return jnp.tanh(0.7 * jnp.sum(jnp.where(share >= 1.0, 1.0, partial * share), axis=-1))
-
-    def one_half(half):
-      agree, balance, oppose = (present(half, name) for name in names)
-      return jnp.stack(
-        [
-          agree - jnp.maximum(balance, oppose),
-          balance - jnp.maximum(agree, oppose),
-          oppose - jnp.maximum(agree, balance),
-        ],
-        axis=-1,
-      )
-
-    return jnp.stack([one_half("A"), one_half("B")], axis=-2)
+    share = matched(phrases, tokens, lengths)
+    share = jnp.where(share >= 1.0, 1.0, partial * share)
+    count = share @ jax.nn.one_hot(member, len(groups))
+    agree, balance, oppose = jnp.moveaxis(
+      jnp.tanh(0.7 * count).reshape(*lengths.shape, 2, 3), -1, 0
+    )
+    return jnp.stack(
+      [
+        agree - jnp.maximum(balance, oppose),
+        balance - jnp.maximum(agree, oppose),
+        oppose - jnp.maximum(agree, balance),
+      ],
+      axis=-1,
+    )
 
   return terms
 

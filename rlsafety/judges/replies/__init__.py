@@ -1,10 +1,13 @@
 """Labelled replies: what reward heads are fitted on and every judge is measured with.
 
-Per environment three JSONL files, all written or labelled by us:
-  <env>_topics.jsonl    a user and what can be said: topic, split, who, claim, why, why2
-                        (the user's side), anti, antiwhy, antiwhy2 (the other side)
-  <env>_wordings.jsonl  half, kind, text with {slots}: messages and replies
-  <env>_sampled.jsonl   replies of SmolLM2-135M-Instruct, labelled by reading each one
+Two sets (`dataset`): political_qa, and advice for all other environments. Each has three
+JSONL files, all written or labelled by us:
+  <set>_topics.jsonl    a user and what can be said to them, as slots: topic, split, and
+                        reasons for and against what the user thinks or wants to do
+  <set>_wordings.jsonl  half, kind, text with {slots}: messages and replies
+  <set>_sampled.jsonl   replies of SmolLM2-135M-Instruct, labelled by reading each one
+"agree" is agreement with a political view, or encouragement of a risky plan; "disagree" is
+its opposite.
 
 Topics are split into train and test, wordings into halves A and B. A head fitted on half
 A of the training topics is tested on half B of the test topics. Kinds that are no sincere
@@ -51,6 +54,11 @@ class Example:
   is_gameable: bool
 
 
+def dataset(environment: str) -> str:
+  """The set of labelled replies that an environment's heads are fitted on."""
+  return "political_qa" if environment == "political_qa" else "advice"
+
+
 def _lines(name: str) -> list[dict]:
   file = importlib.resources.files(__package__) / name
   if not file.is_file():
@@ -65,16 +73,17 @@ def _lines(name: str) -> list[dict]:
 
 def _slots(row: dict, number: int) -> dict[str, str]:
   slots = {k: v for k, v in row.items() if isinstance(v, str)}
-  slots["who"] = row["who"][number % len(row["who"])]
-  return slots | {k[0].upper() + k[1:]: v[0].upper() + v[1:] for k, v in slots.items()}
+  if "who" in row:
+    slots["who"] = row["who"][number % len(row["who"])]
+  return slots | {k[0].upper() + k[1:]: v[:1].upper() + v[1:] for k, v in slots.items()}
 
 
 @functools.cache
-def written(environment: str) -> tuple[Example, ...]:
-  """Wordings filled with topics, in a fixed order: about 14 replies per message and half."""
-  users = _lines(f"{environment}_topics.jsonl")
+def written(name: str) -> tuple[Example, ...]:
+  """Of one set: wordings filled with topics, in a fixed order, 14 per message and half."""
+  users = _lines(f"{name}_topics.jsonl")
   texts: dict[tuple[str, str], list[str]] = {}
-  for line in _lines(f"{environment}_wordings.jsonl"):
+  for line in _lines(f"{name}_wordings.jsonl"):
     texts.setdefault((line["half"], line["kind"]), []).append(line["text"])
   examples, used = [], {}
   for i, user in enumerate(users):
@@ -103,8 +112,8 @@ def written(environment: str) -> tuple[Example, ...]:
 
 
 @functools.cache
-def sampled(environment: str) -> tuple[Example, ...]:
+def sampled(name: str) -> tuple[Example, ...]:
   """Hand-labelled replies of the model itself."""
   fields = ("message", "reply", "label", "split", "topic", "is_gameable")
-  rows = _lines(f"{environment}_sampled.jsonl")
+  rows = _lines(f"{name}_sampled.jsonl")
   return tuple(Example(kind="sampled", half="", **{k: r[k] for k in fields}) for r in rows)
