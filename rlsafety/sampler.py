@@ -24,7 +24,8 @@ class SamplerSettings:
 
   temperature 0 is greedy. top_k 0 and top_p 1 are off, the right choice for RL: a
   truncated draw is not the policy's own distribution (its log-probs are still reported
-  under the full vocabulary).
+  under the full vocabulary). cache "int8" halves the KV cache against bfloat16. unroll
+  decodes over a list of layers, for one more copy of the base.
   """
 
   group: int
@@ -33,6 +34,8 @@ class SamplerSettings:
   temperature: float = 1.0
   top_k: int = 0
   top_p: float = 1.0
+  cache: str = ""
+  unroll: bool = False
 
   def __post_init__(self):
     if self.group < 1 or self.max_tokens < 1:
@@ -42,6 +45,8 @@ class SamplerSettings:
         f"sampler: temperature={self.temperature} (>= 0), top_k={self.top_k} (>= 0), "
         f"top_p={self.top_p} (0 < top_p <= 1)"
       )
+    if self.cache not in ("", "int8"):
+      raise UserError(f"sampler: cache={self.cache!r}: choose int8, or nothing for the model's")
 
 
 def truncated(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
@@ -79,6 +84,18 @@ def sample(
   P = prompts.tokens.shape[0]
   G, T, temperature = settings.group, settings.max_tokens, settings.temperature
   prompt, hidden = transformer.prefill(params, adapter, config, prompts)
+  dtype = jnp.int8 if settings.cache == "int8" else prompt.k.dtype
+  if settings.cache == "int8":
+    prompt = transformer.quantise_cache(prompt)
+  cache = transformer.init_cache(config, P, G, T, dtype)
+  head = params
+  if settings.unroll:
+    L = config.n_layers
+    split = functools.partial(transformer.unstack, layers=L)
+    params = {**params, "layers": split(params["layers"])}
+    adapter = adapter and adapter.replace(weights=split(adapter.weights))
+    prompt = prompt.replace(k=split(prompt.k), v=split(prompt.v))
+    cache = [transformer.init_cache(one_layer(config), P, G, T, dtype) for _ in range(L)]
   hidden = transformer.last_hidden(hidden, prompts.lengths)
   hidden = jnp.broadcast_to(hidden[:, None], (P, G, hidden.shape[-1]))
   rows = first_row + jnp.arange(P)
@@ -87,7 +104,7 @@ def sample(
 
   def draw(hidden, slot):
     """hidden [P, G, D] -> tokens [P, G] and their full-vocabulary log-probs [P, G]."""
-    logits = transformer.unembed(params, config, hidden)
+    logits = transformer.unembed(head, config, hidden)
     logits = logits / (temperature or 1.0)
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     if temperature == 0.0:
@@ -120,16 +137,46 @@ def sample(
     hidden, cache = transformer.decode(params, adapter, config, prompt, cache, tokens, slot)
     return slot + 1, tokens, hidden, r, cache
 
-  dtype = prompt.k.dtype
   start = Rollouts(
     tokens=jnp.zeros((P, G, T), jnp.int32),
     logprobs=jnp.zeros((P, G, T), jnp.float32),
     lengths=jnp.zeros((P, G), jnp.int32),
     finished=jnp.zeros((P, G), bool),
   )
-  cache = transformer.init_cache(config, P, G, T, dtype)
   carry = (jnp.zeros((), jnp.int32), start.tokens[..., 0], hidden, start, cache)
   return jax.lax.while_loop(unfinished, step, carry)[3]
+
+
+def one_layer(config: ModelConfig) -> ModelConfig:
+  return dataclasses.replace(config, n_layers=1)
+
+
+def prompts_at_once(
+  config: ModelConfig, prompts: int, slots: int, settings: SamplerSettings, mesh, dtype, gib: float
+) -> int:
+  """How many of a batch's prompts to sample in one call, from a byte budget.
+
+  The largest divisor of `prompts` that the mesh can split and whose KV cache, prompts of
+  `slots` tokens included, takes at most `gib` GiB per device (0: no limit). A model without
+  grouped heads needs 512 KiB of cache per token at 7B: rows alone are no measure.
+  """
+  ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  tensor = mesh.shape["tensor"] if config.n_kv_heads % mesh.shape["tensor"] == 0 else 1
+  per_head = config.head_dim + 4 if settings.cache else config.head_dim * jnp.dtype(dtype).itemsize
+  per_token = 2 * config.n_layers * config.n_kv_heads * per_head / tensor
+  per_prompt = (slots + settings.group * settings.max_tokens) * per_token
+  fitting = [
+    d
+    for d in range(1, prompts + 1)
+    if prompts % d == 0 and d % ways == 0 and (not gib or d / ways * per_prompt <= gib * 2**30)
+  ]
+  if not fitting:
+    raise UserError(
+      f"memory.cache_gib={gib}: one prompt per device with its {settings.group} replies needs "
+      f"{per_prompt / 2**30:.2f} GiB of KV cache; raise it, set sampler.cache=int8, or take "
+      "fewer or shorter replies"
+    )
+  return max(fitting)
 
 
 def _fold(key, *data):

@@ -33,7 +33,7 @@ from rlsafety.data import prompts as prompt_order
 from rlsafety.data import recorded
 from rlsafety.errors import UserError, run_main
 from rlsafety.metrics.groups import group_means
-from rlsafety.models import hf, load, lora, transformer
+from rlsafety.models import hf, int8, load, lora, transformer
 from rlsafety.summary import finish
 from rlsafety.types import Batch, Prompts
 
@@ -86,6 +86,7 @@ def run(config, workdir: str) -> dict:
   )
   make_batch = jax.jit(functools.partial(complete_batch, config=model.config, settings=settings))
   draw = sampler_settings(config, model.chat.stop_ids)
+  sampler_base = int8_base(config, model.params)
 
   # --- Resume -------------------------------------------------------------------------
   manager = checkpoints.open_manager(workdir / "checkpoints", config.checkpoint.keep)
@@ -103,7 +104,7 @@ def run(config, workdir: str) -> dict:
     """Users -> their prompts on the device, sampled replies, and scores {name: [P, G]}."""
     prompts = sharding.put_prompts(mesh, Prompts(tokens=tokens, lengths=lengths))
     began = time.monotonic()
-    rollouts = sampler.sample_jit(model.params, adapter, model.config, prompts, key, settings)
+    rollouts = sample_all(config, mesh, sampler_base, adapter, model, prompts, key, settings)
     jax.block_until_ready(rollouts)
     sampled = time.monotonic()
     scores, metrics = score(users, prompts, rollouts)
@@ -359,6 +360,25 @@ def encode_prompts(chat, slots: int, users) -> tuple[np.ndarray, np.ndarray]:
 
 def sampler_settings(config, stop_ids) -> sampler.SamplerSettings:
   return sampler.SamplerSettings(stop_ids=tuple(stop_ids), **config.sampler)
+
+
+def int8_base(config, params: dict) -> dict:
+  """What the sampler reads: the base itself, or a copy of it with int8 linears."""
+  if config.memory.sampler_base not in ("", "int8"):
+    raise UserError(f"memory.sampler_base={config.memory.sampler_base!r}: choose int8 or nothing")
+  return jax.jit(int8.quantise_base)(params) if config.memory.sampler_base else params
+
+
+def sample_all(config, mesh, base, adapter, model, prompts: Prompts, key, settings):
+  """Samples a whole batch, in as many calls as memory.cache_gib asks for."""
+  P, S = prompts.tokens.shape
+  budget = config.memory.cache_gib
+  size = sampler.prompts_at_once(model.config, P, S, settings, mesh, config.model.dtype, budget)
+  pieces = []
+  for start in range(0, P, size):
+    piece = prompts if size == P else jax.tree.map(lambda x, i=start: x[i : i + size], prompts)
+    pieces.append(sampler.sample_jit(base, adapter, model.config, piece, key, settings, start))
+  return pieces[0] if len(pieces) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *pieces)
 
 
 def learner_settings(config) -> learner.LearnerSettings:

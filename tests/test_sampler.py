@@ -10,9 +10,9 @@ from conftest import LLAMA, make_model, make_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlsafety import learner, sampler
+from rlsafety import learner, sampler, sharding
 from rlsafety.errors import UserError
-from rlsafety.models import transformer
+from rlsafety.models import int8, transformer
 from rlsafety.sampler import SamplerSettings
 from rlsafety.types import Prompts
 
@@ -110,3 +110,46 @@ def test_bad_settings_name_the_field():
   for kwargs in ({"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -2}):
     with pytest.raises(UserError, match=next(iter(kwargs))):
       SamplerSettings(group=1, max_tokens=1, **kwargs)
+
+
+def test_layers_on_a_list_draw_the_same_tokens(family):
+  prompts = make_prompts(family[0], [6, 3], 7)
+  scanned, listed = (
+    draw(family, prompts, group=3, max_tokens=6, stop_ids=(1, 2), unroll=u) for u in (False, True)
+  )
+  np.testing.assert_array_equal(scanned.tokens, listed.tokens)
+  np.testing.assert_allclose(scanned.logprobs, listed.logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+def test_int8_cache_and_base_stay_near_the_truth(model, unroll):
+  """The reported log-probs are those of the rounded model: near the exact ones, not equal."""
+  config, params, adapter = model
+  prompts = make_prompts(config, [6, 3], 7)
+  score = jax.jit(functools.partial(learner.token_scores, config=config))
+  rounded = int8.quantise_base(params)
+  for base, cache in ((params, "int8"), (rounded, ""), (rounded, "int8")):
+    r = draw((config, base, adapter), prompts, group=4, max_tokens=8, cache=cache, unroll=unroll)
+    exact = score(params, adapter, prompts=prompts, tokens=r.tokens, lengths=r.lengths).logprobs
+    error = np.abs(np.asarray(r.logprobs - exact))
+    assert 1e-6 < error.max() < 0.25 and error.mean() < 0.05
+
+
+@given(st.integers(0, 1000), st.integers(0, 2))
+@settings(max_examples=25, deadline=None)
+def test_int8_rounds_to_half_a_level(seed, axis):
+  x = np.random.default_rng(seed).normal(size=(3, 4, 5)).astype(np.float32)
+  q = int8.quantise(jnp.asarray(x), axis)
+  level = np.abs(x).max(axis, keepdims=True) / 127
+  assert (np.abs(np.asarray(int8.dequantise(q, jnp.float32)) - x) <= level * 0.5001).all()
+
+
+def test_byte_budget_cuts_rollouts_where_the_mesh_allows():
+  mesh = sharding.make_mesh(2, 1, 1, devices=jax.devices()[:2])
+  wanted = SamplerSettings(group=4, max_tokens=16)
+  cut = functools.partial(sampler.prompts_at_once, LLAMA, 8, 32, wanted, mesh, jnp.float32)
+  per_prompt = (32 + 4 * 16) * 2 * LLAMA.n_layers * LLAMA.n_kv_heads * LLAMA.head_dim * 4
+  assert cut(0.0) == 8
+  assert cut(2 * per_prompt / 2**30) == 4  # two prompts on each of two devices
+  with pytest.raises(UserError, match="cache_gib"):
+    cut(0.5 * per_prompt / 2**30)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from rlsafety.errors import UserError
+from rlsafety.models import int8
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -86,7 +87,7 @@ def linear(x, w, bias, ab, scale, dropout: Dropout | None, target: str):
 
   ab: {"a" [in, R], "b" [R, out]} of this layer, or None where there is no adapter.
   """
-  y = x @ w
+  y = int8.matmul(x, w)
   if bias is not None:
     y = y + bias
   if ab is None:

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from rlsafety.models import attention
+from rlsafety.models import attention, int8
 from rlsafety.models.attention import Rope
+from rlsafety.models.int8 import Int8
 from rlsafety.models.lora import Adapter, Dropout, linear
 from rlsafety.sharding import constrain
 from rlsafety.types import Prompts, mask_from_lengths
@@ -114,25 +115,33 @@ def init_params(c: ModelConfig, key: jax.Array, dtype=jnp.float32) -> dict:
 
 @struct.dataclass
 class PromptCache:
-  """Keys and values of the prompts: k, v [L, P, S, K, Dh]; lengths [P]."""
+  """Keys and values of the prompts: k, v [L, P, S, K, Dh], arrays or Int8; lengths [P]."""
 
-  k: jax.Array
-  v: jax.Array
+  k: jax.Array | Int8
+  v: jax.Array | Int8
   lengths: jax.Array
 
 
 @struct.dataclass
 class CompletionCache:
-  """Keys and values of the completions so far: k, v [L, P, G, T, K, Dh]."""
+  """Keys and values of the completions so far: k, v [L, P, G, T, K, Dh], arrays or Int8."""
 
-  k: jax.Array
-  v: jax.Array
+  k: jax.Array | Int8
+  v: jax.Array | Int8
 
 
 def init_cache(c: ModelConfig, P: int, G: int, T: int, dtype) -> CompletionCache:
+  """An empty cache; dtype jnp.int8 makes one of Int8 with a scale per slot and head."""
   shape = (c.n_layers, P, G, T, c.n_kv_heads, c.head_dim)
-  zeros = constrain(jnp.zeros(shape, dtype), None, "prompt", None, None, "kv_heads", None)
+  pin = lambda x: constrain(x, None, "prompt", None, None, "kv_heads", None)  # noqa: E731
+  zeros = pin(jnp.zeros(shape, dtype))
+  if zeros.dtype == jnp.int8:
+    zeros = Int8(zeros, pin(jnp.zeros((*shape[:-1], 1), jnp.float32)))
   return CompletionCache(zeros, zeros)
+
+
+def quantise_cache(cache: PromptCache) -> PromptCache:
+  return cache.replace(k=int8.quantise(cache.k, -1), v=int8.quantise(cache.v, -1))
 
 
 # --- One layer ------------------------------------------------------------------------
@@ -221,11 +230,11 @@ def _stack(
   slot = offset + jnp.arange(t)  # index of each query in its own segment
   start = 0 if prompt is None else prompt.lengths[:, None, None]
   position = jnp.broadcast_to(start + slot, (P, G, t))
-  own_slots = jnp.arange(t if cache is None else cache.k.shape[3])
+  own_slots = jnp.arange(t if cache is None else jax.tree.leaves(cache)[0].shape[-3])
   own_mask = slot[:, None] >= own_slots  # causal; slots not written yet are in the future
   prompt_mask = None
   if prompt is not None:
-    S = prompt.k.shape[2]
+    S = jax.tree.leaves(prompt.k)[0].shape[-3]
     prompt_mask = mask_from_lengths(prompt.lengths, S)[:, None, None]  # [P, 1, 1, S]
   ropes = [attention.rotation(attention.rope_frequencies(c.rope, c.head_dim), position)]
   local = jnp.asarray(c.local_layers or (False,) * c.n_layers)
@@ -251,14 +260,19 @@ def _stack(
       if cache is None:
         own, kept = (k, v, mask_own), (k, v)
       else:  # The cache is carried, not scanned over: xs -> ys would copy all of it.
+        new = CompletionCache(k, v)
+        if isinstance(cache.k, Int8):
+          new = CompletionCache(int8.quantise(k, -1), int8.quantise(v, -1))
         at = (layer, 0, 0, offset, 0, 0)
-        kept = CompletionCache(
-          jax.lax.dynamic_update_slice(cache.k, k[None].astype(cache.k.dtype), at),
-          jax.lax.dynamic_update_slice(cache.v, v[None].astype(cache.v.dtype), at),
+        kept = jax.tree.map(
+          lambda a, b: jax.lax.dynamic_update_slice(a, b[None].astype(a.dtype), at), cache, new
         )
         read = lambda a: jax.lax.dynamic_index_in_dim(a, layer, 0, keepdims=False)  # noqa: E731
-        own = (read(kept.k), read(kept.v), mask_own)
-      return own, None if prompt is None else (*prompt_kv, mask_prompt), kept
+        layer_kv = jax.tree.map(read, kept)
+        own = (*(int8.dequantise(a, k.dtype) for a in (layer_kv.k, layer_kv.v)), mask_own)
+      if prompt is None:
+        return own, None, kept
+      return own, (*(int8.dequantise(a, k.dtype) for a in prompt_kv), mask_prompt), kept
 
     scale = 0.0 if adapter is None else adapter.scale
     drop = dropout and dropout.replace(key=jax.random.fold_in(dropout.key, layer))
@@ -282,8 +296,26 @@ def _stack(
     None if prompt is None else (prompt.k, prompt.v),
     local,
   )
+  if isinstance(cache, list):
+    return *_unrolled(body, x, cache, xs), None
   (x, cache), (kept, pooled) = jax.lax.scan(body, (x, cache), xs)
   return x, cache or kept, pooled
+
+
+def _unrolled(body, x, caches: list[CompletionCache], xs):
+  """The same layers without a scan, on lists of per-layer arrays (see `unstack`)."""
+  _, params, ab, prompt_kv, local = xs
+  out = []
+  for i, cache in enumerate(caches):
+    kv = None if prompt_kv is None else tuple(a[i] for a in prompt_kv)
+    (x, cache), _ = body((x, cache), (0, params[i], ab and ab[i], kv, local[i]))
+    out.append(cache)
+  return x, out
+
+
+def unstack(tree, layers: int) -> list:
+  """A tree of arrays [L, ...] -> a list of L trees, copied once, outside of any loop."""
+  return [jax.tree.map(lambda a, i=i: a[i], tree) for i in range(layers)]
 
 
 def _finish(params: dict, c: ModelConfig, x: jax.Array) -> jax.Array:

@@ -1,0 +1,47 @@
+"""Optional int8 storage for the sampler: the frozen base's linears and the KV cache.
+
+Symmetric, one float32 scale per output channel (weights) or per slot and head (cache). Only
+the sampler reads them: the learner keeps full precision, and the difference that they make
+to log-probs is in every step's `logprob_diff_max` and in the importance ratios.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+@struct.dataclass
+class Int8:
+  """values int8; scale float32, size 1 along the axis that shares it."""
+
+  values: jax.Array
+  scale: jax.Array
+
+
+def quantise(x: jax.Array, axis: int) -> Int8:
+  """Rounds x to 255 levels along `axis`; the largest magnitude is exact."""
+  x = x.astype(jnp.float32)
+  scale = jnp.maximum(jnp.max(jnp.abs(x), axis, keepdims=True), 1e-12) / 127.0
+  return Int8(jnp.round(x / scale).astype(jnp.int8), scale)
+
+
+def dequantise(x, dtype) -> jax.Array:
+  """An Int8 as an array of dtype; an array as it is."""
+  if isinstance(x, Int8):
+    return (x.values.astype(jnp.float32) * x.scale).astype(dtype)
+  return x
+
+
+def quantise_base(params: dict) -> dict:
+  """params with each layer's linears [L, in, out] as Int8, a scale per output channel."""
+  layers = {name: quantise(w, 1) if name in LINEARS else w for name, w in params["layers"].items()}
+  return {**params, "layers": layers}
+
+
+def matmul(x: jax.Array, w) -> jax.Array:
+  """x [..., in] @ w [in, out]; of an Int8 the scale is applied to the product."""
+  if isinstance(w, Int8):
+    return (x @ w.values.astype(x.dtype)) * w.scale.astype(x.dtype)
+  return x @ w
