@@ -124,16 +124,16 @@ def test_every_model_of_the_study_has_a_shape_and_a_mesh():
 
 MEASURE = """
 import json, sys, threading, time
-from rlsafety import plan
-plan.fake_devices(1)
 import jax, jax.numpy as jnp
+from rlsafety import plan
 from rlsafety.config import load_recipe
 from rlsafety.devices import device
-from rlsafety.models import presets
+from rlsafety.models.transformer import ModelConfig
 config = load_recipe(sys.argv[1])
 config.mesh.data = 1
-config.sampler.max_tokens, config.learner.microbatches = 32, 1
-policy, target = presets.preset("smollm2-135m-instruct"), device("cpu-1")
+config.max_prompt_tokens, config.sampler.max_tokens, config.learner.microbatches = 128, 64, 1
+policy = ModelConfig(32768, 512, n_layers=4, n_heads=4, n_kv_heads=4, head_dim=128, d_ff=2048)
+target = device("cpu-1")
 made = plan.compile_programs(config, policy, None, target)
 compiled, _ = made["programs"]["update"]
 planned = sum(made["resident"].values()) + compiled.memory_analysis().temp_size_in_bytes
@@ -158,7 +158,7 @@ print(json.dumps({"planned": planned, "measured": peak[0] - before}))
 
 
 def test_planned_memory_is_what_an_update_takes():
-  # SmolLM2's shape on one CPU device: weights, state and work space against the process's own
+  # 50 M parameters on one CPU device: weights, state and work space against the process's own
   # growth while it runs.
   env = dict(os.environ, PYTHONPATH=str(REPO), XLA_FLAGS="", MALLOC_TRIM_THRESHOLD_="0")
   command = [sys.executable, "-c", MEASURE, f"{REPO}/configs/tiny_syco.py"]
