@@ -82,6 +82,7 @@ def base() -> ConfigDict:
   c.learner.microbatches = 1  # pieces of a batch; divides prompts_per_step
   c.learner.chunk_tokens = 2048  # tokens whose logits exist at once
   c.learner.remat = "full"  # none | full | dots
+  c.learner.attention = "einsum"  # of the prompt segment; cudnn on NVIDIA GPUs
 
   c.eval = ConfigDict()
   c.eval.every = 50  # steps; also before the first and after the last update

@@ -33,6 +33,7 @@ class LearnerSettings:
   chunk_tokens: int = 2048
   remat: str = "full"
   dropout: float = 0.0
+  attention: str = "einsum"  # of the prompt segment: einsum, or cudnn on NVIDIA GPUs
 
 
 def make_optimizer(
@@ -75,13 +76,16 @@ def token_scores(
   chunk_tokens: int = 2048,
   remat: str = "none",
   dropout: Dropout | None = None,
+  attention: str = "einsum",
 ) -> logprobs.TokenScores:
   """Log-prob and entropy of each completion token: tokens [P, G, T], 0 after `lengths`.
 
   The first token is predicted by the prompt's last state, token i by the state at i - 1.
   adapter=None scores under the reference, which is the base alone.
   """
-  prompt, first = transformer.prefill(base, adapter, config, prompts, dropout=dropout, remat=remat)
+  prompt, first = transformer.prefill(
+    base, adapter, config, prompts, dropout=dropout, remat=remat, attention=attention
+  )
   first = transformer.last_hidden(first, prompts.lengths)
   hidden, _ = transformer.extend(
     base, adapter, config, prompt, tokens, dropout=dropout, remat=remat
@@ -129,6 +133,7 @@ def update(
       chunk_tokens=settings.chunk_tokens,
       remat=settings.remat,
       dropout=dropout,
+      attention=settings.attention,
     )
 
   def loss(adapter, piece, dropout):

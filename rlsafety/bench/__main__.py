@@ -31,14 +31,34 @@ DEFAULTS = {
   "microbatches": 1,
   "chunk_tokens": 2048,
   "remat": "full",
+  "attention": "einsum",  # of the prompt segment: einsum | cudnn
   "rank": 8,  # LoRA R
   "repeats": 3,  # timed calls, the median counts
+  "rows_few": 64,  # suite=gpu: replies decoded together
+  "rows_many": 512,
+  "decode_tokens": 32,  # suite=gpu: decode steps that are timed
+  "peer_microbatches": 64,  # suite=gpu: pieces of the batch for transformers + PEFT
   "out": "",  # JSON file
+}
+
+
+# What --suite=gpu changes: the study's step at 7B, on one 80 GB GPU.
+GPU_DEFAULTS = {
+  "model": "",
+  "dtype": "bfloat16",
+  "prompts": 64,
+  "prompt_tokens": 512,
+  "group": 8,
+  "completion_tokens": 256,
+  "microbatches": 32,
+  "repeats": 1,
 }
 
 
 def read_flags(argv: list[str]) -> ConfigDict:
   flags = ConfigDict(DEFAULTS)
+  if "--suite=gpu" in argv:
+    flags.update(GPU_DEFAULTS)
   for argument in argv[1:]:
     if argument in ("-h", "--help"):
       print(__doc__, *(f"  --{k}={v}" for k, v in DEFAULTS.items()), sep="\n")
@@ -60,12 +80,12 @@ def setup(f: ConfigDict):
   settings = lora.LoraConfig(rank=f.rank)
   layers = transformer.weights(config)["layers"]
   adapter = lora.init_adapter(layers, settings, jax.random.key(1))
-  rng = np.random.default_rng(0)
-  prompts = Prompts(
-    tokens=jnp.asarray(rng.integers(3, config.vocab_size, (f.prompts, f.prompt_tokens)), jnp.int32),
-    lengths=jnp.full((f.prompts,), f.prompt_tokens, jnp.int32),
-  )
-  return config, params, adapter, prompts
+  return config, params, adapter, random_prompts(config, f.prompts, f.prompt_tokens)
+
+
+def random_prompts(config, P: int, S: int) -> Prompts:
+  tokens = np.random.default_rng(0).integers(3, config.vocab_size, (P, S))
+  return Prompts(jnp.asarray(tokens, jnp.int32), jnp.full((P,), S, jnp.int32))
 
 
 def core_suite(f: ConfigDict, peak: float, bandwidth: float) -> list[dict]:
@@ -76,7 +96,7 @@ def core_suite(f: ConfigDict, peak: float, bandwidth: float) -> list[dict]:
   weights = ceilings.weight_bytes(config, f.dtype)
   per_token = ceilings.cache_bytes_per_token(config, f.dtype)
 
-  prefill = jax.jit(functools.partial(transformer.prefill, c=config))
+  prefill = jax.jit(functools.partial(transformer.prefill, c=config, attention=f.attention))
   prefill_s = ceilings.median_seconds(
     lambda: prefill(params, adapter, prompts=prompts), repeats=f.repeats
   )
@@ -106,7 +126,11 @@ def core_suite(f: ConfigDict, peak: float, bandwidth: float) -> list[dict]:
   )
   optimizer = learner.make_optimizer(1e-5)
   settings = learner.LearnerSettings(
-    objective, microbatches=f.microbatches, chunk_tokens=f.chunk_tokens, remat=f.remat
+    objective,
+    microbatches=f.microbatches,
+    chunk_tokens=f.chunk_tokens,
+    remat=f.remat,
+    attention=f.attention,
   )
   update = jax.jit(
     functools.partial(learner.update, config=config, settings=settings, optimizer=optimizer)

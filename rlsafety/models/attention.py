@@ -78,3 +78,16 @@ def attend(q, own, prompt, *, scale: float, softcap: float | None) -> jax.Array:
     out += jnp.einsum(f"pgkmts,{keys}->pgtkmd", weights[..., start : start + slots], v)
     start += slots
   return out.reshape(P, G, t, H * Dh)
+
+
+def attend_prompt(q, k, v, *, scale: float) -> jax.Array:
+  """Causal self-attention of the prompt segment through cuDNN's fused kernel.
+
+  q [P, 1, S, H, Dh], k and v [P, 1, S, K, Dh] -> [P, 1, S, H * Dh]. bfloat16 or float16 on
+  an NVIDIA GPU; no softcap, no window. It never holds the [S, S] logits.
+  """
+  P, _, S, H, Dh = q.shape
+  out = jax.nn.dot_product_attention(
+    q[:, 0], k[:, 0], v[:, 0], scale=scale, is_causal=True, implementation="cudnn"
+  )
+  return out.reshape(P, 1, S, H * Dh)

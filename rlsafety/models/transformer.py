@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from rlsafety.errors import UserError
 from rlsafety.models import attention, int8
 from rlsafety.models.attention import Rope
 from rlsafety.models.int8 import Int8
@@ -161,9 +162,10 @@ _ACTIVATIONS = {
 }
 
 
-def _layer(c: ModelConfig, x, w, ab, scale, dropout, rotation, keys_seen):
+def _layer(c: ModelConfig, x, w, ab, scale, dropout, rotation, keys_seen, fused=False):
   """x [P, G, t, D] -> x, after attention and MLP.
 
+  fused: a prompt on itself, through cuDNN.
   w, ab: this layer's weights and adapter. rotation: cos, sin [P, G, t, Dh/2].
   keys_seen(k, v) takes the new keys [P, G, t, K, Dh] and returns (own, prompt) for
   `attention.attend` plus whatever must be kept of them.
@@ -186,7 +188,10 @@ def _layer(c: ModelConfig, x, w, ab, scale, dropout, rotation, keys_seen):
   k = attention.rotate(k, *rotation)
   own, prompt, kept = keys_seen(k, v)
   query_scale = c.query_scale or c.head_dim**-0.5
-  h = attention.attend(q, own, prompt, scale=query_scale, softcap=c.attn_softcap)
+  if fused:
+    h = attention.attend_prompt(q, k, v, scale=query_scale)
+  else:
+    h = attention.attend(q, own, prompt, scale=query_scale, softcap=c.attn_softcap)
   h = project(h, "o")
   x = x + (_norm(h, w["post_attn_norm"], c) if c.post_norms else h)
   h = _norm(x, w["mlp_norm"], c)
@@ -216,6 +221,7 @@ def _stack(
   pool: jax.Array | None,
   dropout: Dropout | None,
   remat: str,
+  fused: bool = False,
 ):
   """tokens [P, G, t], whose first slot is `offset` of their segment, through all layers.
 
@@ -276,7 +282,7 @@ def _stack(
 
     scale = 0.0 if adapter is None else adapter.scale
     drop = dropout and dropout.replace(key=jax.random.fold_in(dropout.key, layer))
-    x, kept = _layer(c, x, w, ab, scale, drop, rotation, keys_seen)
+    x, kept = _layer(c, x, w, ab, scale, drop, rotation, keys_seen, fused)
     pooled = None
     if pool is not None:
       count = jnp.maximum(jnp.sum(pool, -1), 1)[..., None]
@@ -333,14 +339,21 @@ def prefill(
   *,
   dropout: Dropout | None = None,
   remat: str = "none",
+  attention: str = "einsum",
 ) -> tuple[PromptCache, jax.Array]:
   """Runs each prompt on itself, once per group.
 
-  Returns the cache and hidden [P, S, D] (after the final norm); padding slots hold
-  values that nothing valid depends on.
+  attention: einsum, or cudnn for the fused kernel on NVIDIA GPUs. Returns the cache and
+  hidden [P, S, D] (after the final norm); padding slots hold values that nothing valid
+  depends on.
   """
+  if attention not in ("einsum", "cudnn"):
+    raise UserError(f"attention={attention!r}: choose einsum or cudnn")
+  fused = attention == "cudnn"
+  if fused and (c.attn_softcap or any(c.local_layers)):
+    raise UserError("attention=cudnn: this model caps or windows its attention; use einsum")
   tokens = prompts.tokens[:, None]
-  x, (k, v), _ = _stack(params, adapter, c, tokens, 0, None, None, None, dropout, remat)
+  x, (k, v), _ = _stack(params, adapter, c, tokens, 0, None, None, None, dropout, remat, fused)
   cache = PromptCache(k=k[:, :, 0], v=v[:, :, 0], lengths=prompts.lengths)
   return cache, _finish(params, c, x)[:, 0]
 
