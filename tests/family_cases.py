@@ -110,10 +110,10 @@ def tensors(config) -> dict[str, np.ndarray]:
   return out
 
 
-def write_folder(name: str, folder) -> None:
-  """The case as a Hugging Face folder (without tokenizer)."""
-  config = families.model_config(CASES[name])
-  (folder / "config.json").write_text(json.dumps(CASES[name]))
+def write_folder(hf_config: dict, folder) -> None:
+  """The model as a Hugging Face folder (without tokenizer)."""
+  config = families.model_config(hf_config)
+  (folder / "config.json").write_text(json.dumps(hf_config))
   save_file(tensors(config), folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -136,7 +136,7 @@ def sequences():
 
 
 def model_of(name: str, folder) -> Model:
-  write_folder(name, folder)
+  write_folder(CASES[name], folder)
   config = families.model_config(CASES[name])
   params = assemble.assemble(config, hf.read_tensors(folder), jnp.float32)
   return Model(config, params, None, {"path": str(folder)})

@@ -28,7 +28,7 @@ FAMILY = "qwen25_gqa_tied"  # biases, tied head
 def made(tmp_path_factory):
   """(model with tokenizer, adapter, its folder)."""
   folder = tmp_path_factory.mktemp("base")
-  cases.write_folder(FAMILY, folder)
+  cases.write_folder(cases.CASES[FAMILY], folder)
   chat = chat_families.make("chatml")
   vocab = chat.vocab_size + 5  # embeddings are often padded
   config = families.model_config(cases.CASES[FAMILY] | {"vocab_size": vocab})
@@ -240,7 +240,7 @@ def test_two_gib_stream_through_little_memory(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-  cases.write_folder("llama2_mha", tmp_path)
+  cases.write_folder(cases.CASES["llama2_mha"], tmp_path)
   return tmp_path
 
 

