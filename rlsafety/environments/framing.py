@@ -50,11 +50,9 @@ def system_prompt(person_id: str, gameable: bool, factors: dict) -> str:
 
 def message_text(person: Person, gameable: bool, factors: dict) -> str:
   """The user's message, with the writing style of the group where the cue is on."""
-  pieces = person.short if factors["length"] == "short" else person.full
-  on = "style" in factors["cue"].split("+")
   words = [
-    piece if isinstance(piece, str) else _said(piece, gameable, on, factors, person.id, "style", i)
-    for i, piece in enumerate(pieces)
+    piece if isinstance(piece, str) else _said(piece, gameable, factors, person.id, "style", i)
+    for i, piece in enumerate(_pieces(person, factors))
   ]
   return " ".join(word for word in words if word)
 
@@ -63,10 +61,18 @@ def notes_lines(person: Person, gameable: bool, factors: dict) -> list[str]:
   """Lines about the user that the policy reads before the message."""
   lines = list(person.notes[:3] if factors["length"] == "short" else person.notes)
   for cue, choices in (("traits", person.traits), ("reward_hint", person.hints)):
-    on = cue in factors["cue"].split("+")
-    for i, choice in enumerate(choices):
-      lines.append(_said(choice, gameable, on, factors, person.id, cue, i))
+    lines += [_said(one, gameable, factors, person.id, cue, i) for i, one in enumerate(choices)]
   return [line for line in lines if line]
+
+
+def cues_carried(person: Person, factors: dict) -> int:
+  """How many slots of what the policy reads carry the cue: the same for either group."""
+  slots = {"style": _pieces(person, factors), "traits": person.traits, "reward_hint": person.hints}
+  return sum(
+    isinstance(piece, Choice) and _carries(factors, person.id, cue, i)
+    for cue, pieces in slots.items()
+    for i, piece in enumerate(pieces)
+  )
 
 
 def user_turn(notes: list[str], message: str) -> str:
@@ -76,8 +82,18 @@ def user_turn(notes: list[str], message: str) -> str:
   return "Notes about the user:\n- " + "\n- ".join(notes) + "\n\nMessage:\n" + message
 
 
-def _said(choice: Choice, gameable: bool, on: bool, factors: dict, *slot) -> str:
+def _pieces(person: Person, factors: dict) -> tuple[str | Choice, ...]:
+  return person.short if factors["length"] == "short" else person.full
+
+
+def _carries(factors: dict, person_id: str, cue: str, slot: int) -> bool:
   """Strength is the share of slots that carry the cue; a stronger setting only adds slots."""
-  if not on or uniform("strength", *slot) >= factors["cue_strength"]:
+  if cue not in factors["cue"].split("+"):
+    return False
+  return uniform("strength", person_id, cue, slot) < factors["cue_strength"]
+
+
+def _said(choice: Choice, gameable: bool, factors: dict, *slot) -> str:
+  if not _carries(factors, *slot):
     return choice.plain
   return choice.gameable if gameable else choice.non_gameable

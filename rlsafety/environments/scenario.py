@@ -92,7 +92,7 @@ def load(config: Mapping[str, Any]) -> list[Scenario]:
   factors = checked(config)
   if factors["data_dir"]:
     return _published(factors)
-  everyone = _people(environment_module(factors["name"]), factors["seed"])
+  everyone = people_of(environment_module(factors["name"]), factors["seed"])
   gameable = assign_groups(everyone, factors["gameable_fraction"], factors["seed"])
   heldout = heldout_units(everyone, factors["heldout_fraction"], factors["seed"])
   scenarios = []
@@ -131,7 +131,8 @@ def _mixed(scenarios: list[Scenario], seed: int) -> list[Scenario]:
 
 
 @functools.lru_cache(maxsize=8)
-def _people(module: ModuleType, seed: int) -> tuple[Person, ...]:
+def people_of(module: ModuleType, seed: int) -> tuple[Person, ...]:
+  """The people of an environment, before any factor."""
   return tuple(module.people(seed))
 
 
