@@ -46,8 +46,6 @@ _GELU = {"hidden_activation": "gelu_pytorch_tanh"}
 # Every window is shorter than the prompt plus its 64 tokens; one is shorter than the prompt.
 CASES = {
   "llama2_mha": case("llama", 4, 4, False),
-  "llama2_tied": case("llama", 4, 4, True, rms_norm_eps=1e-6),
-  "llama3_gqa": case("llama", 4, 2, False, **rope("default", 5e5)),
   "llama31_scaled": case("llama", 4, 2, False, **_LLAMA3),
   "llama32_scaled_tied": case("llama", 6, 2, True, **_LLAMA3),
   "yi_mqa": case("llama", 8, 1, False, **rope("default", 5e6)),

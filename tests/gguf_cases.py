@@ -62,7 +62,7 @@ def _scaled(name):
 
 # Every architecture; where a file cannot say a number, with the one that it implies.
 MODELS = {
-  "llama": cases.CASES["llama3_gqa"],
+  "llama": cases.case("llama", 4, 2, False, **cases.rope("default", 5e5)),
   "llama_linear": cases.case("llama", 4, 2, True, **cases.rope("linear", factor=4.0)),
   "llama32": _scaled("llama32_scaled_tied"),
   "mistral": cases.CASES["mistral_window"],

@@ -58,8 +58,9 @@ def load_model(path: str, dtype=jnp.float32, shardings=None) -> Model:
   check_vocabulary(config, chat, str(real))
   targets = shardings(config) if callable(shardings) else shardings
   params = assemble(config, tensors, dtype, targets)
-  # Of a hub model `file` is the revision.
   source = {"path": path, "file": real.name, "family": families.family(config)}
+  if real.parent.name == "snapshots":  # the hub's cache names the folder after the commit
+    source["revision"] = real.name
   return Model(config, params, chat, source)
 
 

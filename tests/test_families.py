@@ -1,0 +1,160 @@
+"""Every family against transformers: logits, cached decoding and LoRA gradients.
+
+Without torch the committed values of goldens/make_families.py stand in for it.
+"""
+
+import functools
+import json
+import pathlib
+
+import family_cases as cases
+import numpy as np
+import pytest
+
+from rlsafety.errors import UserError
+from rlsafety.models import families, presets, transformer
+
+GOLDENS = pathlib.Path(__file__).parent / "goldens" / "families.npz"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  @functools.cache
+  def once(name):
+    folder = tmp_path_factory.mktemp(name)
+    model = cases.model_of(name, folder)
+    return model, folder, cases.ours(model)
+
+  return once
+
+
+def assert_close(ours, theirs, what):
+  scale = np.abs(theirs).max()
+  worst = np.abs(ours - theirs).max() / scale
+  assert worst <= 1e-4, f"{what}: relative difference {worst:.1e}"
+  assert scale > 0
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_equal_to_committed_values_of_transformers(run, name):
+  goldens = np.load(GOLDENS)
+  for key, value in cases.digest(run(name)[2]).items():
+    assert_close(value, goldens[f"{name}/{key}"], key)
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_equal_to_transformers_live(run, name):
+  for package in ("torch", "transformers", "peft"):
+    pytest.importorskip(package)
+  model, folder, result = run(name)
+  reference = cases.theirs(model, folder)
+  _, lengths, _ = cases.sequences()
+  valid = np.arange(cases.S) < lengths[:, None]
+  for key, theirs in reference.items():
+    mine = result[key]
+    if key == "prefill":
+      mine, theirs = mine[valid], theirs[valid]
+    assert_close(mine, theirs, key)
+
+
+# Parameters of the published checkpoints, as their safetensors headers add up.
+PUBLISHED = {
+  "qwen1.5-0.5b-chat": 463_987_712,
+  "qwen1.5-1.8b-chat": 1_836_828_672,
+  "gemma-1.1-2b-it": 2_506_172_416,
+  "qwen1.5-4b-chat": 3_950_369_280,
+  "yi-6b-chat": 6_061_035_520,
+  "qwen1.5-7b-chat": 7_721_324_544,
+  "gemma-1.1-7b-it": 8_537_680_896,
+  "llama-2-7b-chat": 6_738_415_616,
+  "llama-3-8b-instruct": 8_030_261_248,
+  "llama-2-13b-chat": 13_015_864_320,
+  "qwen1.5-14b-chat": 14_167_290_880,
+  "llama-3.1-70b-instruct": 70_553_706_496,
+  "llama-3.2-1b-instruct": 1_235_814_400,
+  "llama-3.2-3b-instruct": 3_212_749_824,
+  "mistral-7b-instruct-v0.1": 7_241_732_096,
+  "mistral-7b-instruct-v0.3": 7_248_023_552,
+  "qwen2.5-0.5b-instruct": 494_032_768,
+  "qwen2.5-1.5b-instruct": 1_543_714_304,
+  "qwen2.5-3b-instruct": 3_085_938_688,
+  "qwen2.5-7b-instruct": 7_615_616_512,
+  "qwen2.5-14b-instruct": 14_770_033_664,
+  "qwen3-0.6b": 596_049_920,
+  "qwen3-1.7b": 1_720_574_976,
+  "qwen3-4b": 4_022_468_096,
+  "qwen3-8b": 8_190_735_360,
+  "qwen3-14b": 14_768_307_200,
+  "gemma-2-2b-it": 2_614_341_888,
+  "gemma-2-9b-it": 9_241_705_984,
+  "gemma-2-27b-it": 27_227_128_320,
+  "gemma-3-270m-it": 268_098_176,
+  "gemma-3-1b-it": 999_885_952,
+  "smollm2-135m-instruct": 134_515_008,
+  "smollm2-360m-instruct": 361_821_120,
+  "smollm2-1.7b-instruct": 1_711_376_384,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_have_the_published_size(name):
+  assert transformer.params_count(presets.preset(name)) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", [*presets.PRESETS, *cases.CASES])
+def test_config_survives_export(name):
+  config = families.model_config((presets.PRESETS | cases.CASES)[name])
+  exported = json.loads(json.dumps(families.hf_config(config)))
+  assert families.model_config(exported) == config
+
+
+@pytest.mark.parametrize("name", ["llama31_scaled", "qwen2_window", "gemma2_gqa", "gemma3_scaled"])
+def test_transformers_reads_the_exported_config_alike(name):
+  """Written by us in the older field names, then by transformers in its own."""
+  transformers = pytest.importorskip("transformers")
+  config = families.model_config(cases.CASES[name])
+  exported = families.hf_config(config)
+  again = transformers.AutoConfig.for_model(**exported).to_dict()
+  assert families.model_config({k: v for k, v in again.items() if v is not None}) == config
+
+
+def test_unknown_preset_suggests():
+  with pytest.raises(UserError, match="qwen1.5-7b-chat"):
+    presets.preset("qwen1.5-7b")
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"model_type": "mixtral"}, "model_type='mixtral'.*Supported: llama: Llama 2"),
+    ({"model_type": None}, "model_type=None"),
+    ({"hidden_act": "relu"}, "hidden_act='relu'"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling='yarn'"),
+    ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+    ({"attention_bias": True}, "attention_bias=True"),
+    ({"mlp_bias": True}, "mlp_bias=True"),
+    ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
+    ({"num_key_value_heads": 3}, "num_key_value_heads=3"),
+    ({"hidden_size": "64"}, "hidden_size='64'"),
+    ({"hidden_size": None}, "hidden_size=None"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers=0"),
+    ({"sliding_window": 128}, "sliding_window=128"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ({"auto_map": {"AutoModel": "m.py"}}, "remote code"),
+    ({"logits_scaling": 8.0}, "logits_scaling=8.0 is not known"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+  ],
+)
+def test_what_would_change_the_numbers_is_refused(change, message):
+  config = {k: v for k, v in cases.CASES["llama2_mha"].items()} | change
+  with pytest.raises(UserError, match=f"(?s)model/config.json.*{message}"):
+    families.model_config(config, "model/config.json")
+
+
+def test_gemma3_with_vision_gives_its_text_part():
+  text = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240}
+  text |= {"num_hidden_layers": 34, "sliding_window": 1024}
+  text |= {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
+  whole = {"model_type": "gemma3", "text_config": text, "vision_config": {"hidden_size": 1152}}
+  assert families.model_config(whole) == presets.preset("gemma-3-4b-it")
