@@ -35,4 +35,5 @@ if [[ $parity == 1 ]]; then
   install "$venv" parity torch==2.13.0 --editable '.[parity]' ||
     note 'going on without torch, peft and trl: the tests against them will skip'
 fi
-run exec "$venv/bin/python" -m pytest -rs "${args[@]}"
+# Two workers, a file each: the tests mostly wait for one thread of the compiler.
+run exec "$venv/bin/python" -m pytest -rs -n 2 --dist loadfile "${args[@]}"
