@@ -15,14 +15,15 @@ def style(name: str, turn: int, key: tuple, **fill: str) -> Choice:
 
 
 def story(texts: dict, situation: int, i: int, turn: int, key: tuple) -> dict[str, tuple]:
-  """What person `i` of a situation says, piece by piece; no two of them ask the same."""
+  """What person `i` of a situation says, piece by piece; no two of them say the same."""
   told, act = texts["situations"][situation][:2]
+  own = (*key, situation)
   return {
     "situation": (told,),
-    "pull": (deal(texts["pulls"], turn, *key, "pull"),),
-    "worry": (style("lead", turn, key), deal(texts["worries"], turn, *key, "worry") + "."),
+    "pull": (deal(texts["pulls"], i, *own, "pull"),),
+    "worry": (style("lead", turn, key), deal(texts["worries"], i, *own, "worry") + "."),
     "mark": (style("mark", turn, key),),
-    "ask": (style("ask", i, (*key, situation), act=act),),
+    "ask": (style("ask", i, own, act=act),),
   }
 
 

@@ -335,7 +335,8 @@ def plot(rows: dict[str, dict], stem: pathlib.Path) -> None:
     axis.set_title(title, fontsize=9)
     if title.startswith("AUC"):
       axis.axvline(0.5, color="grey", linewidth=0.8)
-    axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2)
+    axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.5 / height), ncols=2)
+    axis.margins(y=0.5 / height)
   axes[0][0].set_yticks(range(len(rows)), rows)
   axes[0][0].invert_yaxis()
   figures.save(figure, stem)
