@@ -204,25 +204,39 @@ def _prompt_means(records, name, gameable) -> dict:
 
 
 def judge_block(judge: dict) -> dict:
-  """config.json's judge, as words: its name, its stated limits, and everything else."""
+  """config.json's judge, as words and numbers.
+
+  {"name", "limits": its own statement as a sentence, "facts": [(label, text)], "head",
+  "rows": [(label, [text])]}: dicts of numbers, AUCs say, become rows of one table.
+  """
   if not isinstance(judge, dict):
     judge = {"name": str(judge)}
-  limits = judge.get("limits") or judge.get("statement") or ""
-  if isinstance(limits, (list, tuple)):
-    limits = " ".join(str(item) for item in limits)
+  limits = judge.get("limits") or ""
+  limits = " ".join(map(str, limits)) if isinstance(limits, (list, tuple)) else str(limits).strip()
+  limits = limits[:1].upper() + limits[1:] + ("" if limits.endswith((".", "!", "?")) else ".")
+  facts, rows = [], []
 
-  def flat(value, prefix=""):
-    for key, item in value.items():
-      label = f"{prefix}{str(key).replace('_', ' ')}"
-      if isinstance(item, dict):
-        yield from flat(item, f"{label}: ")
-      elif isinstance(item, (list, tuple)):
-        yield label, ", ".join(_num(v) if isinstance(v, float) else str(v) for v in item)
-      elif item is not None:
-        yield label, _num(item) if isinstance(item, float) else str(item)
+  def walk(value, path):
+    label = " · ".join(path).replace("_", " ")
+    if not isinstance(value, dict):
+      if value is not None:
+        facts.append((label, _num(value) if isinstance(value, float) else str(value)))
+    elif value and all(isinstance(v, (int, float)) for v in value.values()):
+      rows.append((label, value))
+    else:
+      for key, item in value.items():
+        walk(item, [*path, str(key)])
 
-  rest = {k: v for k, v in judge.items() if k not in ("name", "limits", "statement")}
-  return {"name": str(judge.get("name", "")), "limits": str(limits), "facts": list(flat(rest))}
+  walk({k: v for k, v in judge.items() if k not in ("name", "limits")}, [])
+  head = list(dict.fromkeys(key for _, row in rows for key in row))
+  text = lambda v: _num(v) if isinstance(v, float) else "" if v is None else str(v)  # noqa: E731
+  return {
+    "name": str(judge.get("name", "")),
+    "limits": limits if limits != "." else "",
+    "facts": facts,
+    "head": [str(h).replace("_", " ") for h in head],
+    "rows": [(label, [text(row.get(h)) for h in head]) for label, row in rows],
+  }
 
 
 def _num(value, digits: int = 2, sign: bool = False) -> str:
@@ -328,7 +342,7 @@ def figure(title, subtitle, series, x_max, floor=None, zero=False, digits=2) -> 
     low, high = min(low, floor[0]), max(high, floor[1])
   if high - low < 1e-12:
     low, high = low - 0.5 * max(abs(low), 1e-3), high + 0.5 * max(abs(high), 1e-3)
-  y_ticks, x_ticks = ticks(low, high, 5), ticks(0, max(x_max, 1), 6)
+  y_ticks, x_ticks = ticks(low, high, 5), ticks(0, max(x_max, 1), min(6, max(x_max, 1)), whole=True)
   low, high = min(low, y_ticks[0]), max(high, y_ticks[-1])
 
   def x(step):
@@ -381,11 +395,12 @@ def _finite_runs(values) -> list[list[int]]:
   return found
 
 
-def ticks(low: float, high: float, count: int) -> list[float]:
-  """About `count` round numbers that cover [low, high] from inside."""
+def ticks(low: float, high: float, count: int, whole: bool = False) -> list[float]:
+  """About `count` round numbers that cover [low, high] from inside; steps are whole."""
   raw = (high - low) / count
   base = 10.0 ** math.floor(math.log10(raw))
-  step = next(m * base for m in (1, 2, 2.5, 5, 10) if m * base >= raw * 0.999)
+  sizes = (1, 2, 5, 10) if whole else (1, 2, 2.5, 5, 10)
+  step = next(m * base for m in sizes if m * base >= raw * 0.999)
   first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
   return [round(i * step, 12) for i in range(first, last + 1)]
 

@@ -113,9 +113,22 @@ def test_many_rollouts_keep_held_out_ones_and_say_what_was_left_out(tmp_path):
   assert all(sum(r[0] == 1 and r[1] == s for r in data["rollouts"]) == 16 for s in steps)
 
 
+def test_judge_is_stated_in_words_with_its_numbers_in_one_table():
+  block = report.judge_block(
+    {"name": "probe", "limits": "knows little", "seed": 3, "base": {"path": "a<b", "n": None},
+     "auc": {"hex": {"sampled": {"rest": 0.8123, "n": 230}, "written": {"rest": 1.0, "bare": 1.0}}}}
+  )  # fmt: skip
+  assert block["limits"] == "Knows little." and block["head"] == ["rest", "n", "bare"]
+  assert block["rows"][0] == ("auc · hex · sampled", ["0.81", "230", ""])
+  assert ("seed", "3") in block["facts"] and ("base · path", "a<b") in block["facts"]
+  assert report.judge_block({})["limits"] == "" and report.judge_block("plain")["name"] == "plain"
+
+
 def test_ticks_are_round_and_inside():
   assert report.ticks(0, 300, 6) == [0, 50, 100, 150, 200, 250, 300]
   assert report.ticks(-0.4, 1.1, 3) == [0.0, 0.5, 1.0]
+  assert report.ticks(0, 14, 6, whole=True) == [0, 5, 10]
+  assert report.ticks(0, 1, 1, whole=True) == [0, 1]
 
 
 def browser(width, height):

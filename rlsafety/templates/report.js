@@ -97,6 +97,8 @@ function setView(name, state) {
   options(form.sort, SORTS[view], state.sort || "");
   form.kind.closest("label").hidden = view !== "all";
   form.group.closest("label").hidden = view === "groups";
+  form.factor.closest("label").hidden = form.factor.options.length < 2;
+  form.topic.closest("label").hidden = form.topic.options.length < 3;
 }
 function state() {
   const out = { view };
