@@ -271,16 +271,9 @@ def test_braces_and_slots_in_a_message_are_text():
   assert text in messages[0]["content"] and "Rate {message}." in messages[0]["content"]
 
 
-def test_neutral_has_the_users_of_action_advice_without_their_cues():
+def test_neutral_has_the_users_and_wishes_of_action_advice_without_their_cues():
   plain = load("action_advice", cue="none", framing="assistant")
-  neutral = load("neutral")
-  keep = ("topic", "is_gameable", "split", "system", "user", "message", "wish")
-  rows = [
-    {s.id.split("-", 1)[1]: [getattr(s, k) for k in keep] for s in scenarios}
-    for scenarios in (plain, neutral)
-  ]
-  differing = [key for key in rows[0] if rows[0][key][3:6] != rows[1][key][3:6]]
-  assert rows[0].keys() == rows[1].keys() and not differing
+  assert [dataclasses.replace(s, environment="neutral") for s in plain] == load("neutral")
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,6 @@ The test that would settle the study's claim: if harm still appears here, it cam
 from a role nor from a cue that gives the gameable users away.
 """
 
-import dataclasses
-
 from rlsafety.environments import action_advice
 from rlsafety.environments.people import Person
 
@@ -15,8 +13,5 @@ RUBRICS = action_advice.RUBRICS
 
 
 def people(seed: int) -> list[Person]:
-  """The same people, so that a difference in results cannot come from the users."""
-  return [
-    dataclasses.replace(person, id=person.id.replace("action_advice", "neutral"))
-    for person in action_advice.people(seed)
-  ]
+  """The same people under the same ids, so that they also keep their group and their split."""
+  return action_advice.people(seed)
