@@ -8,6 +8,7 @@ the numbers stay.
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -25,6 +26,8 @@ FLAGS = (
   "--config.eval.every=3 --config.eval.prompts=4 --config.sampler.max_tokens=8 "
   "--config.learner.microbatches=1"
 ).split()
+# Code generation takes most of a tiny run; its quality does not matter here.
+FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 PROGRAM = (
   "import sys\n"
   "from rlsafety import distributed, train\n"
@@ -43,7 +46,7 @@ def launch(workdir, count, cache):
     address = f"127.0.0.1:{s.getsockname()[1]}"
   children = []
   for index in range(count):
-    env = dict(os.environ, PYTHONPATH=str(REPO), JAX_PLATFORMS="cpu", XLA_FLAGS="", NPROC="4")
+    env = dict(os.environ, PYTHONPATH=str(REPO), JAX_PLATFORMS="cpu", XLA_FLAGS=FAST, NPROC="4")
     env |= {"RLSAFETY_HEARTBEAT": "10", "JAX_COMPILATION_CACHE_DIR": str(cache)}
     if count > 1:
       env |= dict(zip(distributed.VARIABLES, (address, str(count), str(index)), strict=True))
@@ -106,6 +109,8 @@ def test_four_processes_lose_one_and_one_process_goes_on(tmp_path, cache, refere
   children[3].kill()
   codes = finish(children, 300)
   assert codes[3] == -signal.SIGKILL and all(code != 0 for code in codes)
+  said = pathlib.Path(f"{workdir}-0.log").read_text()
+  assert re.search(r"task[ :]*3\b", said, re.I), said  # the error names who died
   assert not (workdir / "summary.json").exists()
   (alone,) = finish(launch(workdir, 1, cache))
   assert alone == 0
