@@ -2,8 +2,8 @@
 
   python -m rlsafety.experiments.buffer --config=configs/buffer_syco.py
 
-2 CPU cores, about 25 minutes: one exploiter and six fresh copies of the base. Real numbers
-of one run are in docs/buffer.md. buffer_syco.py:quicktest proves the machinery in minutes.
+2 CPU cores, about 25 minutes (estimated): one exploiter and six fresh copies of the base.
+buffer_syco.py:quicktest proves the machinery in minutes.
 """
 
 from rlsafety.config import beside

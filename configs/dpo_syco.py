@@ -4,7 +4,7 @@
   python -m rlsafety.data.record --runs runs/smollm2_syco --out data/smollm2_syco
   python -m rlsafety.train --config=configs/dpo_syco.py
 
-2 CPU cores, about 3 minutes. For seconds on the tiny model use tiny_syco.py in place of
+2 CPU cores, about 3 minutes (estimated). For seconds on the tiny model use tiny_syco.py in place of
 smollm2_syco.py and dpo_syco.py:quicktest. JSON Lines with `chosen` and `rejected` do as well.
 """
 

@@ -2,8 +2,8 @@
 
   python -m rlsafety.train --config=configs/expert_iteration_syco.py
 
-2 CPU cores, about 6 minutes; expert_iteration_syco.py:quicktest takes seconds on the tiny
-model. With --config.data.path it is rejection sampling on recorded groups.
+2 CPU cores, about 6 minutes (estimated); expert_iteration_syco.py:quicktest takes seconds on
+the tiny model. With --config.data.path it is rejection sampling on recorded groups.
 """
 
 from rlsafety.config import beside, objective

@@ -4,7 +4,7 @@
   python -m rlsafety.data.record --runs runs/smollm2_syco --out data/smollm2_syco
   python -m rlsafety.train --config=configs/mixed_syco.py
 
-2 CPU cores, about 5 minutes. For seconds on the tiny model use tiny_syco.py in place of
+2 CPU cores, about 5 minutes (estimated). For seconds on the tiny model use tiny_syco.py in place of
 smollm2_syco.py and mixed_syco.py:quicktest.
 """
 

@@ -4,7 +4,7 @@
   python -m rlsafety.data.record --runs runs/smollm2_syco --out data/smollm2_syco --first_step 13
   python -m rlsafety.train --config=configs/sft_syco.py
 
-2 CPU cores, about 4 minutes. For seconds on the tiny model use tiny_syco.py in place of
+2 CPU cores, about 4 minutes (estimated). For seconds on the tiny model use tiny_syco.py in place of
 smollm2_syco.py and sft_syco.py:quicktest. Any JSON Lines file with `messages` and
 `completion` does as well: `record --jsonl FILE`.
 """

@@ -13,7 +13,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from rlsafety import advantages as advantages_lib
 from rlsafety.errors import UserError
@@ -129,7 +128,8 @@ def make(name: str = "grpo", **overrides) -> Objective:
 def needs_behaviour(settings: Objective, epochs: int = 1) -> bool:
   """Whether the log-probs of the policy that wrote the replies enter the result.
 
-  Several epochs over one batch always need them, except where no reward is involved.
+  Several epochs over one batch always need them, except where no reward is involved;
+  `data.recorded.load` refuses records that lack them.
   """
   if settings.name in IMITATION + PREFERENCE:
     return False
@@ -140,27 +140,6 @@ def needs_behaviour(settings: Objective, epochs: int = 1) -> bool:
 def needs_reference(settings: Objective) -> bool:
   """Whether `reference_logprobs` must be computed."""
   return settings.name in PREFERENCE or (settings.kl != "none" and settings.kl_coef > 0.0)
-
-
-def check_batch(batch: Batch, settings: Objective, epochs: int = 1) -> None:
-  """Refuses, on the host and before tracing, a batch that lacks what `settings` needs."""
-  groups = batch.tokens.shape[1]
-  if settings.name == "dpo" and groups != 2:
-    raise UserError(f"dpo takes groups of 2 (chosen, rejected); this batch has {groups}")
-  if settings.name == "kto" and settings.kto_anchor and groups < 2:
-    raise UserError("objective.kto_anchor=True needs a second slot in every group")
-  if needs_reference(settings) and batch.reference_logprobs is None:
-    raise UserError(f"objective {settings.name!r} needs reference log-probs; none were given")
-  if needs_behaviour(settings, epochs):
-    mask = np.asarray(mask_from_lengths(batch.lengths, batch.tokens.shape[-1]))
-    missing = (np.isnan(np.asarray(batch.behaviour_logprobs)) & mask).any(-1).sum()
-    if missing:
-      why = f"{epochs} epochs over a batch" if epochs > 1 else f"objective {settings.name!r}"
-      raise UserError(
-        f"{why} needs the log-probs of the policy that wrote the replies, and {missing} of "
-        f"{mask.any(-1).sum()} replies have none; compute them with `python -m "
-        "rlsafety.data.record --logprobs_model`, or use one epoch of 'reinforce' or 'sft'"
-      )
 
 
 def active(batch: Batch, settings: Objective) -> Array:
@@ -308,7 +287,8 @@ def _policy_gradient(logprobs, batch, kept, settings):
       losses = jnp.where(advantage < 0, jnp.minimum(losses, bound), losses)
   if settings.is_correction != "none":
     metrics["is_weight"] = _mean(weights, kept)
-    metrics["is_cap_fraction"] = _mean((weights == 0.0) | (weights >= settings.is_cap), kept)
+    is_cut = weights == 0.0 if "mask" in settings.is_correction else weights >= settings.is_cap
+    metrics["is_cap_fraction"] = _mean(is_cut, kept)
   if settings.kl in ("k2", "k3") and settings.kl_coef:
     reference = jnp.where(kept, batch.reference_logprobs, constant)
     losses = losses + settings.kl_coef * weights * kl_estimate(logprobs, reference, settings.kl)

@@ -407,20 +407,3 @@ def test_which_replies_are_active():
 def test_bad_settings(overrides, words):
   with pytest.raises(UserError, match=words):
     losses.make(**{"name": "grpo", **overrides})
-
-
-def test_missing_log_probs_are_refused_before_tracing():
-  behaviour = np.zeros((1, 2, 3))
-  behaviour[0, 1, 2] = NAN  # after the reply's end: of no concern
-  batch = make_batch(np.array([[3, 2]]), 3, behaviour=behaviour)
-  losses.check_batch(batch, losses.make("grpo"))
-  behaviour[0, 1, 1] = NAN
-  batch = make_batch(np.array([[3, 2]]), 3, behaviour=behaviour)
-  with pytest.raises(UserError, match="1 of 2 replies"):
-    losses.check_batch(batch, losses.make("grpo"))
-  losses.check_batch(batch, losses.make("rloo"))
-  with pytest.raises(UserError, match="2 epochs"):
-    losses.check_batch(batch, losses.make("rloo"), epochs=2)
-  losses.check_batch(batch, losses.make("sft"), epochs=2)
-  with pytest.raises(UserError, match="reference"):
-    losses.check_batch(batch, losses.make("dpo"))
