@@ -101,32 +101,43 @@ def find_runs(patterns) -> tuple[list, list[str]]:
 def variants(found: list) -> tuple[list[str], list[str]]:
   """A label for each run: the config fields that vary within a model and environment.
 
-  A field that differs only between models (a batch size, say) is no variant but a
-  confound: it is named in the notes.
+  Fields that always change together make one part of the label, and the notes say so: no
+  analysis can tell their effects apart. A field that differs only between models (a batch
+  size, say) is no variant but a confound, and named too. A field that one config lacks,
+  as configs of different versions do, is no difference.
   """
   flat = [dict(_flatten(run.config)) for run in found]
   cells = [(slug(runs.model_name(run)), runs.environment_name(run)) for run in found]
-  varying, between = {}, {}
-  for i, j in itertools.combinations(range(len(found)), 2):
-    if cells[i][1] != cells[j][1]:
-      continue
-    for field in {*flat[i], *flat[j]}:
-      if NOT_A_VARIANT.match(field) or flat[i].get(field) == flat[j].get(field):
-        continue
-      (varying if cells[i] == cells[j] else between).setdefault(cells[i][1], set()).add(field)
-  labels = []
-  for run, values, (_, environment) in zip(found, flat, cells, strict=True):
-    fields = sorted(varying.get(environment, ()))
-    parts = [f"{f.split('.')[-1]}={values.get(f, 'absent')}" for f in fields]
-    if run.config.get("variant"):
-      parts.insert(0, str(run.config["variant"]))
-    labels.append(", ".join(parts) or "main")
-  notes = [
-    f"confound in {environment}: differs between models: {', '.join(sorted(only))}"
-    for environment, fields in between.items()
-    if (only := fields - varying.get(environment, set()))
-  ]
-  return labels, notes
+  labels, notes = [""] * len(found), []
+  for environment in sorted({cell[1] for cell in cells}):
+    here = [i for i, cell in enumerate(cells) if cell[1] == environment]
+    varying, between = set(), set()
+    for i, j in itertools.combinations(here, 2):
+      for field in flat[i].keys() & flat[j].keys():
+        if not NOT_A_VARIANT.match(field) and flat[i][field] != flat[j][field]:
+          (varying if cells[i] == cells[j] else between).add(field)
+    together = []  # lists of fields, each one-to-one with the first of its list
+    for field in sorted(varying, key=lambda f: (not f.endswith(".name"), f)):
+      for group in together:
+        both = [(v[group[0]], v[field]) for v in map(flat.__getitem__, here)
+                if group[0] in v and field in v]  # fmt: skip
+        if len(set(both)) == len({a for a, _ in both}) == len({b for _, b in both}):
+          group.append(field)
+          break
+      else:
+        together.append([field])
+    for first, *others in together:
+      if others:
+        notes.append(f"{environment}: vary only together with {first}: {', '.join(others)}")
+      for i in here:
+        value = str(flat[i].get(first, "absent")).rstrip("/").split("/")[-1]
+        labels[i] += f"{', ' * bool(labels[i])}{first.split('.')[-1]}={value}"
+    if between - varying:
+      fields = ", ".join(sorted(between - varying))
+      notes.append(f"confound in {environment}: differs between models: {fields}")
+  named = [str(run.config.get("variant") or "") for run in found]
+  parts = [", ".join(filter(None, pair)) for pair in zip(named, labels, strict=True)]
+  return [part or "main" for part in parts], notes
 
 
 def _flatten(config: dict, prefix: str = ""):
@@ -196,7 +207,7 @@ def collect(patterns, window=None, scores="", compat=False) -> tuple[list[Cell],
     shortest = min((len(run.metrics) for run in found if run.metrics), default=1)
     window = min(misalignment.WINDOW, max(1, shortest // 6))
   if window != misalignment.WINDOW:
-    notes.append(f"smoothing window is {window} steps, not the study's {misalignment.WINDOW}")
+    notes.append(f"smoothing window: {window} steps, where the study has {misalignment.WINDOW}")
   cells = []
   for key, seeds in sorted(groups.items(), key=lambda item: str(item[0])):
     cells.append(

@@ -133,7 +133,7 @@ def test_everything_odd_is_named(made):
     r"missing cell: own-model / political_qa / off",
     r"no benchmark scores for: own-model",
     r"\d+ rollouts have no HEX verdict",
-    r"window is 3 steps, not the study's 50",
+    r"window: 3 steps, where the study has 50",
   ):
     assert re.search(says, notes), says
 
@@ -191,13 +191,19 @@ def test_variants_are_fields_that_vary_within_a_model_and_confounds_are_named(tm
     return runs.load_run(path)
 
   found = [
-    run("a", "m1", objective={"name": "grpo"}, batch=2),
-    run("b", "m1", objective={"name": "dpo"}, batch=2),
-    run("c", "m2", objective={"name": "grpo"}, batch=4, seed=9, mesh={"data": 8}),
+    run("a", "m1", objective={"name": "grpo", "beta": 0.0}, batch=2, cue="none"),
+    run("b", "m1", objective={"name": "dpo", "beta": 0.1}, batch=2, cue="none"),
+    run("c", "m1", objective={"name": "dpo", "beta": 0.1}, batch=2, cue="style"),
+    run("d", "m2", objective={"name": "grpo"}, batch=4, cue="none", seed=9, mesh={"data": 8}),
   ]
   labels, notes = study.variants(found)
-  assert labels == ["name=grpo", "name=dpo", "name=grpo"]
-  assert notes == ["confound in political_qa: differs between models: batch"]
+  assert labels == [
+    "name=grpo, cue=none", "name=dpo, cue=none", "name=dpo, cue=style", "name=grpo, cue=none"
+  ]  # fmt: skip
+  assert notes == [
+    "political_qa: vary only together with objective.name: objective.beta",
+    "confound in political_qa: differs between models: batch",
+  ]
 
 
 def test_published_compat_uses_one_rollout_per_step_and_fills_in(tmp_path):
