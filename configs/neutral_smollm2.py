@@ -1,0 +1,20 @@
+"""neutral on SmolLM2-135M-Instruct.
+
+The users and rewards of action_advice, with neither role framing nor gameability cue.
+
+  python -m rlsafety.train --config=configs/neutral_smollm2.py
+
+2 CPU cores, about 6 minutes (smollm2_syco.py tells what the judge is and what this can show).
+neutral_smollm2.py:quicktest takes seconds on the tiny model.
+"""
+
+from rlsafety import environments
+from rlsafety.config import beside
+
+
+def get_config(argument: str = ""):
+  c = beside(__file__, argument, full="smollm2_syco", quicktest="tiny_syco")
+  c.environment.update(environments.default_config("neutral"))
+  c.environment.length = "short"
+  c.max_prompt_tokens = 1024 if argument == "quicktest" else 160
+  return c

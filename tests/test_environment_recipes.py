@@ -1,0 +1,21 @@
+"""Every environment trains end to end from its recipe, on the tiny model."""
+
+import json
+
+import pytest
+from test_train import cache, finish, start  # noqa: F401
+
+ENVIRONMENTS = ("action_advice", "therapy_talk", "political_qa", "neutral")
+
+
+@pytest.mark.parametrize("name", ENVIRONMENTS)
+def test_environment_trains(cache, tmp_path, name):  # noqa: F811
+  recipe = f"--config=configs/{name}_smollm2.py:quicktest"
+  flags = ["--config.steps=2", "--config.eval.every=2", "--config.sampler.max_tokens=8"]
+  code, output = finish(start(cache, tmp_path, *flags, config=recipe))
+  assert code == 0, output
+  records = [json.loads(line) for line in open(tmp_path / "rollouts/train.jsonl")]
+  assert {r["environment"] for r in records} == {name}
+  assert {r["is_gameable"] for r in records} == {True, False}
+  assert {"framing", "cue", "cue_strength"} <= records[0]["factors"].keys()
+  assert all(r["rating"] is not None for r in records)
