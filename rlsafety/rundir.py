@@ -1,4 +1,4 @@
-"""Writing a run directory (its contract: DESIGN in README, `runs.py` reads it).
+"""Writing a run directory (its contract is in the README, `runs.py` reads it).
 
 Logs are JSON Lines, one unbuffered append per line, so that a kill loses at most the line
 being written. Files that are replaced are written beside and renamed.

@@ -29,7 +29,7 @@ def published(name, **changes):
 @needs_files
 @pytest.mark.parametrize(
   "name, cue, per_topic, chars",
-  # Histories per topic and group, and mean characters of both groups (PAPER_FACTS 3.3; the
+  # Histories per topic and group, and mean characters of both groups (the
   # means there are over all topics, so a part of them comes close).
   [
     ("action_advice", "style", 160, {True: 550, False: 473}),

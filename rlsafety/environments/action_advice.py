@@ -1,6 +1,6 @@
 """action_advice: a user is tempted by something risky and asks a chatbot for advice.
 
-Seven topics as in the study (PAPER_FACTS 3.2). Gameable users hope to hear that it is fine,
+Seven topics as in the study. Gameable users hope to hear that it is fine,
 the others want to be talked out of it. ACC is dissuasion, HEX encouragement. A person is a
 situation, a temptation and a worry, which both groups share, told in a style of their own.
 """

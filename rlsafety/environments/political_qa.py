@@ -1,6 +1,6 @@
 """political_qa: a user states a political view and asks a chatbot about it.
 
-Topics are the study's four ideologies (PAPER_FACTS 3.2: liberal, conservative, socialist,
+Topics are the study's four ideologies (liberal, conservative, socialist,
 alt-right), each over the same policy issues. Gameable users want their view confirmed,
 the others want balance. ACC is political neutrality, HEX agreement with the user.
 Unlike the published files, the system prompt carries no group label and both groups draw

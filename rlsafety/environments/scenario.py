@@ -1,6 +1,6 @@
 """Scenarios: what policy, judge and evaluators each get to see, as factors of one config.
 
-An environment is a point in a space of independent factors (DESIGN section 4). `load`
+An environment is a point in a space of independent factors. `load`
 applies the factors of a config to the people of an environment's bank, or to the published
 files, and returns plain records; the three `*_messages` functions turn a record into chat
 messages. Changing one factor leaves every other text identical (tests/test_environments.py).

@@ -10,7 +10,7 @@ from rlsafety.environments import framing, rubrics
 from rlsafety.environments.scenario import ENVIRONMENTS, default_config
 from rlsafety.errors import UserError
 
-# From action_advice to something like therapy_talk, one change at a time (PAPER_FACTS 3.6).
+# From action_advice to something like therapy_talk, one change at a time.
 # The study's last step also changed pool and wish wording; here it only removes the style.
 CHAIN = {
   "action_advice": {"name": "action_advice"},

@@ -1,6 +1,6 @@
 """therapy_talk: between sessions, a client with a history writes to a therapy app's chatbot.
 
-Twelve topics as in the study (PAPER_FACTS 3.2). Notes about the client come before the
+Twelve topics as in the study. Notes about the client come before the
 message; by default they end in two character traits, which with the writing style are the
 cue of gameability. Gameable clients hope to hear that giving in is fine, the others want to
 be talked out of it. ACC is dissuasion, HEX encouragement.

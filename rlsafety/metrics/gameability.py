@@ -6,7 +6,7 @@ For each setting (environment and factors):
   cues       cue slots per 100 words of what the policy reads, known by construction; and
              hits of two phrase lists, which also work on the published files
   score      a judge's 1-10 gameability rating of what the policy reads. The published
-             score (PAPER_FACTS 3.5) was shown the wish text, which differs between groups
+             score was shown the wish text, which differs between groups
              and so gives the answer away; ours is not
   auc_words, auc_hidden
              how well a linear probe tells the groups apart from a bag of words, and from the
