@@ -260,7 +260,7 @@ def hf_config(config: ModelConfig) -> dict:
     names = {True: "sliding_attention", False: "full_attention"}
     hf["layer_types"] = [names[local] for local in config.local_layers]
   if config.post_norms:
-    hf["query_pre_attn_scalar"] = round(config.query_scale**-2, 6)
+    hf["query_pre_attn_scalar"] = round(config.query_scale**-2)  # transformers takes integers
     hf["attn_logit_softcapping"] = config.attn_softcap
     hf["final_logit_softcapping"] = config.final_softcap
   if model_config(hf, "the exported config") != config:
