@@ -82,8 +82,9 @@ def barrier(name: str, seconds: int = 600) -> None:
   try:
     distributed.global_state.client.wait_at_barrier(name, seconds * 1000)
   except Exception as error:
-    absent = sorted({int(n) for n in re.findall(r"task:(\d+)", str(error))})
-    who = f"process {', '.join(map(str, absent))}" if absent else "another process"
+    _, _, listed = str(error).partition("timed out task names:")
+    absent = re.findall(r"^(\d+)$", listed, re.M) or re.findall(r"Task (\d+) heart", str(error))
+    who = f"process {', '.join(absent)}" if absent else "another process"
     raise RuntimeError(
       f"process {jax.process_index()} waited {seconds} s at {name!r}; missing: {who} "
       f"of {jax.process_count()} ({_first_line(error)})"
