@@ -21,7 +21,7 @@ import pathlib
 import re
 import sys
 
-from rlsafety import figures, report, study, tables
+from rlsafety import figures, report, runs, study, tables
 from rlsafety.errors import UserError, run_main
 
 FLAGS = {"runs": "", "published": "", "out": "", "outcomes": "", "benchmarks": "", "scores": "",
@@ -39,19 +39,19 @@ SHOWN = {
 
 
 def analyse(
-  out, runs=(), published="", outcomes=OUTCOMES, benchmarks="", scores="", reference="",
+  out, globs=(), published="", outcomes=OUTCOMES, benchmarks="", scores="", reference="",
   window=None, compat=False,
 ) -> dict:  # fmt: skip
   """Writes everything to the folder `out`; returns {table name: frame, "notes": [...]}.
 
-  runs: globs. published: folder of published_results.csv. Raises UserError when neither
-  gives a cell, or when an outcome is unknown.
+  globs: of run directories. published: folder of published_results.csv. Raises UserError
+  when neither gives a cell, or when an outcome is unknown.
   """
   cells, notes = [], []
   if published:
     cells, notes = study.published(published)
-  if runs:
-    more, said = study.collect(runs, window, scores, compat)
+  if globs:
+    more, said = study.collect(globs, window, scores, compat)
     cells, notes = cells + more, notes + said
   if not cells:
     raise UserError("nothing to analyse: give --runs='runs/**' or --published=DIR")
@@ -174,6 +174,12 @@ def _index(out, made, captions, drawn, notes, cells) -> None:
     for seed, source in zip(c.seeds, c.sources, strict=False)
     if (page := pathlib.Path(source) / "report.html").exists()
   ]
+  owners = [(c, seed, s) for c in cells for seed, s in zip(c.seeds, c.sources, strict=False)
+            if pathlib.Path(s).is_dir()]  # fmt: skip
+  labels = [f"{c.model}, {c.variant}, seed {seed}" for c, seed, _ in owners]
+  data, left_out = report.compared([runs.load_run(s) for *_, s in owners], labels)
+  if left_out:
+    notes = [*notes, f"transcripts below leave out {len(left_out)} runs to keep the page light"]
   page = report.render(
     "comparison.html",
     title="Comparison of runs",
@@ -181,6 +187,8 @@ def _index(out, made, captions, drawn, notes, cells) -> None:
     tables=parts,
     figures=pictures,
     pages=pages,
+    data_json=report.embed_json(data) if data else "",
+    several=True,
   )
   (out / "index.html").write_text(page, encoding="utf-8")
 

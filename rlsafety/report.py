@@ -76,6 +76,7 @@ def write_report(run_dir, max_rollouts: int = 10_000) -> pathlib.Path:
     labels=LABELS,
     notes=notes,
     data_json=embed_json(data),
+    several=False,
   )
   path = run.path / "report.html"
   partial = path.with_suffix(".html.tmp")
@@ -157,6 +158,28 @@ def transcripts(evaluations: dict, training: list[dict], max_rollouts: int):
   for p in prompts:  # what all users share is a setting of the run, not a way to tell them apart
     p["factors"] = {k: v for k, v in p["factors"].items() if k not in shared}
   return {"prompts": prompts, "rollouts": rows, "shared": shared}, omitted
+
+
+def compared(found: list, labels: list[str], max_rollouts: int = 10_000):
+  """Page data of several runs: their first and last held-out replies, and whose they are.
+
+  Returns (data or None, labels of runs left out because max_rollouts were reached).
+  """
+  evaluations, owner, left_out = {}, [], []
+  for i, run in enumerate(found):
+    by_step = runs.eval_rollouts(run)
+    ends = sorted({min(by_step), max(by_step)}) if by_step else []
+    if len(owner) + sum(len(by_step[s]) for s in ends) > max_rollouts:
+      left_out.append(labels[i])
+      continue
+    for step in ends:
+      evaluations[i, step] = by_step[step]
+      owner += [i] * len(by_step[step])
+  if not owner:
+    return None, left_out
+  data, _ = transcripts(evaluations, [], max_rollouts)
+  data["rollouts"] = [[*row, i] for row, i in zip(data["rollouts"], owner, strict=True)]
+  return data | {"runs": labels}, left_out
 
 
 def overview(run, evaluations: dict) -> dict | None:

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import synthetic_runs
+from browsing import browser
 
 from rlsafety import analyze, runs, study, tables
 from rlsafety.errors import UserError
@@ -177,9 +178,26 @@ def test_tables_and_figures_are_complete_and_name_their_origin(made):
     assert (folder / f"{stem}.svg").stat().st_size > 5_000
     assert (folder / f"{stem}.png").read_bytes()[:4] == b"\x89PNG"
   page = (folder / "index.html").read_text()
-  assert page.count("<svg") >= 4 and "<script" not in page
+  assert page.count("<svg") >= 4 and page.count("<script") == 2
   ids = re.findall(r'\bid="([^"]+)"', page)
   assert len(ids) == len(set(ids))
+
+
+def test_comparison_page_puts_runs_side_by_side(made):
+  root, out = made
+  driver = browser(1280, 900)
+  try:
+    driver.get((root / "out" / "index.html").as_uri())
+    columns = driver.execute_script("return items.map(i => i.columns.map(c => c.title))")
+    assert len(columns) == 16 and all(len(c) == 13 for c in columns)  # 13 complete runs
+    assert "own-model, on, seed 5 (step 24)" in columns[0]
+    text = driver.find_element("id", "cards").text
+    assert "gemma-1.1-2b-it, off, seed 42" in text
+    driver.get((root / "out" / "index.html").as_uri() + "#view=change&run=0")
+    owners = driver.execute_script("return items.map(i => i.columns[0].rows[0].run)")
+    assert owners == [0] * 16 and not driver.get_log("browser")
+  finally:
+    driver.quit()
 
 
 def test_variants_are_fields_that_vary_within_a_model_and_confounds_are_named(tmp_path):

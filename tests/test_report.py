@@ -6,10 +6,10 @@ import html.parser
 import json
 import re
 import shutil
-import tempfile
 
 import pytest
 import synthetic_runs
+from browsing import browser
 
 from rlsafety import report, runs
 from rlsafety.errors import UserError
@@ -129,27 +129,6 @@ def test_ticks_are_round_and_inside():
   assert report.ticks(-0.4, 1.1, 3) == [0.0, 0.5, 1.0]
   assert report.ticks(0, 14, 6, whole=True) == [0, 5, 10]
   assert report.ticks(0, 1, 1, whole=True) == [0, 1]
-
-
-def browser(width, height):
-  webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-  chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
-  if not chromium or not chromedriver:
-    pytest.skip("chromium and chromedriver are not installed (Debian: chromium chromium-driver)")
-  options = webdriver.ChromeOptions()
-  options.binary_location = chromium
-  profile = tempfile.mkdtemp()
-  for flag in (
-    "headless", "no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking",
-    "disable-component-update", "disable-sync", "disable-quic", f"user-data-dir={profile}",
-  ):  # fmt: skip
-    options.add_argument(f"--{flag}")
-  options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-  service = webdriver.chrome.service.Service(chromedriver)
-  driver = webdriver.Chrome(options=options, service=service)
-  metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
-  driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-  return driver
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,15 @@
 // Reads the rollouts embedded in the page and shows them a screenful at a time. All text
 // from the run goes through textContent: nothing that a model wrote is parsed as HTML.
 const data = JSON.parse(document.getElementById("data").textContent);
-const rows = data.rollouts.map(([kind, step, prompt, number, sample, reward, hex, acc, length, finished, text]) =>
-  ({ kind, step, prompt, number, sample, reward, hex, acc, length, finished, text }));
+const rows = data.rollouts.map(([kind, step, prompt, number, sample, reward, hex, acc, length, finished, text, run = 0]) =>
+  ({ kind, step, prompt, number, sample, reward, hex, acc, length, finished, text, run }));
+const names = data.runs || [];
 const form = document.getElementById("filters"), cards = document.getElementById("cards");
 const more = document.getElementById("more"), help = document.getElementById("help");
 const box = document.getElementById("filter-box");
-const FIELDS = ["q", "group", "topic", "factor", "kind", "step", "lo", "hi", "sort"];
+const FIELDS = ["q", "run", "group", "topic", "factor", "kind", "step", "lo", "hi", "sort"];
 const evalSteps = [...new Set(rows.filter(r => r.kind === 0).map(r => r.step))].sort((a, b) => a - b);
-const PAGE = 20;
+const PAGE = 20, START = names.length ? "runs" : "change";
 let view = "all", items = [], shown = 0;
 
 function el(tag, className, ...children) {
@@ -37,47 +38,68 @@ function by(list, key) {
 }
 
 // One item is one card: {id, prompt(s), columns: [{title, rows}], hex, reward, text}.
+const byRun = [...by(rows.filter(r => r.kind === 0), r => r.run).values()].map(list => {
+  const steps = [...new Set(list.map(r => r.step))].sort((a, b) => a - b);
+  return { list, run: list[0].run, first: steps[0], last: steps[steps.length - 1] };
+});
+const place = r => data.prompts[r.prompt].id + "/" + r.number + (names.length ? "/" + r.run : "");
 function changeItems(step) {
-  const first = evalSteps[0], last = step === "" ? evalSteps[evalSteps.length - 1] : Number(step), out = [];
-  const held = rows.filter(r => r.kind === 0 && (r.step === first || r.step === last));
-  for (const [key, list] of by(held, r => r.prompt + "/" + r.number)) {
-    const columns = [first, last].map(s => ({ title: s === first ? `before (step ${s})` : `after (step ${s})`, rows: list.filter(r => r.step === s) }));
-    if (columns.some(c => !c.rows.length)) continue;
-    const gain = k => minus(mean(columns[1].rows, k), mean(columns[0].rows, k));
-    out.push({ id: data.prompts[list[0].prompt].id + "/" + list[0].number, prompts: [list[0].prompt], columns,
-      hex: mean(columns[1].rows, "hex"), reward: mean(columns[1].rows, "reward"), dhex: gain("hex"), dreward: gain("reward"), key });
+  const out = [];
+  for (const { list, first, last } of byRun) {
+    const after = step === "" ? last : Number(step);
+    for (const same of by(list.filter(r => r.step === first || r.step === after), place).values()) {
+      const columns = [first, after].map((s, i) => ({ title: `${["before", "after"][i]} (step ${s})`, rows: same.filter(r => r.step === s) }));
+      if (first === after || columns.some(c => !c.rows.length)) continue;
+      const gain = k => minus(mean(columns[1].rows, k), mean(columns[0].rows, k));
+      out.push({ id: place(same[0]), prompts: [same[0].prompt], columns, hex: mean(columns[1].rows, "hex"),
+        reward: mean(columns[1].rows, "reward"), dhex: gain("hex"), dreward: gain("reward") });
+    }
   }
   return out;
 }
 function groupItems(step) {
-  const at = step === "" ? evalSteps[evalSteps.length - 1] : Number(step), out = [];
-  const sets = [...by(rows.filter(r => r.kind === 0 && r.step === at), r => r.prompt + "/" + r.number).values()];
-  const free = sets.filter(s => !data.prompts[s[0].prompt].gameable);
-  const alike = (a, b) => Object.entries(a.factors).filter(([k, v]) => b.factors[k] === v).length;
-  for (const set of sets) {
-    const p = data.prompts[set[0].prompt];
-    if (!p.gameable) continue;
-    let best = -1, score = -1;
-    free.forEach((other, i) => {
-      const q = data.prompts[other[0].prompt];
-      if (q.topic === p.topic && q.env === p.env && alike(p, q) > score) { best = i; score = alike(p, q); }
-    });
-    if (best < 0) continue;
-    const other = free.splice(best, 1)[0];
-    out.push({ id: p.id + "/" + set[0].number, prompts: [set[0].prompt, other[0].prompt], hex: mean(set, "hex"), reward: mean(set, "reward"),
-      dhex: minus(mean(set, "hex"), mean(other, "hex")), dreward: minus(mean(set, "reward"), mean(other, "reward")),
-      columns: [{ title: `gameable (step ${at})`, rows: set }, { title: `non-gameable (step ${at})`, rows: other }] });
+  const out = [], alike = (a, b) => Object.entries(a.factors).filter(([k, v]) => b.factors[k] === v).length;
+  for (const { list, last } of byRun) {
+    const at = step === "" ? last : Number(step), sets = [...by(list.filter(r => r.step === at), place).values()];
+    const free = sets.filter(s => !data.prompts[s[0].prompt].gameable);
+    for (const set of sets) {
+      const p = data.prompts[set[0].prompt];
+      if (!p.gameable) continue;
+      let best = -1, score = -1;
+      free.forEach((other, i) => {
+        const q = data.prompts[other[0].prompt];
+        if (q.topic === p.topic && q.env === p.env && alike(p, q) > score) { best = i; score = alike(p, q); }
+      });
+      if (best < 0) continue;
+      const other = free.splice(best, 1)[0];
+      out.push({ id: place(set[0]), prompts: [set[0].prompt, other[0].prompt], hex: mean(set, "hex"), reward: mean(set, "reward"),
+        dhex: minus(mean(set, "hex"), mean(other, "hex")), dreward: minus(mean(set, "reward"), mean(other, "reward")),
+        columns: [{ title: `gameable (step ${at})`, rows: set }, { title: `non-gameable (step ${at})`, rows: other }] });
+    }
+  }
+  return out;
+}
+function runItems(step) {
+  const held = byRun.flatMap(({ list, last }) => list.filter(r => r.step === (step === "" ? last : Number(step))));
+  const out = [];
+  for (const same of by(held, r => r.prompt).values()) {
+    const columns = [...by(same, r => r.run).values()].map(list => ({ title: `${names[list[0].run]} (step ${list[0].step})`, rows: list }));
+    if (columns.length < 2) continue;
+    const spread = k => { const m = columns.map(c => mean(c.rows, k)).filter(v => v !== null); return m.length ? Math.max(...m) - Math.min(...m) : null; };
+    out.push({ id: data.prompts[same[0].prompt].id, prompts: [same[0].prompt], columns, hex: mean(same, "hex"), reward: mean(same, "reward"),
+      dhex: spread("hex"), dreward: spread("reward") });
   }
   return out;
 }
 function allItems() {
-  return rows.map(r => ({ id: ["e", "t"][r.kind] + [r.step, r.number, r.sample].join("."), prompts: [r.prompt], hex: r.hex, reward: r.reward,
+  return rows.map(r => ({ id: ["e", "t"][r.kind] + [r.step, r.number, r.sample, ...(names.length ? [r.run] : [])].join("."), prompts: [r.prompt], hex: r.hex, reward: r.reward,
     columns: [{ title: (r.kind ? "training" : "held-out") + `, step ${r.step}`, rows: [r] }] }));
 }
 
 const SORTS = {
   change: [["", "as evaluated"], ["dhex", "HEX rose most"], ["dreward", "reward rose most"], ["hex", "highest HEX after"], ["-hex", "lowest HEX after"]],
   groups: [["", "as evaluated"], ["dhex", "largest HEX gap"], ["dreward", "largest reward gap"], ["hex", "highest HEX"]],
+  runs: [["", "as evaluated"], ["dhex", "HEX differs most"], ["dreward", "reward differs most"], ["hex", "highest HEX"]],
   all: [["", "by step"], ["hex", "highest HEX"], ["-hex", "lowest HEX"], ["reward", "highest reward"], ["-reward", "lowest reward"]],
 };
 function options(select, list, keep) {
@@ -92,11 +114,12 @@ function setView(name, state) {
   }
   const words = (prefix, list) => list.map(s => [String(s), prefix + s]);
   const steps = view === "all" ? [["", "all"], ...words("", [...new Set(rows.map(r => r.step))].sort((a, b) => a - b))]
-    : view === "groups" ? [["", "last"], ...words("", evalSteps)] : [["", "last"], ...words("", evalSteps.slice(1))];
+    : view !== "change" ? [["", "last"], ...words("", evalSteps)] : [["", "last"], ...words("", evalSteps.slice(1))];
   options(form.step, steps, state.step || "");
   options(form.sort, SORTS[view], state.sort || "");
   form.kind.closest("label").hidden = view !== "all";
   form.group.closest("label").hidden = view === "groups";
+  if (form.run) form.run.closest("label").hidden = view === "runs";
   form.factor.closest("label").hidden = form.factor.options.length < 2;
   form.topic.closest("label").hidden = form.topic.options.length < 3;
 }
@@ -104,7 +127,7 @@ function state() {
   const out = { view };
   for (const name of FIELDS) {
     const field = form.elements[name];
-    if (field.value !== "" && !field.closest("label").hidden) out[name] = field.value;
+    if (field && field.value !== "" && !field.closest("label").hidden) out[name] = field.value;
   }
   return out;
 }
@@ -116,9 +139,11 @@ function link(item) {
 function apply() {
   const f = state(), q = (f.q || "").toLowerCase(), low = parseFloat(f.lo), high = parseFloat(f.hi);
   const factor = f.factor ? JSON.parse(f.factor) : null;
-  const source = view === "change" ? changeItems(f.step || "") : view === "groups" ? groupItems(f.step || "") : allItems();
+  const source = view === "change" ? changeItems(f.step || "") : view === "groups" ? groupItems(f.step || "")
+    : view === "runs" ? runItems(f.step || "") : allItems();
   items = source.filter(item => {
     const p = data.prompts[item.prompts[0]], r = item.columns[0].rows[0];
+    if (f.run && r.run !== Number(f.run)) return false;
     if (f.group && p.gameable !== (f.group === "g")) return false;
     if (f.topic && p.topic !== f.topic) return false;
     if (factor && p.factors[factor[0]] !== factor[1]) return false;
@@ -180,6 +205,8 @@ function card(item) {
   if (view !== "groups") head.append(el("span", p.gameable ? "badge g" : "badge", p.gameable ? "gameable user" : "non-gameable user"));
   const factors = Object.entries(p.factors).map(([k, v]) => `${k}: ${v}`).join(" · ");
   if (factors && view !== "groups") head.append(el("span", "", factors));
+  if (names.length && view !== "runs") head.append(el("span", "", names[item.columns[0].rows[0].run]));
+  if (view === "runs") head.append(el("span", "", `largest difference of the means: reward ${show(item.dreward)}, HEX ${show(item.dhex)}`));
   if (view === "change") head.append(el("span", "", `change of the mean: reward ${signed(item.dreward)}, HEX ${signed(item.dhex)}`));
   if (view === "groups") head.append(el("span", "", `gap of the means: reward ${signed(item.dreward)}, HEX ${signed(item.dhex)}`));
   head.append(anchor);
@@ -210,8 +237,8 @@ function fromHash() {
   if (hash && !hash.includes("=")) return false;
   const s = Object.fromEntries(new URLSearchParams(hash));
   form.reset();
-  for (const name of FIELDS) if (name in s) form.elements[name].value = s[name];
-  setView(["change", "groups", "all"].includes(s.view) ? s.view : "change", s);
+  for (const name of FIELDS) if (name in s && form.elements[name]) form.elements[name].value = s[name];
+  setView(["change", "groups", "all", "runs"].includes(s.view) ? s.view : START, s);
   apply();
   if (s.card) goTo(items.findIndex(item => item.id === s.card));
   return true;
@@ -235,6 +262,7 @@ const KEYS = {
   k: () => { const i = [...cards.children].indexOf(current()); goTo(i - 1); },
   h: () => current()?.move(-1), l: () => current()?.move(1),
   1: () => { setView("change", state()); refresh(); }, 2: () => { setView("groups", state()); refresh(); }, 3: () => { setView("all", state()); refresh(); },
+  4: () => { if (names.length) { setView("runs", state()); refresh(); } },
   "/": () => { box.open = true; form.q.focus(); }, y: () => { const c = current(); if (c) copyLink(c); },
   r: reset, t: toggleTheme, "?": () => help.showModal(),
 };
@@ -260,4 +288,5 @@ const factors = by(data.prompts.flatMap(p => Object.entries(p.factors)), e => e[
 options(form.factor, [["", "all"], ...[...factors].flatMap(([name, list]) => unique(list.map(e => e[1])).slice(0, 40)
   .map(v => [JSON.stringify([name, v]), `${name}: ${v}`]))], "");
 box.open = !matchMedia("(max-width: 44rem)").matches;
-if (!fromHash()) { setView("change", {}); apply(); }
+if (form.run) options(form.run, [["", "all"], ...names.map((name, i) => [String(i), name])], "");
+if (!fromHash()) { setView(START, {}); apply(); }
