@@ -1,6 +1,6 @@
 """Writes gguf.npz: greedy continuations and logits of the real models by transformers.
 
-PYTHONPATH=tests python tests/goldens/make_gguf.py
+  PYTHONPATH=tests python tests/goldens/make_gguf.py
 """
 
 import pathlib
@@ -12,24 +12,39 @@ import torch
 from rlsafety.models import chat as chats
 from rlsafety.models import gguf, load
 
+
+def greedy(model, prompts: list[list[int]]) -> np.ndarray:
+  """[prompts, STEPS] likeliest tokens, all prompts together (padded on the left)."""
+  width = max(map(len, prompts))
+  ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+  mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+  position = (mask.cumsum(1) - 1).clamp(min=0)
+  cache, replies = None, []
+  for _ in range(cases.STEPS):
+    out = model(ids, attention_mask=mask, position_ids=position, past_key_values=cache)
+    cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+    mask = torch.cat([mask, torch.ones_like(ids)], 1)
+    position = position[:, -1:] + 1
+    replies.append(ids)
+  return torch.cat(replies, 1).numpy()
+
+
 if __name__ == "__main__":
+  torch.set_num_threads(1)
+  torch.set_grad_enabled(False)
   goldens = {}
   for name, (path, _) in cases.REAL.items():
     file = load.resolve(path)
     tokenizer, special = gguf.read_tokenizer(gguf.File(file))
-    chat = chats.make_chat(tokenizer, **special)
+    prompts = cases.prompts(name, chats.make_chat(tokenizer, **special))
     model = cases.transformers_model(file)
-    for i, prompt in enumerate(cases.prompts(name, chat)):
-      with torch.no_grad():
-        row = torch.tensor([prompt])
-        out = model(row, use_cache=True)
-        top = out.logits[0, -1].topk(cases.KEPT)
-        reply = []
-        while len(reply) < cases.STEPS:
-          reply.append(int(out.logits[0, -1].argmax()))
-          out = model(torch.tensor([reply[-1:]]), past_key_values=out.past_key_values)
+    for i, (prompt, reply) in enumerate(zip(prompts, greedy(model, prompts), strict=True)):
+      # Once more without padding: the same tokens, and the logits to keep.
+      logits = model(torch.tensor([[*prompt, *reply[:-1]]])).logits[0, len(prompt) - 1 :]
+      assert (logits.argmax(-1).numpy() == reply).all()
+      top = logits[0].topk(cases.KEPT)
       goldens[f"{name}/{i}/prompt"] = np.array(prompt, np.int32)
-      goldens[f"{name}/{i}/reply"] = np.array(reply, np.int32)
+      goldens[f"{name}/{i}/reply"] = reply.astype(np.int32)
       goldens[f"{name}/{i}/tokens"] = top.indices.numpy().astype(np.int32)
       goldens[f"{name}/{i}/logits"] = top.values.numpy()
-  np.savez_compressed(pathlib.Path(__file__).with_name("gguf.npz"), **goldens)
+    np.savez_compressed(pathlib.Path(__file__).with_name("gguf.npz"), **goldens)
