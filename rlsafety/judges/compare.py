@@ -57,7 +57,7 @@ def rate(score, chat, environment: str, examples: Sequence[Example], max_tokens=
 
 
 def aucs(environment: str, ratings: dict, examples: Sequence[Example]) -> dict[str, dict]:
-  """{score and source: table of `fit.table`}; the reward apart for each group of users."""
+  """{score: {source: table of `fit.table`}}; the reward apart for each group of users."""
   out = {}
   gameable = np.array([e.is_gameable for e in examples])
   sampled = np.array([e.kind == "sampled" for e in examples])
@@ -73,7 +73,8 @@ def aucs(environment: str, ratings: dict, examples: Sequence[Example]) -> dict[s
       i = np.flatnonzero(chosen & of_source & ~np.isnan(ratings[score]))
       if len(i):
         wanted = head.target(environment, metric)
-        out[f"{name}, {source}"] = fit.table(ratings[score][i], [examples[k] for k in i], wanted)
+        table = fit.table(ratings[score][i], [examples[k] for k in i], wanted)
+        out.setdefault(name, {})[source] = table
   return out
 
 
@@ -137,7 +138,7 @@ def main(argv: list[str]) -> None:
   for judge, score in scorers.items():
     ratings[judge] = rate(score, model.chat, flags.environment, examples)
     print(f"\n{score.describe()['name']}: AUC of the wanted label against ...")
-    print(fit.show({judge: aucs(flags.environment, ratings[judge], examples)}))
+    print(fit.show(aucs(flags.environment, ratings[judge], examples)))
   for a, b in itertools.combinations(ratings, 2):
     for score in ("reward", "acc", "hex"):
       cells = agreement(ratings[a][score], ratings[b][score])

@@ -22,6 +22,7 @@ from rlsafety.judges.replies import Example
 from rlsafety.types import Prompts
 
 GROUP, PROMPTS = 8, 4
+HOSTILE = ("but", "wrong_topic", "echo", "bare", "stuffing", "salad", "tiny")
 
 
 def batches(chat, examples: Sequence[Example], max_tokens: int = 96) -> Iterator[tuple]:
@@ -122,7 +123,7 @@ def table(score: np.ndarray, examples: Sequence[Example], wanted: str) -> dict[s
     if len(a) and len(b):
       wins, pairs = wins + auc(a, b) * len(a) * len(b), pairs + len(a) * len(b)
   out["within"] = wins / pairs if pairs else float("nan")
-  for k in ("bare", "stuffing", "salad", "wrong_topic", "tiny", "echo", "but"):
+  for k in HOSTILE:
     if (kind == k).any():
       out[k] = auc(score[up], score[kind == k])
   return out
@@ -148,12 +149,13 @@ def validate(heads: head.Heads, examples, measured) -> dict[str, dict]:
 
 def show(validation: dict[str, dict]) -> str:
   """The validation as text, one line per head and source."""
-  columns = list(dict.fromkeys(k for v in validation.values() for t in v.values() for k in t))
-  lines = [f"{'head':<14}{'replies':<9}" + "".join(f"{c:>12}" for c in columns)]
+  present = {k for tables in validation.values() for t in tables.values() for k in t}
+  columns = [c for c in ("n", "rest", "within", *replies.LABELS, *HOSTILE) if c in present]
+  lines = [f"{'head':<24}{'replies':<9}" + "".join(f"{c:>12}" for c in columns)]
   for name, tables in validation.items():
     for source, t in tables.items():
-      cells = (f"{t[c]:>12.2f}" if c != "n" else f"{t[c]:>12}" for c in columns if c in t)
-      lines.append(f"{name:<14}{source:<9}" + "".join(cells))
+      cells = ("" if c not in t else t[c] if c == "n" else f"{t[c]:.2f}" for c in columns)
+      lines.append(f"{name:<24}{source:<9}" + "".join(f"{c:>12}" for c in cells))
   return "\n".join(lines)
 
 
