@@ -112,6 +112,9 @@ def slurm(tmp_path_factory):
       pytest.skip(f"SLURM does not start on this machine, see {folder}")
     yield env
   finally:
+    if len(daemons) == len(commands):  # a failed test leaves no job behind
+      subprocess.run(["scancel", "--user=root"], env=env, timeout=60)
+      time.sleep(1)
     for daemon in reversed(daemons):
       daemon.terminate()
     for daemon in reversed(daemons):
