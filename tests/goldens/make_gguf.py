@@ -1,6 +1,6 @@
 """Writes gguf.npz: greedy continuations and logits of the real models by transformers.
 
-  PYTHONPATH=tests python tests/goldens/make_gguf.py
+PYTHONPATH=tests python tests/goldens/make_gguf.py
 """
 
 import pathlib
