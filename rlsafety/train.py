@@ -97,7 +97,8 @@ def run(config, workdir: str) -> dict:
   if first_process:
     rundir.cut_logs(workdir, step)
     record = {"config": stored_config, **rundir.environment(), "seed": config.seed}
-    record |= {"model": model.source, "judge": score.describe()}
+    size = {"parameters": transformer.params_count(model.config)}
+    record |= {"model": {**model.source, **size}, "judge": score.describe()}
     rundir.write_json(workdir / "config.json", record)
 
   def rollouts_of(adapter, users, tokens, lengths, key, settings):
