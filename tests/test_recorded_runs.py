@@ -1,0 +1,84 @@
+"""Runs that learn from records: every recipe goes through, and resumes to the same bits."""
+
+import json
+import signal
+
+import pytest
+from test_train import ROOT, finish, interrupt_after, start
+
+from rlsafety import train
+from rlsafety.config import read_flags
+from rlsafety.errors import UserError
+
+pytest.importorskip("tensorflow_datasets")
+
+from test_data import call, rollout, write_run  # noqa: E402
+
+QUICK = ["--config.steps=3", "--config.eval.prompts=2", "--config.eval.samples=1"]
+QUICK += ["--config.checkpoint.every=1", "--config.sampler.max_tokens=8"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+  return tmp_path_factory.mktemp("jax_cache")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("records")
+  rows = [
+    rollout(step, prompt, sample, f"{step}{prompt}{sample}", rating)
+    for step in (1, 2, 3)
+    for prompt in (0, 1)
+    for sample, rating in enumerate((4.0, 9.0, None))
+  ]
+  write_run(folder / "run", rows)
+  assert call("--runs", folder / "run", "--out", folder / "set") == 0
+  return folder / "set"
+
+
+def recipe(name, dataset, *flags):
+  return [f"--config.data.path={dataset}", *QUICK, *flags], (
+    f"--config=configs/{name}_syco.py:quicktest"
+  )
+
+
+def outcome(workdir):
+  names = ["metrics.jsonl", "eval/summary.jsonl", "adapter/adapter_model.safetensors"]
+  return {name: (workdir / name).read_bytes() for name in names}
+
+
+@pytest.mark.parametrize("name, flags", [("offpolicy", []), ("mixed", ["--config.epochs=2"])])
+def test_killed_run_ends_in_the_same_bits(cache, dataset, tmp_path, name, flags):
+  flags, config = recipe(name, dataset, *flags)
+  code, output = finish(start(cache, tmp_path / "whole", *flags, config=config))
+  assert code == 0, output
+  killed = start(cache, tmp_path / "killed", *flags, config=config)
+  assert interrupt_after(killed, 2, signal.SIGKILL)[0] == -signal.SIGKILL
+  code, output = finish(start(cache, tmp_path / "killed", *flags, config=config))
+  assert code == 0 and "resuming after step" in output, output
+  assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+
+  rows = [json.loads(line) for line in open(tmp_path / "whole/metrics.jsonl")]
+  said = tmp_path / "whole/rollouts/train.jsonl"
+  assert said.exists() == (name == "mixed")  # records are never logged as the policy's words
+  for row in rows:
+    assert row["data_reward"] == 6.5  # the mean of 4 and 9; no verdict is not 0
+    assert ("reward" in row) == (name == "mixed")
+    assert row["staleness"] > 0
+
+
+@pytest.mark.parametrize(
+  "name, flag, words",
+  [
+    ("sft", "--config.data.path=", "learns from records"),
+    ("mixed", "--config.data.fraction=0.1", "at least one prompt"),
+    ("dpo", "--config.data.fraction=0.5", "data.fraction must be 1"),
+    ("mixed", "--config.epochs=0", "at least 1"),
+  ],
+)
+def test_what_cannot_be_is_refused(name, flag, words):
+  recipe = str(ROOT / f"configs/{name}_syco.py:quicktest")
+  config, _ = read_flags(["train", f"--config={recipe}", flag])
+  with pytest.raises(UserError, match=words):
+    train.open_records(config, None)
