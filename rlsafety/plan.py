@@ -410,7 +410,7 @@ def fake_devices(count: int) -> None:
 def main(argv: list[str]) -> None:
   extra = [
     ("device", "v5e-16", "v4-*, v5e-*, v5p-*, v6e-*, H100-*, H200-*, cpu-*"),
-    ("mesh", "", "auto: choose the mesh for the device, and what else makes it fit"),
+    ("mesh", "", "auto: choose the mesh for the device"),
     ("shape", "", "preset to plan with in place of model.path"),
     ("json", "", "also write the plan to this file"),
   ]

@@ -30,7 +30,7 @@ def open_workdir(workdir: str, config: dict) -> pathlib.Path:
   try:
     for folder in (path, path / "rollouts", path / "eval"):
       folder.mkdir(parents=True, exist_ok=True)
-    probe = path / ".writable"
+    probe = path / f".writable-{jax.process_index()}"
     probe.write_text("")
     probe.unlink()
   except OSError as error:

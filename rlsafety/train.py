@@ -20,6 +20,7 @@ import numpy as np
 from rlsafety import (
   advantages,
   checkpoints,
+  distributed,
   environments,
   judges,
   learner,
@@ -434,6 +435,7 @@ def group_line(row: dict) -> str:
 
 def main(argv: list[str]) -> None:
   config, flags = config_lib.read_flags(argv)
+  distributed.start()  # on pods, SLURM, or where the environment names a coordinator
   compilation_cache()
   run(config, flags["workdir"] or f"runs/{config.name}")
 
