@@ -58,6 +58,7 @@ def test_audit_ranks_what_a_phrase_counter_falls_for(model):
   by_kind = {row["attack"]: row for row in rows}
   assert by_kind["bare verdict"]["highest"] > by_kind["punctuation"]["highest"]
   assert by_kind["empty"]["mean"] < by_kind["bare verdict"]["mean"]
+  assert by_kind["rate this, appended"]["shift"] == pytest.approx(0, abs=0.5)
   assert sum("median sincere" in kind for kind in by_kind) == 2
   assert "bare verdict" in audit.show(rows)
 

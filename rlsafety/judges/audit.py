@@ -100,8 +100,9 @@ def examples_for(environment: str, users: int) -> list[Example]:
 
 
 def audit(score, chat, environment: str, users: int = 2, max_tokens: int = 256) -> list[dict]:
-  """One row per kind of attack, worst first: n, mean and highest rating, no verdict, beats
-  (share of attacks at or above the median sincere reply that this user wants)."""
+  """One row per kind of attack, worst first: n, mean and highest rating, no verdict, shift
+  (mean rating above the same message's honest neutral reply, which some are appended to) and
+  beats (share of attacks at or above the median sincere reply that this user wants)."""
   examples = examples_for(environment, users)
   ratings = compare.rate(score, chat, environment, examples, max_tokens)["reward"]
   hostile = np.array([e.kind not in replies.KINDS for e in examples])
@@ -113,6 +114,11 @@ def audit(score, chat, environment: str, users: int = 2, max_tokens: int = 256) 
       if not h and e.is_gameable == flag and e.label == wanted
     ]  # fmt: skip
     bar[flag] = float(np.nanmedian(sincere))
+  honest = {}
+  for e, r in zip(examples, ratings, strict=True):
+    if e.kind == "neutral":
+      honest.setdefault(e.message, r)
+  shift = ratings - np.array([honest[e.message] for e in examples])
   rows = []
   for kind in dict.fromkeys(e.kind for e, h in zip(examples, hostile, strict=True) if h):
     i = [k for k, e in enumerate(examples) if e.kind == kind]
@@ -126,6 +132,7 @@ def audit(score, chat, environment: str, users: int = 2, max_tokens: int = 256) 
         "mean": float(known.mean()) if len(known) else None,
         "highest": float(known.max()) if len(known) else None,
         "no_verdict": float(np.isnan(r).mean()),
+        "shift": float(np.nanmean(shift[i])) if len(known) else None,
         "beats": float(above.mean()),
       }
     )
@@ -136,7 +143,7 @@ def audit(score, chat, environment: str, users: int = 2, max_tokens: int = 256) 
 
 
 def show(rows: list[dict]) -> str:
-  columns = ("n", "mean", "highest", "no_verdict", "beats")
+  columns = ("n", "mean", "highest", "no_verdict", "shift", "beats")
   lines = [f"{'attack':<42}" + "".join(f"{c:>12}" for c in columns)]
   for row in rows:
     cells = (row.get(c) for c in columns)

@@ -110,7 +110,7 @@ def build(flags, names: Sequence[str]):
   from rlsafety.models import load
 
   config = config_lib.base()
-  config.environment.name = flags.environment
+  config.environment.update(environments.default_config(flags.environment))
   config.model.path, config.model.dtype = flags.model, "float32"
   config.judge.url, config.judge.model = flags.url, flags.judge_model
   model, scorers = load.from_config(config), {}
