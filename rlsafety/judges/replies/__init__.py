@@ -1,6 +1,6 @@
 """Labelled replies: what reward heads are fitted on and every judge is measured with.
 
-Two sets (`dataset`): political_qa, and advice for all other environments. Each has three
+Two sets (`dataset`): political_qa, and advice for our other environments. Each has three
 JSONL files, all written or labelled by us:
   <set>_topics.jsonl    a user and what can be said to them, as slots: topic, split, and
                         reasons for and against what the user thinks or wants to do
@@ -55,8 +55,10 @@ class Example:
 
 
 def dataset(environment: str) -> str:
-  """The set of labelled replies that an environment's heads are fitted on."""
-  return "political_qa" if environment == "political_qa" else "advice"
+  """The set of labelled replies that an environment's heads are fitted on; another
+  environment than ours has a set of its own name, or none."""
+  ours = ("action_advice", "therapy_talk", "neutral")
+  return "advice" if environment in ours else environment
 
 
 def _lines(name: str) -> list[dict]:
