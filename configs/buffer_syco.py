@@ -14,7 +14,8 @@ def get_config(argument: str = ""):
   if argument == "quicktest":
     c.steps = 2
     return c
-  c.steps = 20  # of every arm; the exploiter has half as many again
+  c.steps = 10  # of every arm; the exploiter has half as many again
+  c.eval.every = 10
   c.eval.prompts = 32
-  c.checkpoint.every = 10
+  c.checkpoint.every = 5
   return c
