@@ -14,26 +14,19 @@ TINY = ["--model=tiny", "--prompts=2", "--prompt_tokens=16", "--group=2", "--com
 TINY += ["--microbatches=2", "--repeats=1", "--dtype=float32"]
 
 
-def test_core_suite(tmp_path):
-  bench.main(["bench", *TINY, f"--out={tmp_path / 'bench.json'}"])
-  result = json.loads((tmp_path / "bench.json").read_text())
-  rows = {row["name"]: row for row in result["rows"]}
-  assert {"prefill", "decode", "learner update", "whole step"} <= rows.keys()
-  for row in result["rows"][:-1]:
-    assert row["seconds"] > 0 and row["floor_seconds"] > 0
-  assert rows["sampler-learner log-prob difference"]["value"] < 1e-4
-  assert result["peak_memory_bytes"] > 0 and result["matmul_flops"] > 0
-
-
 def test_gpu_suite_at_tiny_shapes(tmp_path):
   pytest.importorskip("peft")
-  flags = ["--suite=gpu", *TINY, "--rows_few=4", "--rows_many=8", "--decode_tokens=3"]
+  flags = ["--suite=gpu", *TINY, "--rows_few=4", "--rows_many=4", "--decode_tokens=3"]
   bench.main(["bench", *flags, "--peer_microbatches=2", f"--out={tmp_path / 'gpu.json'}"])
-  names = [row["name"] for row in json.loads((tmp_path / "gpu.json").read_text())["rows"]]
-  for part in ("4 rows, carry", "8 rows, list", "merged", "int8 base", "int8 cache"):
-    assert any(part in name for name in names), (part, names)
-  for part in ("einsum learner update", "PEFT generate", "PEFT train"):
-    assert any(part in name for name in names), (part, names)
+  result = json.loads((tmp_path / "gpu.json").read_text())
+  rows = {row["name"].removeprefix("tiny "): row for row in result["rows"]}
+  decode = [f"decode 4 rows, {v}" for v in ("carry", "list", "merged", "int8 base", "int8 cache")]
+  core = [f"einsum {part}" for part in ("prefill", "decode", "learner update", "whole step")]
+  for name in decode + core:
+    assert rows[name]["seconds"] > 0 and rows[name]["floor_seconds"] > 0
+  assert rows["einsum sampler-learner log-prob difference"]["value"] < 1e-4
+  assert {"transformers + PEFT generate", "transformers + PEFT train"} <= rows.keys()
+  assert result["peak_memory_bytes"] > 0 and result["matmul_flops"] > 0
 
 
 def test_counts_of_a_known_model():

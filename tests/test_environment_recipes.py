@@ -11,7 +11,9 @@ ENVIRONMENTS = ("action_advice", "therapy_talk", "political_qa", "neutral")
 @pytest.mark.parametrize("name", ENVIRONMENTS)
 def test_environment_trains(cache, tmp_path, name):  # noqa: F811
   recipe = f"--config=configs/{name}_smollm2.py:quicktest"
-  flags = ["--config.steps=2", "--config.eval.every=2", "--config.sampler.max_tokens=8"]
+  flags = ["--config.steps=2", "--config.eval.every=2", "--config.eval.prompts=2"]
+  flags += ["--config.prompts_per_step=2", "--config.sampler.group=2"]
+  flags += ["--config.sampler.max_tokens=8", "--config.learner.microbatches=1"]
   code, output = finish(start(cache, tmp_path, *flags, config=recipe))
   assert code == 0, output
   records = [json.loads(line) for line in open(tmp_path / "rollouts/train.jsonl")]

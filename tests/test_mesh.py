@@ -79,21 +79,10 @@ def test_update_is_the_same_on_every_mesh(name):
   params, adapter = make_model(config)
   objective = losses.make("grpo", kl="k3", kl_coef=0.1, entropy_coef=0.01)
   batch = make_batch(config, objective)
-  results = [one_update(m, config, params, adapter, batch, objective)[0] for m in MESHES]
+  meshes = MESHES if name == "llama" else [MESHES[0], MESHES[-1]]
+  results = [one_update(m, config, params, adapter, batch, objective)[0] for m in meshes]
   for other in results[1:]:
     assert_close(results[0], other)
-
-
-@pytest.mark.parametrize("name", sorted(set(losses.PRESETS) - {"grpo"}))
-def test_every_objective_is_the_same_on_the_full_mesh(name):
-  config = CONFIGS["llama"]
-  params, adapter = make_model(config)
-  objective = losses.make(name)
-  batch = make_batch(config, objective, G=2 if name == "dpo" else 4)
-  one, eight = (
-    one_update(m, config, params, adapter, batch, objective)[0] for m in (MESHES[0], MESHES[-1])
-  )
-  assert_close(one, eight)
 
 
 def test_samples_are_the_same_on_every_mesh():
