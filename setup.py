@@ -59,7 +59,7 @@ setup(
     "tpu": ["jax[tpu]>=0.10"],
     "test": [
       "pytest>=8",
-      "pytest-xdist>=3.6",
+      "pytest-xdist>=3.7",
       "hypothesis>=6.100",
       "kubernetes-validate>=1.30",
       "pyyaml>=6",
