@@ -93,15 +93,3 @@ def family(request):
   """(config, params, adapter) of each kind of decoder."""
   config = CONFIGS[request.param]
   return config, *make_model(config)
-
-
-# Files of few, long tests: begun last, they would leave one worker idle at the end.
-LONG = ("processes", "slurm", "recorded_runs", "gguf", "objectives_learn", "mesh", "train", "plan")
-
-
-def pytest_collection_modifyitems(items):
-  def place(item):
-    name = item.path.stem.removeprefix("test_")
-    return LONG.index(name) if name in LONG else len(LONG)
-
-  items.sort(key=place)

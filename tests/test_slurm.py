@@ -178,6 +178,7 @@ def test_two_tasks_are_one_run_and_a_preempted_job_resumes(slurm, tmp_path):
   wait_for(seen(workdir / "checkpoints" / "1"), 900, "a first checkpoint")
   out_of(["scancel", "--signal=TERM", job], slurm)
   wait_for(lambda: "back into the queue" in log.read_text(), 300, "the requeue")
+  time.sleep(5)  # SLURM refuses a start in the second in which it revoked the job's credential
   out_of(["scontrol", "update", f"JobId={job}", "StartTime=now"], slurm)
   wait_for(gone(job, slurm), 900, "the end of the job")
   text = log.read_text()
