@@ -135,10 +135,6 @@ def rollout_records(step, first, users, chat, rollouts: Rollouts, scores) -> lis
   return records
 
 
-def read_json(path: pathlib.Path) -> dict:
-  return json.loads(path.read_text())
-
-
 def event_writer(folder: pathlib.Path, active: bool):
   """write(step, row) to TensorBoard through clu, where the `tensorboard` extra is there."""
   found = [importlib.util.find_spec(name) for name in ("tensorflow", "tensorboard")]

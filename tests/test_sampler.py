@@ -153,3 +153,6 @@ def test_byte_budget_cuts_rollouts_where_the_mesh_allows():
   assert cut(2 * per_prompt / 2**30) == 4  # two prompts on each of two devices
   with pytest.raises(UserError, match="cache_gib"):
     cut(0.5 * per_prompt / 2**30)
+  odd = functools.partial(sampler.prompts_at_once, LLAMA, 3, 32, wanted, mesh, jnp.float32)
+  assert odd(0.0) == 3  # the policy's part of a mixed batch may not split over the mesh
+  assert odd(per_prompt / 2**30) == 1

@@ -15,7 +15,6 @@ Every part is a run directory of `rlsafety.train`: a killed experiment continues
 """
 
 import copy
-import math
 import pathlib
 import sys
 
@@ -25,6 +24,7 @@ from rlsafety import config as config_lib
 from rlsafety import rundir, runs, train
 from rlsafety.data import record
 from rlsafety.errors import UserError, run_main
+from rlsafety.metrics.groups import mean_and_error
 from rlsafety.models import load
 
 # On-policy first; "exploiter" is where the records come from.
@@ -126,8 +126,8 @@ def measure(folder: pathlib.Path, arm: str, recorded: list[dict], model, config)
   ]
   gaps = {name: summary[name] for name in ("hex_gap", "acc_gap", "reward_gap", "reward_gameable")}
   return gaps | {
-    "kl_from_base": mean_and_error(kl),
-    "base_logprob_of_lessons": mean_and_error(per_prompt),
+    "kl_from_base": mean_and_error(np.array(kl)),
+    "base_logprob_of_lessons": mean_and_error(np.array(per_prompt)),
     "updates": runs.read_json(path / "config.json")["config"]["steps"],
   }
 
@@ -154,13 +154,6 @@ def chosen(group: dict, arm: str) -> list[np.ndarray]:
     return replies
   known = ~np.isnan(group["rating"])
   return [replies[int(np.nanargmax(group["rating"]))]] if known.any() else []
-
-
-def mean_and_error(values) -> list[float]:
-  """[mean, standard error over prompts]."""
-  values = np.asarray(values, float)
-  error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-  return [float(values.mean()), float(error)]
 
 
 def table(result: dict) -> str:

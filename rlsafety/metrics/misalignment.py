@@ -13,6 +13,7 @@ half-filled edge windows, two definitions of HMS under their own names, and
 
 import numpy as np
 
+from rlsafety.metrics.groups import mean_and_error
 from rlsafety.runs import GAP_SIGN, GROUPS, SCORES
 
 WINDOW = 50  # steps; every stored number of the study uses it
@@ -228,8 +229,4 @@ def paired_change(before: dict, after: dict) -> tuple[float, float, int]:
   which two separate standard errors would count twice.
   """
   change = np.array([after[k] - before[k] for k in before if k in after], float)
-  change = change[np.isfinite(change)]
-  n = len(change)
-  mean = float(change.mean()) if n else float("nan")
-  se = float(change.std(ddof=1) / np.sqrt(n)) if n > 1 else float("nan")
-  return mean, se, n
+  return *mean_and_error(change), int(np.isfinite(change).sum())
