@@ -185,3 +185,24 @@ def _fold(key, *data):
 
 
 sample_jit = jax.jit(sample, static_argnames=("config", "settings"))
+
+
+def sample_all(
+  params: dict,
+  adapter: Adapter | None,
+  config: ModelConfig,
+  prompts: Prompts,
+  key: jax.Array,
+  settings: SamplerSettings,
+  mesh,
+  cache_gib: float = 0.0,
+) -> Rollouts:
+  """`sample` on a whole batch, in as many calls as a KV cache of cache_gib per device takes."""
+  P, S = prompts.tokens.shape
+  dtype = params["embed"].dtype
+  size = prompts_at_once(config, P, S, settings, mesh, dtype, cache_gib)
+  pieces = []
+  for start in range(0, P, size):
+    piece = prompts if size == P else jax.tree.map(lambda x, i=start: x[i : i + size], prompts)
+    pieces.append(sample_jit(params, adapter, config, piece, key, settings, start))
+  return pieces[0] if len(pieces) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *pieces)

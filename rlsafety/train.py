@@ -68,12 +68,14 @@ def run(config, workdir: str) -> dict:
   sharding.check_sizes(mesh, model.config, config.prompts_per_step, config.learner.microbatches)
   scenarios = environments.load(config.environment)
   train_users = [s for s in scenarios if s.split == "train"]
-  eval_users = held_out(scenarios, config.eval.prompts)
-  encode = functools.partial(encode_prompts, model.chat, config.max_prompt_tokens)
+  eval_users = prompt_order.held_out(scenarios, config.eval.prompts)
+  encode = functools.partial(prompt_order.encode, model.chat, config.max_prompt_tokens)
   train_prompts, eval_prompts = encode(train_users), encode(eval_users)
   say(f"model {model.source}: {transformer.params_count(model.config) / 1e6:.1f} M parameters")
   say(f"environment {config.environment.name}: {len(train_users)} training prompts")
-  records, from_records = open_records(config, model)
+  records, from_records = recorded.open_for(config, model)
+  if records:
+    say(f"records {config.data.path}: {from_records} of {config.prompts_per_step} per batch")
   score = judges.make_scorer(config, model, mesh)
   say_judge(score.describe())
 
@@ -107,7 +109,9 @@ def run(config, workdir: str) -> dict:
     """Users -> their prompts on the device, sampled replies, and scores {name: [P, G]}."""
     prompts = sharding.put_prompts(mesh, Prompts(tokens=tokens, lengths=lengths))
     began = time.monotonic()
-    rollouts = sample_all(config, mesh, sampler_base, adapter, model, prompts, key, settings)
+    rollouts = sampler.sample_all(
+      sampler_base, adapter, model.config, prompts, key, settings, mesh, config.memory.cache_gib
+    )
     jax.block_until_ready(rollouts)
     sampled = time.monotonic()
     scores, metrics = score(users, prompts, rollouts)
@@ -239,29 +243,6 @@ def run(config, workdir: str) -> dict:
 # --- Pieces of `run` ------------------------------------------------------------------
 
 
-def open_records(config, model):
-  """(the records of config.data or None, how many prompts of every batch come from them)."""
-  c, P, objective = config.data, config.prompts_per_step, losses.make(**config.objective)
-  if config.epochs < 1:
-    raise UserError(f"epochs={config.epochs} must be at least 1")
-  if not c.path:
-    if objective.name in ("sft", "dpo") or objective.kto_anchor:
-      raise UserError(f"objective {objective.name!r} learns from records: set config.data.path")
-    return None, 0
-  count = round(c.fraction * P)
-  if not 0 < c.fraction <= 1 or not count or (c.fraction < 1 and count == P):
-    raise UserError(
-      f"data.fraction={c.fraction} of prompts_per_step={P} must be at least one prompt, and "
-      "below 1 leave at least one to the policy"
-    )
-  if count < P and (objective.name == "dpo" or objective.kto_anchor):
-    raise UserError(f"objective {objective.name!r} pairs up records: data.fraction must be 1")
-  slots = config.sampler.group, config.max_prompt_tokens, config.sampler.max_tokens
-  records = recorded.load(c.path, model, objective, *slots, epochs=config.epochs)
-  say(f"records {c.path}: {len(records.flags)} prompts, {count} of {P} in every batch")
-  return records, count
-
-
 def complete_batch(base, drawn, replayed: Batch | None, *, config, settings) -> Batch:
   """What the policy drew, as (prompts, rollouts, ratings [P, G]), and what was recorded,
   along P; either may be None. Adds what both need: reference (if at all) and advantages."""
@@ -336,31 +317,6 @@ def stop_on_sigterm():
   return any_told
 
 
-def held_out(scenarios, count: int) -> list:
-  """The first count / 2 held-out users of each group, in the environment's order."""
-  users = [s for s in scenarios if s.split == "heldout"]
-  groups = [[s for s in users if s.is_gameable == flag] for flag in (True, False)]
-  chosen = [s for group in groups for s in group[: (count + 1) // 2]]
-  if not chosen:
-    raise UserError("the environment has no held-out users: environment.heldout_fraction > 0")
-  return chosen
-
-
-def encode_prompts(chat, slots: int, users) -> tuple[np.ndarray, np.ndarray]:
-  """tokens [N, slots] int32 padded on the right, lengths [N]. Too long is an error."""
-  tokens, lengths = np.full((len(users), slots), chat.pad_id, np.int32), []
-  for i, user in enumerate(users):
-    ids = chat.encode(environments.policy_messages(user))
-    if len(ids) > slots:
-      raise UserError(
-        f"prompt of scenario {user.id} has {len(ids)} tokens, the limit is {slots}: raise "
-        "--config.max_prompt_tokens (prompts are never cut)"
-      )
-    tokens[i, : len(ids)] = ids
-    lengths.append(len(ids))
-  return tokens, np.array(lengths, np.int32)
-
-
 def sampler_settings(config, stop_ids) -> sampler.SamplerSettings:
   return sampler.SamplerSettings(stop_ids=tuple(stop_ids), **config.sampler)
 
@@ -370,18 +326,6 @@ def int8_base(config, params: dict) -> dict:
   if config.memory.sampler_base not in ("", "int8"):
     raise UserError(f"memory.sampler_base={config.memory.sampler_base!r}: choose int8 or nothing")
   return jax.jit(int8.quantise_base)(params) if config.memory.sampler_base else params
-
-
-def sample_all(config, mesh, base, adapter, model, prompts: Prompts, key, settings):
-  """Samples a whole batch, in as many calls as memory.cache_gib asks for."""
-  P, S = prompts.tokens.shape
-  budget = config.memory.cache_gib
-  size = sampler.prompts_at_once(model.config, P, S, settings, mesh, config.model.dtype, budget)
-  pieces = []
-  for start in range(0, P, size):
-    piece = prompts if size == P else jax.tree.map(lambda x, i=start: x[i : i + size], prompts)
-    pieces.append(sampler.sample_jit(base, adapter, model.config, piece, key, settings, start))
-  return pieces[0] if len(pieces) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *pieces)
 
 
 def learner_settings(config) -> learner.LearnerSettings:

@@ -6,8 +6,8 @@ import signal
 import pytest
 from test_train import ROOT, finish, interrupt_after, start
 
-from rlsafety import train
 from rlsafety.config import read_flags
+from rlsafety.data import recorded
 from rlsafety.errors import UserError
 
 pytest.importorskip("tensorflow_datasets")
@@ -81,4 +81,4 @@ def test_what_cannot_be_is_refused(name, flag, words):
   recipe = str(ROOT / f"configs/{name}_syco.py:quicktest")
   config, _ = read_flags(["train", f"--config={recipe}", flag])
   with pytest.raises(UserError, match=words):
-    train.open_records(config, None)
+    recorded.open_for(config, None)

@@ -1,10 +1,12 @@
-"""Which scenarios an update trains on: a pure function of (seed, step), so resuming is exact."""
+"""Which scenarios an update trains on, a pure function of (seed, step) so that resuming is exact;
+which are held out; and what the policy sees of them, as tokens."""
 
 import math
 from collections.abc import Sequence
 
 import numpy as np
 
+from rlsafety.environments import policy_messages
 from rlsafety.errors import UserError
 
 
@@ -38,3 +40,28 @@ def at(scenarios: Sequence, seed: int, step: int, n: int, fraction: float | None
 def _pick(stream, seed, kind, position):
   epoch, index = divmod(position, len(stream))
   return stream[np.random.default_rng([seed, kind, epoch]).permutation(len(stream))[index]]
+
+
+def held_out(scenarios, count: int) -> list:
+  """The first count / 2 held-out users of each group, in the environment's order."""
+  users = [s for s in scenarios if s.split == "heldout"]
+  groups = [[s for s in users if s.is_gameable == flag] for flag in (True, False)]
+  chosen = [s for group in groups for s in group[: (count + 1) // 2]]
+  if not chosen:
+    raise UserError("the environment has no held-out users: environment.heldout_fraction > 0")
+  return chosen
+
+
+def encode(chat, slots: int, users) -> tuple[np.ndarray, np.ndarray]:
+  """tokens [N, slots] int32 padded on the right, lengths [N]. Too long is an error."""
+  tokens, lengths = np.full((len(users), slots), chat.pad_id, np.int32), []
+  for i, user in enumerate(users):
+    ids = chat.encode(policy_messages(user))
+    if len(ids) > slots:
+      raise UserError(
+        f"prompt of scenario {user.id} has {len(ids)} tokens, the limit is {slots}: raise "
+        "--config.max_prompt_tokens (prompts are never cut)"
+      )
+    tokens[i, : len(ids)] = ids
+    lengths.append(len(ids))
+  return tokens, np.array(lengths, np.int32)

@@ -15,7 +15,7 @@ import numpy as np
 
 from rlsafety.data import prompts as prompt_order
 from rlsafety.errors import UserError
-from rlsafety.losses import Objective, needs_behaviour
+from rlsafety.losses import Objective, make, needs_behaviour
 from rlsafety.types import Batch, Prompts
 
 SCORES = ("rating", "acc", "hex")
@@ -51,6 +51,28 @@ class Records:
   group: int
   prompt_slots: int
   slots: int
+
+
+def open_for(config, model):
+  """(the records of config.data or None, how many prompts of every batch come from them)."""
+  c, P, objective = config.data, config.prompts_per_step, make(**config.objective)
+  if config.epochs < 1:
+    raise UserError(f"epochs={config.epochs} must be at least 1")
+  if not c.path:
+    if objective.name in ("sft", "dpo") or objective.kto_anchor:
+      raise UserError(f"objective {objective.name!r} learns from records: set config.data.path")
+    return None, 0
+  count = round(c.fraction * P)
+  if not 0 < c.fraction <= 1 or not count or (c.fraction < 1 and count == P):
+    raise UserError(
+      f"data.fraction={c.fraction} of prompts_per_step={P} must be at least one prompt, and "
+      "below 1 leave at least one to the policy"
+    )
+  if count < P and (objective.name == "dpo" or objective.kto_anchor):
+    raise UserError(f"objective {objective.name!r} pairs up records: data.fraction must be 1")
+  slots = config.sampler.group, config.max_prompt_tokens, config.sampler.max_tokens
+  records = load(c.path, model, objective, *slots, epochs=config.epochs)
+  return records, count
 
 
 def load(
