@@ -224,6 +224,7 @@ def run(config, workdir: str) -> dict:
       pending = None
       if last or step % config.eval.every == 0:
         evaluate(step)
+      distributed.barrier(f"checkpoint {step}")  # a host that is gone is named, not waited for
       checkpoints.save(manager, step, state, wait=stop or last)
     if stop and not last:
       manager.close()
