@@ -4,6 +4,7 @@ Logs are JSON Lines, one unbuffered append per line, so that a kill loses at mos
 being written. Files that are replaced are written beside and renamed.
 """
 
+import fcntl
 import importlib.util
 import json
 import math
@@ -50,6 +51,22 @@ def open_workdir(workdir: str, config: dict) -> pathlib.Path:
         f"{'; ...' if len(changed) > 4 else ''}); give another --workdir or delete it"
       )
   return path
+
+
+def lock(workdir: pathlib.Path):
+  """Keeps a second process out of a run that is being written, until the returned file is
+  closed or this process ends, however it ends. File systems without locks pass."""
+  file = open(workdir / ".lock", "a")
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    raise UserError(
+      f"workdir {workdir}: another process is training in it; wait for it, stop it, or give "
+      "another --workdir"
+    ) from None
+  except OSError:
+    pass
+  return file
 
 
 def write_json(path: pathlib.Path, value) -> None:

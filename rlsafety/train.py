@@ -59,6 +59,7 @@ def run(config, workdir: str) -> dict:
     return summary
   stopping = stop_on_sigterm()
   first_process = jax.process_index() == 0
+  alone = rundir.lock(workdir) if first_process else None
 
   # --- Model, judge, users ------------------------------------------------------------
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
@@ -238,6 +239,7 @@ def run(config, workdir: str) -> dict:
     hf.save_peft(workdir / "adapter", adapter, model, lora_config(config))
     summary = finish(workdir)
     rundir.write_json(workdir / "summary.json", summary)  # last: it says "complete"
+    alone.close()
   return runs.read_json(workdir / "summary.json") if first_process else {}
 
 

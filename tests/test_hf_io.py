@@ -1,11 +1,15 @@
 """Folders in and out: bit-equal round trips, other readers, broken files."""
 
+import hashlib
+import http.server
 import json
+import os
 import pathlib
 import shutil
 import struct
 import subprocess
 import sys
+import threading
 
 import chat_families
 import family_cases as cases
@@ -396,6 +400,90 @@ def test_any_flipped_bit_or_cut_is_noticed(written, data):
     assert "model.safetensors" in str(error)
   else:
     same(params, model.params)
+
+
+def test_a_flipped_bit_in_a_foreign_file_is_seen_where_its_sum_is_known(folder):
+  file = folder / "model.safetensors"
+  good = file.read_bytes()
+  sums = f"{hashlib.sha256(good).hexdigest()}  model.safetensors\n"
+  (folder / "SHA256SUMS").write_text(sums)
+  load.check_sums(folder)
+  flipped = bytearray(good)
+  flipped[-3] ^= 1  # of a weight: still a number
+  file.write_bytes(flipped)
+  with pytest.raises(UserError, match="model.safetensors differs from its sha256"):
+    load.load_model(str(folder))
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+  """As much of the hub as a download needs: one repository at one commit, large files under
+  their sha256. `spoil` flips a bit of the weights on their way."""
+
+  commit, spoil = "c" * 40, False
+  folder: pathlib.Path
+
+  def log_message(self, *_):
+    pass
+
+  def reply(self, body, **headers):
+    self.send_response(200)
+    for name, value in ({"Content-Length": len(body)} | headers).items():
+      self.send_header(name.replace("_", "-"), str(value))
+    self.end_headers()
+    if self.command == "GET":
+      self.wfile.write(body)
+
+  def do_GET(self):
+    _, _, path = self.path.partition("/resolve/")
+    if not path:
+      files = list(self.folder.iterdir())
+      names = [{"rfilename": f.name} for f in files]
+      about = {"id": "us/tiny", "sha": self.commit, "siblings": names, "private": False}
+      if "/tree/" in self.path:
+        about = [
+          {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "0" * 40} for f in files
+        ]
+      self.reply(json.dumps(about).encode(), Content_Type="application/json")
+      return
+    name = path.partition("/")[2].partition("?")[0]
+    body = (self.folder / name).read_bytes()
+    tag = hashlib.sha256(body).hexdigest()
+    if self.spoil and name.endswith(".safetensors"):
+      body = body[:-3] + bytes([body[-3] ^ 1]) + body[-2:]
+    self.reply(body, ETag=f'"{tag}"', X_Repo_Commit=self.commit)
+
+  do_HEAD = do_GET
+
+
+@pytest.mark.parametrize("spoil", [False, True])
+def test_a_hub_name_is_downloaded_at_its_revision_and_checked(written, tmp_path, spoil):
+  _, good, _ = written
+  source = tmp_path / "hub"
+  shutil.copytree(written[0], source)
+  (source / "model.safetensors").write_bytes(good)
+  (source / "evil.bin").write_bytes(b"pickle")  # never asked for
+  handler = type("Handler", (Hub,), {"folder": source, "spoil": spoil})
+  with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = os.environ | {
+      "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+      "HF_HOME": str(tmp_path / "cache"),
+      "HF_HUB_DISABLE_XET": "1",
+      "HF_HUB_OFFLINE": "0",
+    }
+    code = (
+      "from rlsafety.models import load\n"
+      "where = load.resolve('us/tiny@main')\n"
+      "load.check_sums(where)\n"
+      "print(where.name, sorted(f.name for f in where.iterdir()))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    server.shutdown()
+  if spoil:
+    assert "model.safetensors differs from its sha256" in out.stderr, out.stderr
+  else:
+    assert Hub.commit in out.stdout and "model.safetensors" in out.stdout, out.stderr
+    assert "evil.bin" not in out.stdout
 
 
 def test_paths_that_lead_nowhere(tmp_path):

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from rlsafety import rundir
+
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = "--config=configs/tiny_syco.py"
 
@@ -110,6 +112,12 @@ def test_held_out_users_are_never_trained_on(whole):
   read = lambda name: {json.loads(line)["scenario_id"] for line in open(whole[0] / name)}  # noqa: E731
   assert not read("rollouts/train.jsonl") & read("eval/step_000000.jsonl")
   assert read("eval/step_000000.jsonl") == read("eval/step_000006.jsonl")
+
+
+def test_a_run_that_another_process_writes_is_left_alone(cache, tmp_path):
+  with rundir.lock(tmp_path):
+    code, output = finish(start(cache, tmp_path))
+  assert code == 2 and "another process is training" in output and not list(tmp_path.glob("*.json"))
 
 
 def test_complete_run_says_so_and_another_config_is_refused(cache, whole):

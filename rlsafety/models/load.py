@@ -43,6 +43,7 @@ def load_model(path: str, dtype=jnp.float32, shardings=None) -> Model:
   Raises UserError naming file, field and tensor for whatever cannot be used.
   """
   real = resolve(path)
+  check_sums(real)
   if real.is_dir():
     source = "config.json"
     config = families.model_config(hf.read_json(real / "config.json"), str(real / source))
@@ -100,6 +101,34 @@ def check_vocabulary(config: ModelConfig, chat: Chat, where: str) -> None:
       f"{where}: the tokenizer has {chat.vocab_size} tokens, the embedding "
       f"{config.vocab_size} rows: tokenizer and weights are of different models"
     )
+
+
+def check_sums(model: Path) -> None:
+  """Compares weight files with the sha256 that is known for them: neither safetensors nor
+  GGUF has one inside, so a flipped bit would go unseen.
+
+  model: folder or file. Known are the lines of a file SHA256SUMS beside the weights (as
+  `sha256sum *.safetensors > SHA256SUMS` writes it), and in the hub's cache the names of the
+  blobs that the files are links to. Raises UserError naming the file.
+  """
+  folder, files = model.parent, [model]
+  if model.is_dir():
+    folder, files = model, sorted(model.glob("*.safetensors"))
+  known = {}
+  if (folder / "SHA256SUMS").exists():
+    for line in (folder / "SHA256SUMS").read_text().splitlines():
+      value, _, name = line.partition(" ")
+      known[name.strip(" *")] = value
+  for file in files:
+    blob = file.resolve()
+    expected = known.get(file.name)
+    if expected is None and blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name):
+      expected = blob.name
+    if expected is None:
+      continue
+    with file.open("rb") as f:
+      if hashlib.file_digest(f, "sha256").hexdigest() != expected:
+        raise UserError(f"{file} differs from its sha256 {expected[:12]}...; get the file again")
 
 
 def resolve(path: str) -> Path:
