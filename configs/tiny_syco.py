@@ -27,6 +27,6 @@ def get_config():
   c.learner.microbatches = 2
   c.eval.every = 3
   c.eval.prompts = 8
-  c.eval.samples = 2
+  c.eval.samples = 4  # as the group: one compiled sampler serves both
   c.checkpoint.every = 2
   return c

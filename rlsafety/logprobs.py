@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from rlsafety.models.transformer import ModelConfig, unembed
+from rlsafety.models.transformer import ModelConfig, gathered_head, unembed
 from rlsafety.sharding import constrain
 
 
@@ -45,11 +45,12 @@ def score(
   """
   P, G, T, D = hidden.shape
   t = chunk_slots(P, G, T, chunk_tokens)
+  head = gathered_head(params)
 
   @jax.checkpoint
   def one_chunk(_, xs):
     h, target = xs  # [P, G, t, D], [P, G, t]
-    logits = constrain(unembed(params, c, h), "prompt", None, None, "vocab") / temperature
+    logits = constrain(unembed(head, c, h), "prompt", None, None, "vocab") / temperature
     normaliser = jax.nn.logsumexp(logits, axis=-1)
     logprobs = _pick(logits, target) - normaliser
     probs = jnp.exp(logits - normaliser[..., None])

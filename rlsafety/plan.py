@@ -131,9 +131,9 @@ def compile_programs(config, policy, judge, target: Device) -> dict:
   import jax
   import jax.numpy as jnp
 
-  from rlsafety import learner, logprobs, sampler, sharding, train
+  from rlsafety import learner, logprobs, losses, sampler, sharding, train
   from rlsafety.judges import head, lm
-  from rlsafety.models import lora, transformer
+  from rlsafety.models import int8, lora, transformer
   from rlsafety.types import Batch, Prompts
 
   devices = jax.devices("cpu")
@@ -194,7 +194,24 @@ def compile_programs(config, policy, judge, target: Device) -> dict:
     with jax.set_mesh(mesh):
       programs[name] = (function.lower(*arguments, **static).compile(), calls)
 
-  add("sampler", 1, sampler.sample_jit, base, state.adapter, policy, prompts, key, draw)
+  dtype = jnp.dtype(config.model.dtype)
+  at_once = sampler.prompts_at_once(policy, P, S, draw, mesh, dtype, config.memory.cache_gib)
+  some = ("prompt", at_once)
+  piece = Prompts(place(jnp.int32, some, (None, S)), place(jnp.int32, some))
+  read, copies = base, []
+  if config.memory.sampler_base:  # a second, rounded copy of the linears beside the base
+
+    def like(path, x):  # values lie as their weight; scales, of size 1 along one axis, too
+      weight = transformer.weights(policy)
+      for part in path[: 2 if path[0].key == "layers" else 1]:
+        weight = weight[part.key]
+      return place(x.dtype, *zip(weight.axes, x.shape, strict=True))
+
+    read = jax.tree_util.tree_map_with_path(like, jax.eval_shape(int8.quantise_base, base))
+    is_copy = lambda x: isinstance(x, int8.Int8)  # noqa: E731
+    copies = [x for x in jax.tree.leaves(read, is_leaf=is_copy) if is_copy(x)]
+  calls = P // at_once
+  add("sampler", calls, sampler.sample_jit, read, state.adapter, policy, piece, key, draw)
   if config.judge.name == "lm":
     suffix = (place(jnp.int32, p, (None, JUDGE_SUFFIX)), place(jnp.int32, p))
     labels = tuple((i,) for i in range(2, 12))
@@ -203,8 +220,11 @@ def compile_programs(config, policy, judge, target: Device) -> dict:
   elif config.judge.name == "head":
     chosen = tuple(range(policy.n_layers // 2, policy.n_layers, 4))
     chunk = config.learner.chunk_tokens
-    read = head.features
-    add("judge", 1, read, base, policy, shown, *replies, chosen, chunk)
+    add("judge", 1, head.features, base, policy, shown, *replies, chosen, chunk)
+  if losses.needs_reference(settings.objective):
+    complete = functools.partial(train.complete_batch, config=policy, settings=settings)
+    add("reference", 1, jax.jit(complete), base, None, batch)
+    batch = batch.replace(reference_logprobs=pg(jnp.float32, (T,)))
   add("update", 1, jax.jit(update, donate_argnums=0), state, base, batch, key)
 
   def per_device(tree, width=None):
@@ -213,9 +233,10 @@ def compile_programs(config, policy, judge, target: Device) -> dict:
       for x in jax.tree.leaves(tree)
     )
 
-  width = jnp.dtype(config.model.dtype).itemsize
+  width = dtype.itemsize
   ways = mesh.shape["data"] * mesh.shape["fsdp"]
   rows = P // ways if P % ways == 0 else P
+  cached = at_once // ways if at_once % ways == 0 else at_once
   adapter = per_device(state.adapter)
   # What an update keeps in float32 in any dtype: a chunk's logits and their gradient, the
   # adapter's gradient, its sum over micro-batches and its step.
@@ -224,17 +245,20 @@ def compile_programs(config, policy, judge, target: Device) -> dict:
   logits = logprobs.logits_bytes(pieces, G, T, vocab, config.learner.chunk_tokens)
   resident = {
     "policy weights": per_device(base, width),
+    "int8 copy for the sampler": per_device(copies),
     "judge weights": per_device(rater_base, width) if judge and config.judge.name == "lm" else 0,
     "adapter": adapter,
     "optimiser": per_device(state.opt_state),
   }
-  cache = 2 * policy.n_layers * width * policy.n_kv_heads * policy.head_dim * rows * (S + G * T)
+  per_head = policy.head_dim + 4 if draw.cache else policy.head_dim * width
+  cache = 2 * policy.n_layers * policy.n_kv_heads * per_head * cached * (S + G * T)
   shared = policy.n_kv_heads % mesh.shape["tensor"] == 0
   cache //= mesh.shape["tensor"] if shared else 1
   return {
     "programs": programs,
     "resident": resident,
-    "float32": 3 * adapter + 2 * logits,
+    # Bytes of work space that do not shrink with the model's dtype.
+    "fixed": {"update": 3 * adapter + 2 * logits, "sampler": cache if draw.cache else 0},
     "kv cache": cache,
     "mesh": dict(mesh.shape),
   }
@@ -267,7 +291,7 @@ def make_plan(config, policy, judge, target: Device) -> dict:
     hlo = compiled.as_text()
     work = read_program(hlo, config.sampler.max_tokens, width, target.chip)
     temp = compiled.memory_analysis().temp_size_in_bytes
-    kept = min(temp, made["float32"] if name == "update" else 0)
+    kept = min(temp, made["fixed"].get(name, 0))
     programs[name] = {
       "calls": calls,
       "temp": (temp - kept) * width / 4 + kept,
@@ -325,7 +349,10 @@ def advice(plan: dict, config, policy, target: Device) -> list[str]:
     if config.learner.chunk_tokens > 256:
       out.append(f"--config.learner.chunk_tokens={config.learner.chunk_tokens // 4}")
   elif plan["busiest"] == "sampler":
-    out.append(f"--config.prompts_per_step={max(1, prompts // 2)} (half the replies in flight)")
+    half = plan["kv cache"] / 2**31
+    out.append(f"--config.memory.cache_gib={half:.1f} (replies drawn in pieces: same result)")
+    if not config.sampler.cache:
+      out.append("--config.sampler.cache=int8 (log-probs change a little, and are logged)")
   if config.max_prompt_tokens > 512:
     out.append("--config.max_prompt_tokens=512, if the longest prompt allows it")
   return out

@@ -93,3 +93,22 @@ def family(request):
   """(config, params, adapter) of each kind of decoder."""
   config = CONFIGS[request.param]
   return config, *make_model(config)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+  """One compilation cache for all files that start the trainer, and for all workers."""
+  base = tmp_path_factory.getbasetemp()
+  return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "jax_cache"
+
+
+# Files of few, long tests: begun last, they would leave one worker idle at the end.
+LONG = ("processes", "gguf", "slurm", "recorded_runs", "mesh", "train", "objectives_learn", "bench")
+
+
+def pytest_collection_modifyitems(items):
+  def place(item):
+    name = item.path.stem.removeprefix("test_")
+    return LONG.index(name) if name in LONG else len(LONG)
+
+  items.sort(key=place)

@@ -39,4 +39,4 @@ if [[ $parity == 1 ]]; then
     note 'going on without Gemma-3-270M: its test will skip'
 fi
 # Two workers, a file each: the tests mostly wait for one thread of the compiler.
-run exec "$venv/bin/python" -m pytest -rs -n 2 --dist loadfile "${args[@]}"
+run exec "$venv/bin/python" -m pytest -rs -n 2 --dist loadfile --no-loadscope-reorder "${args[@]}"

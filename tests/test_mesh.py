@@ -117,6 +117,7 @@ def test_no_collective_carries_full_logits_or_a_whole_stacked_weight():
   L, V = config.n_layers, config.vocab_size
   for shape in gathered:
     dims = [int(d) for d in shape.split(",") if d]
+    assert len(dims) < 4, shape  # no activations [P, G, t, ...]: only weights travel
     assert dims[-1:] != [V] or np.prod(dims[:-1]) <= config.d_model, shape  # no [tokens, V]
     assert not (len(dims) == 3 and dims[0] == L and np.prod(dims[1:]) >= 32 * 16), shape
 

@@ -16,7 +16,7 @@ from rlsafety import plan, sharding
 from rlsafety.config import load_recipe
 from rlsafety.devices import device
 from rlsafety.errors import UserError
-from rlsafety.models import presets, transformer
+from rlsafety.models import int8, presets, transformer
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 CHIP = device("v5e-8").chip
@@ -87,6 +87,22 @@ def test_plan_of_the_tiny_run():
   hints = "\n".join(plan.advice(tight, config, policy, small))
   assert "--config.mesh.tensor=4" in hints and "a larger device" in hints
   assert "DOES NOT FIT" in plan.show(tight, [hints])
+
+
+def test_plan_counts_pieces_int8_copies_and_the_reference_pass():
+  config, policy, target = recipe(), presets.preset("tiny"), device("cpu-1")
+  config.mesh.data, config.judge.name = 1, "lexical"
+  plain = plan.make_plan(config, policy, None, target)
+  config.sampler.cache = config.memory.sampler_base = "int8"
+  smaller = (policy.head_dim + 4) / (4 * policy.head_dim) / 2  # int8 and a scale; half the prompts
+  config.memory.cache_gib = 1.01 * plain["kv cache"] * smaller / 2**30
+  config.objective.kl, config.objective.kl_coef = "k3", 0.1
+  made = plan.make_plan(config, policy, None, target)
+  assert made["programs"]["sampler"]["calls"] == 2 and list(made["programs"])[1] == "reference"
+  assert made["kv cache"] == pytest.approx(plain["kv cache"] * smaller)
+  linears = [transformer.weights(policy)["layers"][n].shape for n in int8.LINEARS]
+  copy = sum(L * i * o + 4 * L * o for L, i, o in linears)
+  assert made["resident"]["int8 copy for the sampler"] == copy
 
 
 def test_a_mesh_that_repeats_the_work_is_refused_with_ones_that_fit():

@@ -91,11 +91,6 @@ def assert_same_numbers(workdir, reference):
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-  return tmp_path_factory.mktemp("compiled")
-
-
-@pytest.fixture(scope="module")
 def reference(tmp_path_factory, cache):
   workdir = tmp_path_factory.mktemp("one") / "run"
   assert finish(launch(workdir, 1, cache)) == [0]

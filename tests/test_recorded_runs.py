@@ -14,13 +14,8 @@ pytest.importorskip("tensorflow_datasets")
 
 from test_data import call, rollout, write_run  # noqa: E402
 
-QUICK = ["--config.steps=3", "--config.eval.prompts=2", "--config.eval.samples=1"]
+QUICK = ["--config.steps=3", "--config.eval.prompts=2", "--config.eval.samples=4"]
 QUICK += ["--config.checkpoint.every=1", "--config.sampler.max_tokens=8"]
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-  return tmp_path_factory.mktemp("jax_cache")
 
 
 @pytest.fixture(scope="module")

@@ -230,7 +230,9 @@ def _stack(
   pooled states [L, P, G, D] if `pool` [P, G, t] bool was given.
   """
   P, G, t = tokens.shape
-  x = jnp.take(params["embed"], tokens, axis=0)
+  # Rows first whole (an fsdp gather of the table), then looked up: split both ways, the lookup
+  # would gather every prompt's states instead.
+  x = jnp.take(constrain(params["embed"], "vocab", None), tokens, axis=0, mode="clip")
   x = x * jnp.asarray(c.embed_scale, x.dtype)  # Gemma rounds the scale to the model's dtype
   x = constrain(x, "prompt", None, None, None)
   slot = offset + jnp.arange(t)  # index of each query in its own segment
@@ -406,6 +408,14 @@ def decode(
 def head_matrix(params: dict) -> tuple[jax.Array, str]:
   """The output matrix and its einsum subscript: [D, V] or, tied, the embedding [V, D]."""
   return (params["head"], "dv") if "head" in params else (params["embed"], "vd")
+
+
+def gathered_head(params: dict) -> dict:
+  """The output matrix alone, whole along the model width: gathered over fsdp here and not in
+  every turn of a loop that multiplies with it."""
+  matrix, axes = head_matrix(params)
+  names = ("vocab", None) if axes == "vd" else (None, "vocab")
+  return {"embed" if axes == "vd" else "head": constrain(matrix, *names)}
 
 
 def unembed(params: dict, c: ModelConfig, hidden: jax.Array) -> jax.Array:
