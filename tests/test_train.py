@@ -117,6 +117,18 @@ def test_a_run_that_another_process_writes_is_left_alone(cache, tmp_path):
   assert code == 2 and "another process is training" in output and not list(tmp_path.glob("*.json"))
 
 
+def test_a_run_goes_on_from_the_adapter_of_another(cache, whole, tmp_path):
+  """Its held-out replies before the first update are the other run's last ones."""
+  flags = [f"--config.model.adapter={whole[0] / 'adapter'}", "--config.steps=1"]
+  code, output = finish(start(cache, tmp_path, *flags))
+  assert code == 0, output
+  ended, began = (
+    [json.loads(line) | {"step": None} for line in open(path)]
+    for path in (whole[0] / "eval/step_000006.jsonl", tmp_path / "eval/step_000000.jsonl")
+  )
+  assert ended == began
+
+
 def test_complete_run_says_so_and_another_config_is_refused(cache, whole):
   workdir, _ = whole
   before = outcome(workdir)

@@ -148,22 +148,22 @@ def validate(heads: head.Heads, examples, measured) -> dict[str, dict]:
 
 
 def cross_validate(model, environment: str, examples, measured, l2: float, folds: int = 5) -> dict:
-  """{head: table} on the sampled replies of the training topics: each is scored by heads
-  whose fit left out all replies about its topic."""
+  """{head: table} on all sampled replies, each scored by heads whose fit left out its topic:
+  those about training topics are dealt into folds, by topic."""
   topic = np.array([e.topic for e in examples])
   topics = sorted({e.topic for e in examples if e.split == "train"})
-  kept = np.array([e.split == "train" and e.kind == "sampled" for e in examples])
+  fold_of = np.array([topics.index(t) % folds if t in topics else folds for t in topic])
   scores = {name: np.zeros(len(examples)) for name in head.HEADS}
-  for fold in range(folds):
-    held = np.isin(topic, topics[fold::folds])
+  for fold in range(folds + 1):  # the last holds the test topics: nothing more is left out
     rest = [
-      dataclasses.replace(e, split="test") if h else e for e, h in zip(examples, held, strict=True)
+      dataclasses.replace(e, split="test") if f == fold else e
+      for e, f in zip(examples, fold_of, strict=True)
     ]
     heads = fit(model, environment, rest, measured, l2)
     found, ok = head.combine(heads, *(measured[k] for k in ("x", "words", "logprob", "length")))
     for name, s in found.items():
-      scores[name][held] = np.where(ok, s, -np.inf)[held]
-  chosen = np.flatnonzero(kept)
+      scores[name][fold_of == fold] = np.where(ok, s, -np.inf)[fold_of == fold]
+  chosen = [i for i, e in enumerate(examples) if e.kind == "sampled"]
   some = [examples[i] for i in chosen]
   wanted = {name: head.target(environment, metric) for name, (_, metric) in head.HEADS.items()}
   return {name: table(s[chosen], some, wanted[name]) for name, s in scores.items()}
@@ -202,7 +202,7 @@ def main(argv: list[str]) -> None:
   heads = fit(model, name, examples, measured, flags.l2)
   table = validate(heads, examples, measured)
   for which, found in cross_validate(model, name, examples, measured, flags.l2).items():
-    table[which]["sampled, other topics"] = found
+    table[which]["sampled, all topics"] = found
   info = {"auc": table, "data": digest(examples), "l2": flags.l2, "model": model.source}
   heads = dataclasses.replace(heads, info=heads.info | info)
   file = f"{name}_{heads.info['base']}.safetensors"
