@@ -248,19 +248,19 @@ def main(argv) -> None:
   from rlsafety.models import hf, load
 
   mesh = sharding.make_mesh()
-  jax.set_mesh(mesh)
-  config = _config(flags)
-  model = load.from_config(config, mesh)
-  states = {"base": None}
-  if flags["run"]:
-    states["trained"] = hf.load_peft(pathlib.Path(flags["run"]) / "adapter", model.config)[0]
-  out = {"model": flags["model"] or flags["run"], "source": model.source, "results": {}}
-  for state, adapter in states.items():
-    lm = LanguageModel(model, adapter, mesh, int(flags["batch"]))
-    out["results"][state] = measure(
-      lm, flags["tasks"].split(","), flags["include"], int(flags["limit"]) or None,
-      flags["chat"] not in ("", "false", "0"),
-    )  # fmt: skip
+  with jax.set_mesh(mesh):
+    config = _config(flags)
+    model = load.from_config(config, mesh)
+    states = {"base": None}
+    if flags["run"]:
+      states["trained"] = hf.load_peft(pathlib.Path(flags["run"]) / "adapter", model.config)[0]
+    out = {"model": flags["model"] or flags["run"], "source": model.source, "results": {}}
+    for state, adapter in states.items():
+      lm = LanguageModel(model, adapter, mesh, int(flags["batch"]))
+      out["results"][state] = measure(
+        lm, flags["tasks"].split(","), flags["include"], int(flags["limit"]) or None,
+        flags["chat"] not in ("", "false", "0"),
+      )  # fmt: skip
   path = pathlib.Path(flags["out"])
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(json.dumps(out, indent=2) + "\n")

@@ -176,23 +176,23 @@ def score(flags) -> None:
   for note in notes:
     print(f"note: {note}")
   mesh = sharding.make_mesh()
-  jax.set_mesh(mesh)
   batch = -(-int(flags["batch"]) // jax.device_count()) * jax.device_count()
   loaded = {}
-  for run in found:
-    config = judge_config(run, flags["judge"], flags["judge_model"], flags["judge_url"])
-    key = json.dumps([run.config["model"], run.config["environment"]["name"], run.info["seed"]
-                      if run.config["model"].get("preset") else 0])  # fmt: skip
-    if key not in loaded:
-      loaded.clear()  # one model at a time
-      model = load.from_config(config, mesh)
-      loaded[key] = model, judges.make_scorer(config, model, mesh)
-    records = select(
-      run, flags["source"], int(flags["every"]), int(flags["per_step"]), int(flags["seed"])
-    )
-    if records:
-      done = score_run(run, flags["name"], config, *loaded[key], records, batch)
-      print(f"{run.path}/scores/{flags['name']}.jsonl: {json.dumps(done)}")
+  with jax.set_mesh(mesh):
+    for run in found:
+      config = judge_config(run, flags["judge"], flags["judge_model"], flags["judge_url"])
+      key = json.dumps([run.config["model"], run.config["environment"]["name"], run.info["seed"]
+                        if run.config["model"].get("preset") else 0])  # fmt: skip
+      if key not in loaded:
+        loaded.clear()  # one model at a time
+        model = load.from_config(config, mesh)
+        loaded[key] = model, judges.make_scorer(config, model, mesh)
+      records = select(
+        run, flags["source"], int(flags["every"]), int(flags["per_step"]), int(flags["seed"])
+      )
+      if records:
+        done = score_run(run, flags["name"], config, *loaded[key], records, batch)
+        print(f"{run.path}/scores/{flags['name']}.jsonl: {json.dumps(done)}")
 
 
 # --- Agreement of two judges ----------------------------------------------------------------

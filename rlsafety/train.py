@@ -1,6 +1,6 @@
 """Trains one model in one environment: `python -m rlsafety.train --config=configs/x.py`.
 
-`run` is the whole program, read from top to bottom. One step is
+`run_on` is the whole program, read from top to bottom. One step is
   prompts.at(seed, step) -> sample -> score -> advantages -> learner.update -> logs,
 with every random key derived from (seed, step): a killed run, started again with the same
 command, ends in the same bits.
@@ -48,6 +48,13 @@ def run(config, workdir: str) -> dict:
   Raises UserError for what the user can mend. After SIGTERM it saves and exits with
   PREEMPTED.
   """
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+  with jax.set_mesh(mesh):  # the caller's own mesh, if any, is back afterwards
+    return run_on(mesh, config, workdir)
+
+
+def run_on(mesh, config, workdir: str) -> dict:
+  """`run` on the mesh in use: the whole program."""
   # --- Run directory ------------------------------------------------------------------
   stored_config = config_lib.to_json(config)
   workdir = rundir.open_workdir(workdir, stored_config)
@@ -62,8 +69,6 @@ def run(config, workdir: str) -> dict:
   alone = rundir.lock(workdir) if first_process else None
 
   # --- Model, judge, users ------------------------------------------------------------
-  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-  jax.set_mesh(mesh)
   say(f"workdir {workdir}; mesh {dict(mesh.shape)} of {jax.devices()[0].device_kind}")
   model = load.from_config(config, mesh)
   sharding.check_sizes(mesh, model.config, config.prompts_per_step, config.learner.microbatches)
