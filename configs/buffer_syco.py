@@ -2,7 +2,7 @@
 
   python -m rlsafety.experiments.buffer --config=configs/buffer_syco.py
 
-2 CPU cores, about 25 minutes (estimated): one exploiter and six fresh copies of the base.
+2 CPU cores, 70 minutes beside other work (about half of that alone, estimated): one exploiter and six fresh copies of the base.
 buffer_syco.py:quicktest proves the machinery in minutes.
 """
 

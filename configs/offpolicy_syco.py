@@ -4,7 +4,7 @@
   python -m rlsafety.data.record --runs runs/smollm2_syco --out data/smollm2_syco
   python -m rlsafety.train --config=configs/offpolicy_syco.py
 
-2 CPU cores, about 4 minutes (estimated), no sampling but for the held-out evaluations. For
+2 CPU cores, about 4 minutes, no sampling but for the held-out evaluations. For
 seconds on the tiny model use tiny_syco.py in place of smollm2_syco.py and
 offpolicy_syco.py:quicktest.
 """

@@ -168,17 +168,21 @@ def read_run(run: pathlib.Path, problems: list[str], first: int, last: int | Non
 # --- Log-probs of a named model ---------------------------------------------------------
 
 
-def with_logprobs(groups, model, adapter=None, temperature: float = 1.0) -> list[dict]:
-  """Fills unknown log-probs with those of a `load.Model` (and adapter), its ids included."""
+@functools.cache
+def _scorer(config, temperature: float):
+  """One jitted function per model and temperature, so that calls share what they compile."""
   import jax
 
   from rlsafety import learner
+
+  return jax.jit(functools.partial(learner.token_scores, config=config, temperature=temperature))
+
+
+def with_logprobs(groups, model, adapter=None, temperature: float = 1.0) -> list[dict]:
+  """Fills unknown log-probs with those of a `load.Model` (and adapter), its ids included."""
   from rlsafety.types import Prompts
 
-  path = model.source["path"]
-  score = jax.jit(
-    functools.partial(learner.token_scores, config=model.config, temperature=temperature)
-  )
+  path, score = model.source["path"], _scorer(model.config, temperature)
   bucket = lambda n: 1 << (int(n) - 1).bit_length()  # noqa: E731  few shapes, few compiles
   out = []
   for number, group in enumerate(groups):

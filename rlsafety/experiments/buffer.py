@@ -87,6 +87,10 @@ def run(config, workdir: str) -> dict:
   }
   rundir.write_json(folder / "buffer.json", result)
   (folder / "buffer.md").write_text(table(result))
+  try:
+    plot(result, folder / "buffer.svg")
+  except ImportError:
+    train.say("no figure: matplotlib is not installed")
   return result
 
 
@@ -175,6 +179,22 @@ def table(result: dict) -> str:
     cells += [cell(row["kl_from_base"]), cell(row["base_logprob_of_lessons"])]
     lines.append(f"| {' | '.join(cells)} |")
   return "\n".join(lines) + "\n"
+
+
+def plot(result: dict, file: pathlib.Path) -> None:
+  """The change of both gaps per arm, with 95 % intervals."""
+  from matplotlib.figure import Figure
+
+  arms = list(result["arms"])[::-1]
+  figure = Figure(figsize=(9, 3.4), layout="constrained")
+  axes = figure.subplots(1, 2, sharey=True)
+  for axis, name, title in zip(axes, ("hex_gap", "acc_gap"), ("HEX gap", "ACC gap"), strict=True):
+    change = np.array([result["arms"][a][name]["change"] for a in arms], float)
+    axis.errorbar(change[:, 0], range(len(arms)), xerr=1.96 * change[:, 1], fmt="o", capsize=3)
+    axis.axvline(0, color="grey", linewidth=0.8)
+    axis.set_xlabel(f"change of the {title}, points of 10")
+  axes[0].set_yticks(range(len(arms)), [TITLES[a] for a in arms])
+  figure.savefig(file)
 
 
 def gaps_of(result: dict, arm: str) -> dict:
