@@ -2,8 +2,8 @@
 
   python -m rlsafety.experiments.buffer --config=configs/buffer_syco.py
 
-2 CPU cores, 70 minutes beside other work (about half of that alone, estimated): one exploiter and six fresh copies of the base.
-buffer_syco.py:quicktest proves the machinery in minutes.
+2 CPU cores, 70 minutes beside other work (about half of that alone, estimated): one exploiter
+and six fresh copies of the base. buffer_syco.py:quicktest proves the machinery in minutes.
 """
 
 from rlsafety.config import beside
