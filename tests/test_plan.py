@@ -92,14 +92,15 @@ def test_plan_of_the_tiny_run():
 def test_plan_counts_pieces_int8_copies_and_the_reference_pass():
   config, policy, target = recipe(), presets.preset("tiny"), device("cpu-1")
   config.mesh.data, config.judge.name = 1, "lexical"
-  plain = plan.make_plan(config, policy, None, target)
+  slots = config.max_prompt_tokens + config.sampler.group * config.sampler.max_tokens
+  heads = 2 * policy.n_layers * policy.n_kv_heads  # of keys and of values
+  rounded = heads * (policy.head_dim + 4) * slots * config.prompts_per_step / 2  # half of them
   config.sampler.cache = config.memory.sampler_base = "int8"
-  smaller = (policy.head_dim + 4) / (4 * policy.head_dim) / 2  # int8 and a scale; half the prompts
-  config.memory.cache_gib = 1.01 * plain["kv cache"] * smaller / 2**30
+  config.memory.cache_gib = 1.01 * rounded / 2**30
   config.objective.kl, config.objective.kl_coef = "k3", 0.1
   made = plan.make_plan(config, policy, None, target)
   assert made["programs"]["sampler"]["calls"] == 2 and list(made["programs"])[1] == "reference"
-  assert made["kv cache"] == pytest.approx(plain["kv cache"] * smaller)
+  assert made["kv cache"] == rounded
   linears = [transformer.weights(policy)["layers"][n].shape for n in int8.LINEARS]
   copy = sum(L * i * o + 4 * L * o for L, i, o in linears)
   assert made["resident"]["int8 copy for the sampler"] == copy
