@@ -151,6 +151,14 @@ def one_layer(config: ModelConfig) -> ModelConfig:
   return dataclasses.replace(config, n_layers=1)
 
 
+def cache_bytes(config: ModelConfig, slots: int, settings: SamplerSettings, mesh, dtype) -> float:
+  """Bytes per device of the KV cache of one prompt of `slots` tokens and its replies."""
+  tensor = mesh.shape["tensor"] if config.n_kv_heads % mesh.shape["tensor"] == 0 else 1
+  per_head = config.head_dim + 4 if settings.cache else config.head_dim * jnp.dtype(dtype).itemsize
+  per_token = 2 * config.n_layers * config.n_kv_heads * per_head / tensor
+  return (slots + settings.group * settings.max_tokens) * per_token
+
+
 def prompts_at_once(
   config: ModelConfig, prompts: int, slots: int, settings: SamplerSettings, mesh, dtype, gib: float
 ) -> int:
@@ -162,10 +170,7 @@ def prompts_at_once(
   """
   ways = mesh.shape["data"] * mesh.shape["fsdp"]
   ways = ways if prompts % ways == 0 else 1  # `sharding.spec` keeps such a batch whole too
-  tensor = mesh.shape["tensor"] if config.n_kv_heads % mesh.shape["tensor"] == 0 else 1
-  per_head = config.head_dim + 4 if settings.cache else config.head_dim * jnp.dtype(dtype).itemsize
-  per_token = 2 * config.n_layers * config.n_kv_heads * per_head / tensor
-  per_prompt = (slots + settings.group * settings.max_tokens) * per_token
+  per_prompt = cache_bytes(config, slots, settings, mesh, dtype)
   fitting = [
     d
     for d in range(1, prompts + 1)

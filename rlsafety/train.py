@@ -301,7 +301,7 @@ def say_judge(about: dict) -> None:
   """The judge's name and limits, and each head's AUCs where it has been measured."""
   say(f"judge: {about['name']}")
   for head, sets in about.get("auc", {}).items():
-    aucs = ", ".join(f"{name} replies {auc['rest']:.2f}" for name, auc in sets.items())
+    aucs = "; ".join(f"{replies} {auc['rest']:.2f}" for replies, auc in sets.items())
     say(f"  AUC of the {head} head against all other replies: {aucs}")
   say(f"  limits: {about['limits']}")
 

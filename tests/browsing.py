@@ -7,7 +7,7 @@ import pytest
 
 
 def browser(width, height):
-  webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+  webdriver = pytest.importorskip("selenium.webdriver", reason="pip install -e '.[test]'")
   chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
   if not chromium or not chromedriver:
     pytest.skip("chromium and chromedriver are not installed (Debian: chromium chromium-driver)")

@@ -15,7 +15,7 @@ TINY += ["--microbatches=2", "--repeats=1", "--dtype=float32"]
 
 
 def test_gpu_suite_at_tiny_shapes(tmp_path):
-  pytest.importorskip("peft")
+  pytest.importorskip("peft", reason="pip install -e '.[parity]'")
   flags = ["--suite=gpu", *TINY, "--rows_few=4", "--rows_many=4", "--decode_tokens=3"]
   bench.main(["bench", *flags, "--peer_microbatches=2", f"--out={tmp_path / 'gpu.json'}"])
   result = json.loads((tmp_path / "gpu.json").read_text())

@@ -10,7 +10,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-pytest.importorskip("lm_eval", reason="lm_eval is not installed")
+pytest.importorskip("lm_eval", reason="pip install -e '.[benchmarks]'")
 
 from lm_eval.api.instance import Instance  # noqa: E402
 
@@ -129,8 +129,8 @@ def test_our_task_runs_through_the_harness_offline(lm, tmp_path, monkeypatch):
 
 def test_equals_lm_evals_own_transformers_backend(tmp_path):
   """A small random llama, saved as a folder and read by both."""
-  torch = pytest.importorskip("torch", reason="torch is not installed")
-  transformers = pytest.importorskip("transformers")
+  torch = pytest.importorskip("torch", reason="pip install -e '.[parity]'")
+  import transformers
   from lm_eval.models.huggingface import HFLM
   from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 

@@ -13,13 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlsafety import learner, losses
-from rlsafety.data import prompts, recorded
+from rlsafety.data import prompts, record, recorded
 from rlsafety.errors import UserError
 from rlsafety.models import load
 from rlsafety.models.chat import byte_chat
 from rlsafety.types import Prompts
 
-record = pytest.importorskip("rlsafety.data.record")
 NAN = float("nan")
 
 

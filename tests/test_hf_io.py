@@ -98,7 +98,9 @@ def test_bfloat16_is_stored_as_it_is(made, tmp_path):
 
 
 def test_transformers_loads_the_merged_folder(made, tmp_path):
-  torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+  torch = pytest.importorskip("torch", reason="pip install -e '.[parity]'")
+  import transformers
+
   model, adapter, _ = made
   hf.save_merged(tmp_path, model, adapter)
   theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
@@ -113,8 +115,11 @@ def test_transformers_loads_the_merged_folder(made, tmp_path):
 
 
 def test_peft_loads_the_adapter(made, tmp_path):
-  torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
-  transformers = pytest.importorskip("transformers")
+  torch, peft = (
+    pytest.importorskip(name, reason="pip install -e '.[parity]'") for name in ("torch", "peft")
+  )
+  import transformers
+
   model, adapter, folder = made
   hf.save_peft(tmp_path, adapter, model, cases.LORA)
   base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

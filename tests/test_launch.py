@@ -356,7 +356,7 @@ def test_other_gcloud_failures_are_shown(cloud):
 
 # --- Kubernetes ------------------------------------------------------------------------------
 
-yaml = pytest.importorskip("yaml")
+yaml = pytest.importorskip("yaml", reason="pip install -e '.[test]'")
 
 K8S = ("--name=qwen-5", "--image=registry.example/rlsafety:1", "--bucket=b")
 TINY = ("--", f"--config={REPO}/configs/tiny_syco.py")
@@ -417,8 +417,8 @@ def manifests(capsys, *arguments):
 
 @pytest.mark.parametrize("name", ["v5e-16", "v4-8", "v6e-1", "v5p-16", "H100-8", "H200-16"])
 def test_manifests_fit_the_schemas(capsys, name):
-  validate = pytest.importorskip("kubernetes_validate")
-  jsonschema = pytest.importorskip("jsonschema")
+  validate = pytest.importorskip("kubernetes_validate", reason="pip install -e '.[test]'")
+  jsonschema = pytest.importorskip("jsonschema", reason="pip install -e '.[test]'")
   (run,) = manifests(capsys, f"--device={name}", *K8S, "--spot", "--env-from=judge-key", *TINY)
   queue = manifests(capsys, f"--device={name}", "--kueue", "--slices=3", "--spot")
   assert [m["kind"] for m in queue] == ["ResourceFlavor", "ClusterQueue", "LocalQueue"]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rlsafety import plan, sharding
+from rlsafety import hlo, plan, sharding
 from rlsafety.config import load_recipe
 from rlsafety.devices import device
 from rlsafety.errors import UserError
@@ -33,7 +33,7 @@ def test_flops_of_a_prefill_are_the_closed_form():
   prompts = conftest.make_prompts(c, [16, 9, 2], S)
   run = jax.jit(lambda params, prompts: transformer.prefill(params, None, c, prompts))
   text = run.lower(params, prompts).compile().as_text()
-  work = plan.read_program(text, 1, 4, CHIP)
+  work = hlo.read_program(text, 1, 4, CHIP)
   heads, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
   linears = c.d_model * (2 * heads + 2 * kv + 3 * c.d_ff)
   attention = 2 * S * heads  # logits and weighted values, every slot against every slot
@@ -51,10 +51,10 @@ def test_collectives_are_counted_as_often_as_their_loop_runs():
   run = jax.jit(lambda x: jax.lax.fori_loop(0, 5, body, x), in_shardings=split)
   text = run.lower(jax.ShapeDtypeStruct((64, 32), jnp.float32)).compile().as_text()
   for width in (4, 2):
-    work = plan.read_program(text, 1, width, CHIP)
+    work = hlo.read_program(text, 1, width, CHIP)
     assert work.collectives == 5 and work.sent == 5 * 2 * 32 * width
     assert work.largest[0].startswith("all-reduce f32[32]")
-  assert plan.read_program(text.replace("known_trip_count", "x"), 7, 4, CHIP).collectives == 7
+  assert hlo.read_program(text.replace("known_trip_count", "x"), 7, 4, CHIP).collectives == 7
 
 
 def test_plan_of_the_tiny_run():

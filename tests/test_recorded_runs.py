@@ -4,15 +4,12 @@ import json
 import signal
 
 import pytest
+from test_data import call, rollout, write_run
 from test_train import ROOT, finish, interrupt_after, start
 
 from rlsafety.config import read_flags
 from rlsafety.data import recorded
 from rlsafety.errors import UserError
-
-pytest.importorskip("tensorflow_datasets")
-
-from test_data import call, rollout, write_run  # noqa: E402
 
 QUICK = ["--config.steps=3", "--config.eval.prompts=2", "--config.eval.samples=4"]
 QUICK += ["--config.checkpoint.every=1", "--config.sampler.max_tokens=8"]

@@ -72,7 +72,9 @@ def test_corrections_by_hand_and_against_scipy():
 
 
 def test_holm_against_statsmodels():
-  multitest = pytest.importorskip("statsmodels.stats.multitest", reason="statsmodels is not there")
+  multitest = pytest.importorskip(
+    "statsmodels.stats.multitest", reason="pip install -e '.[analysis]'"
+  )
   p = np.random.default_rng(0).random(30) ** 3
   np.testing.assert_allclose(s.holm(p), multitest.multipletests(p, method="holm")[1])
 

