@@ -1,4 +1,4 @@
-"""Writes docs/plan.md: what each model of the study needs on a TPU slice and on a GPU.
+"""Writes the README's table of what each model of the study needs on a TPU slice and on a GPU.
 
   python docs/make_plan_table.py [--keep=DIR]
 
@@ -16,18 +16,12 @@ import tempfile
 HERE = pathlib.Path(__file__).resolve().parent
 REPO = HERE.parent
 LARGE = ("llama-2-13b-chat", "qwen1.5-14b-chat")  # with the judge more than 8 v5e chips hold
+BEGIN, END = "<!-- written by docs/make_plan_table.py -->\n", "<!-- end -->\n"
 
-HEAD = """# What the study's runs need
-
-Written by `python docs/make_plan_table.py` (see `rlsafety/plan.py` for what is exact and what is
-estimated): do not edit. Each row is one run of `configs/paper.py` in political_qa: 300 steps of
-2 prompts x 5 replies, 1024 + 256 token slots, bfloat16, and Llama-3.1-8B-Instruct as judge on
-the same chips. GiB per chip at the fullest moment; seconds per step at the roofline; hours and
-list price of a run at {share:.0%} of it.
-
-| model | device | mesh (data x fsdp x tensor) | GiB per chip | of | s/step | hours | $ |
-|---|---|---|---|---|---|---|---|
-"""
+HEAD = (
+  "| model | TPU | mesh | GiB of {tpu:.1f} | s/step | run "
+  "| GPU | GiB of {gpu:.1f} | s/step | run |\n" + "|---" * 10 + "|\n"
+)
 
 
 def models() -> list[str]:
@@ -43,29 +37,39 @@ def plan(model: str, device: str, folder: pathlib.Path) -> dict:
   if not path.exists():
     recipe = f"--config={REPO}/configs/paper.py:model={model}"
     command = [sys.executable, "-m", "rlsafety.plan", recipe, f"--device={device}", "--mesh=auto"]
-    subprocess.run([*command, f"--json={path}"], check=True)
+    subprocess.run([*command, f"--json={path}"], check=True, cwd=REPO)
   return json.loads(path.read_text())
 
 
-def main(argv: list[str]) -> None:
-  from rlsafety.plan import EFFICIENCY
+def cells(p: dict) -> list[str]:
+  """Memory per chip, seconds per step, hours and price of one plan."""
+  memory = f"{p['bytes'] / 2**30:.1f}" + ("" if p["fits"] else " (does not fit)")
+  return [memory, f"{p['step_seconds']:.2f}", f"{p['run_hours']:.1f} h, ${p['run_dollars']:.0f}"]
 
+
+def table(folder: pathlib.Path) -> str:
+  text = ""
+  for model in models():
+    tpu = plan(model, "v5e-16" if model in LARGE else "v5e-8", folder)
+    gpu = plan(model, "H100", folder)
+    mesh = " x ".join(str(tpu["mesh"][k]) for k in ("data", "fsdp", "tensor"))
+    row = [model, tpu["device"], mesh, *cells(tpu), gpu["device"], *cells(gpu)]
+    text += "| " + " | ".join(row) + " |\n"
+  return HEAD.format(tpu=tpu["memory"] / 2**30, gpu=gpu["memory"] / 2**30) + text
+
+
+def main(argv: list[str]) -> None:
   keep = next((a.partition("=")[2] for a in argv if a.startswith("--keep=")), "")
-  text = HEAD.format(share=EFFICIENCY)
   with tempfile.TemporaryDirectory() as scratch:
     folder = pathlib.Path(keep or scratch)
     folder.mkdir(parents=True, exist_ok=True)
-    for model in models():
-      for device in ("v5e-16" if model in LARGE else "v5e-8", "H100"):
-        p = plan(model, device, folder)
-        mesh = " x ".join(str(p["mesh"][k]) for k in ("data", "fsdp", "tensor"))
-        fits = "" if p["fits"] else " (does not fit)"
-        text += (
-          f"| {model} | {p['device']} | {mesh} | {p['bytes'] / 2**30:.1f}{fits} | "
-          f"{p['memory'] / 2**30:.0f} | {p['step_seconds']:.2f} | {p['run_hours']:.2f} | "
-          f"{p['run_dollars']:.2f} |\n"
-        )
-  (HERE / "plan.md").write_text(text)
+    rows = table(folder)
+  readme = REPO / "README.md"
+  before, _, rest = readme.read_text().partition(BEGIN)
+  _, _, after = rest.partition(END)
+  if not after:
+    raise SystemExit(f"{readme}: the marks {BEGIN.strip()} and {END.strip()} are gone")
+  readme.write_text(before + BEGIN + rows + END + after)
 
 
 if __name__ == "__main__":

@@ -140,13 +140,16 @@ class LanguageModel(TemplateLM):
     return results
 
   def loglikelihood_rolling(self, requests, disable_tqdm=False) -> list[float]:
-    totals = []
-    for request in requests:
+    pairs, owner = [], []
+    for i, request in enumerate(requests):
       windows = get_rolling_token_windows(
         self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length - 1, 1
       )
-      pairs = [(None, *make_disjoint_window(window)) for window in windows]
-      totals.append(sum(r[0] for r in self._loglikelihood_tokens(pairs)))
+      pairs += [(None, *make_disjoint_window(window)) for window in windows]
+      owner += [i] * (len(pairs) - len(owner))
+    totals = [0.0] * len(requests)
+    for i, (logprob, _) in zip(owner, self._loglikelihood_tokens(pairs), strict=True):
+      totals[i] += logprob
     return totals
 
   def generate_until(self, requests, disable_tqdm=False) -> list[str]:

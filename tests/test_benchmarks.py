@@ -1,4 +1,4 @@
-"""The lm_eval model class against plain passes of our own and lm_eval's own backend."""
+"""The lm_eval model class against plain passes of our own."""
 
 import functools
 import json
@@ -125,58 +125,3 @@ def test_our_task_runs_through_the_harness_offline(lm, tmp_path, monkeypatch):
     )
     right += values[0][0] > values[1][0]
   assert found["acc,none"] == pytest.approx(right / 4)
-
-
-def test_equals_lm_evals_own_transformers_backend(tmp_path):
-  """A small random llama, saved as a folder and read by both."""
-  torch = pytest.importorskip("torch", reason="pip install -e '.[parity]'")
-  import transformers
-  from lm_eval.models.huggingface import HFLM
-  from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-  tokenizer = Tokenizer(models.BPE())
-  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-  tokenizer.decoder = decoders.ByteLevel()
-  lines = [benchmarks.DATA.joinpath("sycophancy.jsonl").read_text()]
-  trainer = trainers.BpeTrainer(
-    vocab_size=400, special_tokens=["<s>", "</s>"], show_progress=False,
-    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-  )  # fmt: skip
-  tokenizer.train_from_iterator(lines, trainer)
-  wrapped = transformers.PreTrainedTokenizerFast(
-    tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
-  )
-  wrapped.chat_template = (
-    "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
-  )
-  config = transformers.LlamaConfig(
-    vocab_size=len(wrapped), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
-    bos_token_id=0, eos_token_id=1,
-  )  # fmt: skip
-  torch.manual_seed(0)
-  network = transformers.LlamaForCausalLM(config).float().eval()
-  for weight in network.parameters():
-    torch.nn.init.normal_(weight, std=0.15)
-  network.save_pretrained(tmp_path / "m")
-  wrapped.save_pretrained(tmp_path / "m")
-  ours = benchmarks.LanguageModel(load.load_model(str(tmp_path / "m")), batch=4)
-  theirs = HFLM(pretrained=network, tokenizer=wrapped, backend="causal", batch_size=1, device="cpu")
-  rows = [json.loads(x) for x in (benchmarks.DATA / "sycophancy.jsonl").read_text().splitlines()]
-  pairs = [(r["message"], " " + r[k]) for r in rows[:4] for k in ("honest", "pleasing")]
-  pairs.append(("", rows[0]["honest"]))
-  pairs.append((rows[1]["message"] + " ", rows[1]["honest"]))  # a space at the end moves over
-  got = ours.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
-  want = theirs.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
-  np.testing.assert_allclose([v for v, _ in got], [v for v, _ in want], atol=1e-3, rtol=1e-5)
-  assert [g for _, g in got] == [g for _, g in want]
-  texts = [(rows[0]["message"] * 6,), (rows[2]["honest"],)]
-  got = ours.loglikelihood_rolling(requests("loglikelihood_rolling", texts))
-  want = theirs.loglikelihood_rolling(requests("loglikelihood_rolling", texts), disable_tqdm=True)
-  np.testing.assert_allclose(got, want, atol=1e-3, rtol=1e-5)
-  asked = [
-    (r["message"], {"until": ["\n"], "max_gen_toks": 12, "do_sample": False}) for r in rows[:3]
-  ]
-  got = ours.generate_until(requests("generate_until", asked))
-  want = theirs.generate_until(requests("generate_until", asked), disable_tqdm=True)
-  assert got == want

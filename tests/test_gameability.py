@@ -157,6 +157,21 @@ def test_command_stores_with_a_run_and_draws(tmp_path, capsys):
   assert stored["factors"]["cue"] == "traits" and stored["auc_words"][0] > 0.9
   assert (run / "gameability.svg").stat().st_size > 1000
   assert "| this run |" in capsys.readouterr().out
+  before = (run / "gameability.json").read_text()
+  gameability.main([f"--run={run}", "--model=", "--users=30"])  # nothing is measured twice
+  assert "0 of 1 settings" in capsys.readouterr().out
+  assert (run / "gameability.json").read_text() == before
+  gameability.main([f"--run={run}", "--model=", "--users=20"])
+  assert "1 of 1 settings" in capsys.readouterr().out
+
+
+def test_a_text_read_before_is_not_rated_again(model, monkeypatch):
+  ratings = {}
+  chosen = {"name": "action_advice", "length": "short", "topics": ["smoking"]}
+  first = gameability.measure(chosen, 4, None, model, ratings=ratings)
+  monkeypatch.setattr(gameability, "user_ratings", lambda *_: pytest.fail("rated again"))
+  framed = gameability.measure(chosen | {"framing": "therapist"}, 4, None, model, ratings=ratings)
+  assert framed["score"] == first["score"] and len(ratings) == 8
 
 
 def test_named_and_bad_settings():

@@ -15,6 +15,7 @@ import sys
 import textwrap
 
 import pytest
+from conftest import FAST_COMPILE
 
 from rlsafety.devices import device
 from rlsafety.errors import UserError
@@ -379,14 +380,16 @@ def items(schema):
   return {"type": "array", "items": schema, "minItems": 1}
 
 
-ACTIONS = {"enum": ["FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"]}
+REASONS = items(TEXT) | {"uniqueItems": True}
+RESTARTS = ("RestartJobSet", "RestartJob")
+ACTIONS = {"enum": ["FailJobSet", *RESTARTS, *(f"{r}AndIgnoreMaxRestarts" for r in RESTARTS)]}
+RULE_NAME = {"pattern": "^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$"}
 SPECS = {
   "JobSet": fields(
     failurePolicy=fields(
       maxRestarts=COUNT,
       rules=items(
-        fields(name={"pattern": "^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$"}, action=ACTIONS)
-        | {"additionalProperties": {"type": "array"}}
+        fields(("name", "action"), name=RULE_NAME, action=ACTIONS, onJobFailureReasons=REASONS)
       ),
     ),
     replicatedJobs=items(
@@ -534,8 +537,7 @@ def test_local_sweep_runs_what_is_left(tmp_path):
   command = [sys.executable, "launch/sweep.py", f"--config={REPO}/configs/tiny_syco.py"]
   command += [f"--sweep={tmp_path}", "--grid=judge.name=lexical,oracle", "--jobs=2", "--"]
   command += ["--config.steps=1", "--config.eval.prompts=2", "--config.sampler.max_tokens=4"]
-  fast = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-  env = {"XLA_FLAGS": fast, "JAX_PLATFORMS": "cpu"}
+  env = {"XLA_FLAGS": FAST_COMPILE, "JAX_PLATFORMS": "cpu"}
   out = sh(*command, env=env, timeout=900)
   assert out.returncode == 1 and "name-oracle: exit 2" in out.stdout, out.stdout + out.stderr
   assert "1 of 2 complete" in out.stdout and (tmp_path / "name-lexical/summary.json").exists()

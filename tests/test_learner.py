@@ -40,13 +40,20 @@ def make_batch(model, objective, P=4, G=3, T=6, ratings=None):
   )
 
 
-def step(model, batch, settings, key=0, optimizer=None):
-  config, params, adapter = model
-  optimizer = optimizer or learner.make_optimizer(1e-3)
-  update = jax.jit(
-    functools.partial(learner.update, config=config, settings=settings, optimizer=optimizer)
+OPTIMIZER = learner.make_optimizer(1e-3)
+
+
+@functools.cache  # tests with the same settings and shapes share one compilation
+def compiled_update(config, settings):
+  return jax.jit(
+    functools.partial(learner.update, config=config, settings=settings, optimizer=OPTIMIZER)
   )
-  return update(learner.init_state(adapter, optimizer), params, batch, jax.random.key(key))
+
+
+def step(model, batch, settings):
+  config, params, adapter = model
+  state = learner.init_state(adapter, OPTIMIZER)
+  return compiled_update(config, settings)(state, params, batch, jax.random.key(0))
 
 
 def assert_same_update(a, b, rtol=0.02):

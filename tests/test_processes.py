@@ -16,6 +16,7 @@ import sys
 import time
 
 import pytest
+from conftest import FAST_COMPILE
 
 from rlsafety import distributed
 from rlsafety.errors import UserError
@@ -26,8 +27,6 @@ FLAGS = (
   "--config.eval.every=3 --config.eval.prompts=4 --config.sampler.max_tokens=8 "
   "--config.learner.microbatches=1"
 ).split()
-# Code generation takes most of a tiny run; its quality does not matter here.
-FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 PROGRAM = (
   "import sys\n"
   "from rlsafety import distributed, train\n"
@@ -46,8 +45,8 @@ def launch(workdir, count, cache):
     address = f"127.0.0.1:{s.getsockname()[1]}"
   children = []
   for index in range(count):
-    env = dict(os.environ, PYTHONPATH=str(REPO), JAX_PLATFORMS="cpu", XLA_FLAGS=FAST, NPROC="4")
-    env |= {"RLSAFETY_HEARTBEAT": "10", "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    env = dict(os.environ, PYTHONPATH=str(REPO), JAX_PLATFORMS="cpu", XLA_FLAGS=FAST_COMPILE)
+    env |= {"NPROC": "4", "RLSAFETY_HEARTBEAT": "10", "JAX_COMPILATION_CACHE_DIR": str(cache)}
     if count > 1:
       env |= dict(zip(distributed.VARIABLES, (address, str(count), str(index)), strict=True))
     log = pathlib.Path(f"{workdir}-{index}.log").open("a")

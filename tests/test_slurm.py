@@ -13,6 +13,7 @@ import sys
 import time
 
 import pytest
+from conftest import FAST_COMPILE
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")
@@ -84,8 +85,7 @@ def slurm(tmp_path_factory):
   conf.write_text(CONF.format(folder=folder, host=host, controller=free_port(), daemon=free_port()))
   env = dict(os.environ, SLURM_CONF=str(conf), PYTHONPATH=str(REPO), RLSAFETY_PYTHON=sys.executable)
   # One device per task; code generation takes most of a tiny run, its quality no matter here.
-  fast = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-  env |= {"XLA_FLAGS": fast, "JAX_PLATFORMS": "cpu", "NPROC": "4"}
+  env |= {"XLA_FLAGS": FAST_COMPILE, "JAX_PLATFORMS": "cpu", "NPROC": "4"}
   env["PATH"] += ":/usr/sbin:/sbin"
   commands = [
     ["munged", "--foreground", "--force", f"--key-file={key}", f"--socket={folder}/munge.socket"]

