@@ -63,7 +63,9 @@ install() {
     run "$venv/bin/python" -m pip install "$@"
     return
   fi
-  if ! "$venv/bin/python" -m pip install --disable-pip-version-check "$@" >"$log" 2>&1; then
+  # Python compiles what it imports; compiling all of it first takes a minute.
+  if ! "$venv/bin/python" -m pip install --disable-pip-version-check --no-compile "$@" \
+    >"$log" 2>&1; then
     tail -n 12 "$log" >&2
     printf '%s: pip could not install %s (above: the end of %s). Check the network and the free ' \
       "${0##*/}" "$name" "$log" >&2
