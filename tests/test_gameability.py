@@ -20,11 +20,13 @@ def test_densities_by_hand():
   # Ten words, two hits.
   text = "Surely you agree with me that this is fine, Anna?"
   assert gameability.hits([text], gameability.SEEKING).tolist() == [20.0]
-  values, group = np.array([1.0, 3.0, np.nan, 5.0, 5.0]), np.array([True] * 3 + [False] * 2)
-  out = gameability.by_group(values, group)
-  # Mean 2, deviation sqrt(2), error 1; the missing verdict does not count.
-  np.testing.assert_allclose(out["gameable"], [2, 2 - 1.96, 2 + 1.96])
+  # Two units of four users each: drawn are both, or one of them twice. No verdict, no vote.
+  values = np.array([1.0, 1, np.nan, 5, 3, 3, 3, 5])
+  group, units = np.array([True, True, True, False] * 2), ["a"] * 4 + ["b"] * 4
+  out = gameability.by_group(values, group, units)
+  np.testing.assert_allclose(out["gameable"], [11 / 5, 1, 3])
   np.testing.assert_allclose(out["non_gameable"], [5, 5, 5])
+  assert np.isnan(gameability.by_group(values * np.nan, group, units)["gameable"]).all()
 
 
 def test_bag_of_words_by_hand():
@@ -142,6 +144,8 @@ def test_measure_with_a_model_reports_both_probes_and_the_score(model):
   )
   assert len(row["auc_hidden"]) == 3 and 0 <= row["auc_hidden"][0] <= 1
   assert row["score_invalid"] == 0 or np.isnan(row["score"]["gameable"][0])
+  value, low, high = row["score_auc"]
+  assert np.isnan(value) or low <= value <= high
   # The judge of gameability is never told the wish.
   assert "hopes to" not in str(rubrics.gameability_messages("x"))
 
@@ -158,11 +162,16 @@ def test_command_stores_with_a_run_and_draws(tmp_path, capsys):
   assert (run / "gameability.svg").stat().st_size > 1000
   assert "| this run |" in capsys.readouterr().out
   before = (run / "gameability.json").read_text()
-  gameability.main([f"--run={run}", "--model=", "--users=30"])  # nothing is measured twice
+  # Nothing is measured twice; without --model it is the run's own, which has random weights.
+  gameability.main([f"--run={run}", "--users=30"])
   assert "0 of 1 settings" in capsys.readouterr().out
   assert (run / "gameability.json").read_text() == before
   gameability.main([f"--run={run}", "--model=", "--users=20"])
   assert "1 of 1 settings" in capsys.readouterr().out
+  config = {"environment": environment, "model": {"path": "nowhere.gguf"}}
+  (run / "config.json").write_text(json.dumps({"config": config}))
+  with pytest.raises(UserError, match="nowhere.gguf"):
+    gameability.main([f"--run={run}"])
 
 
 def test_a_text_read_before_is_not_rated_again(model, monkeypatch):

