@@ -8,6 +8,7 @@ those that are there already.
 
 import importlib.util
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -48,14 +49,17 @@ def cells(p: dict) -> list[str]:
 
 
 def table(folder: pathlib.Path) -> str:
-  text = ""
+  text, longest = "", 0
   for model in models():
     tpu = plan(model, "v5e-16" if model in LARGE else "v5e-8", folder)
     gpu = plan(model, "H100", folder)
     mesh = " x ".join(str(tpu["mesh"][k]) for k in ("data", "fsdp", "tensor"))
     row = [model, tpu["device"], mesh, *cells(tpu), gpu["device"], *cells(gpu)]
     text += "| " + " | ".join(row) + " |\n"
-  return HEAD.format(tpu=tpu["memory"] / 2**30, gpu=gpu["memory"] / 2**30) + text
+    longest = max(longest, tpu["planning_seconds"], gpu["planning_seconds"])
+  head = HEAD.format(tpu=tpu["memory"] / 2**30, gpu=gpu["memory"] / 2**30)
+  cores = len(os.sched_getaffinity(0))
+  return head + text + f"\nOn {cores} CPU cores the longest of these plans took {longest:.0f} s.\n"
 
 
 def main(argv: list[str]) -> None:

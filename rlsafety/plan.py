@@ -13,7 +13,9 @@ schedule differently. Measured on one CPU device in float32, an update planned a
 0.82 GB (tests/test_plan.py holds the two to 25%); not yet measured on a GPU or TPU. Seconds are
 a roofline: each product at the larger of its compute and memory time, each collective at the
 link's, nothing overlapped, replies of full length, no elementwise work, no host. A real run is
-slower; EFFICIENCY says what the cost assumes.
+slower; EFFICIENCY says what the cost assumes. Hours and cost are those of all updates and all
+held-out evaluations; an evaluation's batch is charged as a step's sampling and rating, and in
+proportion where eval.samples is above sampler.group.
 """
 
 import functools
@@ -58,7 +60,7 @@ def compile_programs(config, policy, judge, target: Device) -> dict:
   mesh = sharding.make_mesh(**config.mesh, devices=devices[: target.chips])
   P, S, T = config.prompts_per_step, config.max_prompt_tokens, config.sampler.max_tokens
   G = config.sampler.group
-  check_split(P, mesh)
+  check_mesh(config, policy, mesh)
 
   def place(dtype, *axes_and_sizes):
     axes, shape = zip(*axes_and_sizes, strict=True) if axes_and_sizes else ((), ())
@@ -141,7 +143,7 @@ def compile_programs(config, policy, judge, target: Device) -> dict:
     complete = functools.partial(train.complete_batch, config=policy, settings=settings)
     add("reference", 1, jax.jit(complete), base, None, batch)
     batch = batch.replace(reference_logprobs=pg(jnp.float32, (T,)))
-  add("update", 1, jax.jit(update, donate_argnums=0), state, base, batch, key)
+  add("update", config.epochs, jax.jit(update, donate_argnums=0), state, base, batch, key)
 
   def per_device(tree, width=None):
     return sum(
@@ -177,16 +179,40 @@ def compile_programs(config, policy, judge, target: Device) -> dict:
   }
 
 
-def check_split(prompts: int, mesh) -> None:
-  ways = mesh.shape["data"] * mesh.shape["fsdp"]
-  if prompts % ways:
-    fits = [n for n in range(1, mesh.size + 1) if mesh.size % n == 0 and prompts % n == 0]
-    sizes = ", ".join(f"data={n} tensor={mesh.size // n}" for n in reversed(fits))
-    raise UserError(
-      f"prompts_per_step={prompts} cannot be split over data x fsdp = {ways}: every device "
-      f"would do all of the work; meshes of {mesh.size} devices that fit: {sizes}; or set "
-      f"--config.prompts_per_step to a multiple of {ways}"
+def check_mesh(config, policy, mesh) -> None:
+  """Refuses what rlsafety.train would refuse, and names the meshes of as many chips that fit."""
+  from rlsafety import sharding
+
+  try:
+    sharding.check_sizes(mesh, policy, config.prompts_per_step, config.learner.microbatches)
+  except UserError as error:
+    fits = (
+      f"data={m['data']} tensor={m['tensor']}" for m in fitting_meshes(config, policy, mesh.size)
     )
+    raise UserError(
+      f"{error}; meshes of {mesh.size} devices that fit: {', '.join(fits) or 'none'}"
+    ) from None
+
+
+def fitting_meshes(config, policy, chips: int, prompts: int = 0) -> list[dict]:
+  """The meshes of (data, tensor) that rlsafety.train accepts, least tensor parallelism first.
+
+  prompts: to ask with another batch than config.prompts_per_step.
+  """
+  from jax.sharding import AbstractMesh
+
+  from rlsafety import sharding
+
+  out, prompts = [], prompts or config.prompts_per_step
+  for tensor in (n for n in range(1, chips + 1) if chips % n == 0):
+    sizes = {"data": chips // tensor, "fsdp": 1, "tensor": tensor}
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    try:
+      sharding.check_sizes(mesh, policy, prompts, config.learner.microbatches)
+    except UserError:
+      continue
+    out.append(sizes)
+  return out
 
 
 # --- The plan --------------------------------------------------------------------------
@@ -219,7 +245,10 @@ def make_plan(config, policy, judge, target: Device) -> dict:
   busiest = max(programs, key=lambda name: programs[name]["temp"])
   need = sum(resident.values()) + programs[busiest]["temp"]
   step = sum(p["seconds"] for p in programs.values())
-  hours = config.steps * step / EFFICIENCY / 3600
+  more = max(1, config.eval.samples / config.sampler.group)
+  evaluation = more * sum(programs[n]["seconds"] for n in ("sampler", "judge") if n in programs)
+  evaluation *= evaluation_batches(config)
+  hours = (config.steps * step + evaluation) / EFFICIENCY / 3600
   return {
     "device": target.name,
     "mesh": made["mesh"],
@@ -231,10 +260,19 @@ def make_plan(config, policy, judge, target: Device) -> dict:
     "memory": target.chip.memory,
     "fits": need <= USABLE * target.chip.memory,
     "step_seconds": step,
+    "evaluation_seconds": evaluation,
     "run_hours": hours,
     "run_dollars": hours * target.chips * target.chip.price,
     "planning_seconds": time.monotonic() - began,
   }
+
+
+def evaluation_batches(config) -> int:
+  """Batches that a whole run samples and rates of held-out users: before the first update, every
+  eval.every of them, and after the last; as many of each group (prompts.held_out)."""
+  times = 1 + math.ceil(config.steps / config.eval.every)
+  users = 2 * math.ceil(config.eval.prompts / 2)
+  return times * math.ceil(users / config.prompts_per_step)
 
 
 def advice(plan: dict, config, policy, target: Device) -> list[str]:
@@ -243,10 +281,11 @@ def advice(plan: dict, config, policy, target: Device) -> list[str]:
     return []
   out, resident = [], sum(plan["resident"].values())
   room = USABLE * target.chip.memory
-  tensor = plan["mesh"]["tensor"]
-  wider = tensor * 2
-  if wider <= target.chips and (policy.n_heads * policy.head_dim) % wider == 0:
-    out.append(f"--config.mesh.tensor={wider} (weights and work space on {wider} devices each)")
+  meshes = fitting_meshes(config, policy, target.chips)
+  wider = [m["tensor"] for m in meshes if m["tensor"] > plan["mesh"]["tensor"]]
+  if wider:
+    n = wider[0]
+    out.append(f"--config.mesh.tensor={n} (weights and work space on {n} devices each)")
   if resident > 0.7 * room:
     if plan["resident"]["judge weights"]:
       out.append("--config.judge.model= (the frozen base judges: one model in memory)")
@@ -272,18 +311,24 @@ def advice(plan: dict, config, policy, target: Device) -> list[str]:
 
 
 def automatic_mesh(config, policy, judge, target: Device) -> dict:
-  """The least tensor parallelism whose weights leave half of the memory free."""
+  """Of the meshes that train accepts the one of least tensor parallelism whose weights leave
+  half of the memory free; where none does, that of most."""
   from rlsafety.models import transformer
 
+  meshes = fitting_meshes(config, policy, target.chips)
+  if not meshes:
+    pieces = config.learner.microbatches
+    widest = fitting_meshes(config, policy, target.chips, target.chips * pieces)[-1]
+    raise UserError(
+      f"--device={target.name}: no mesh of {target.chips} chips fits prompts_per_step="
+      f"{config.prompts_per_step}, learner.microbatches={pieces} and {policy.n_heads} attention "
+      f"heads; take fewer chips, or with --config.mesh.tensor={widest['tensor']} set "
+      f"--config.prompts_per_step to a multiple of {widest['data'] * pieces}"
+    )
   width = 2 if config.model.dtype != "float32" else 4
   weights = width * sum(transformer.params_count(m) for m in (policy, judge) if m)
-  tensor = 1
-  while tensor < target.chips and (
-    weights / tensor > 0.5 * target.chip.memory
-    or config.prompts_per_step % (target.chips // tensor)
-  ):
-    tensor *= 2
-  return {"data": target.chips // tensor, "fsdp": 1, "tensor": tensor}
+  roomy = (m for m in meshes if weights / m["tensor"] <= 0.5 * target.chip.memory)
+  return next(roomy, meshes[-1])
 
 
 def shape_of(name: str, field: str):
@@ -332,7 +377,8 @@ def show(plan: dict, hints: list[str]) -> str:
   lines += [
     f"  {'most at one time':24}{gib(plan['bytes'])} of {plan['memory'] / GIB:.0f}: {verdict} "
     f"(limit {USABLE:.0%}; the {plan['busiest']} needs most)",
-    f"roofline {plan['step_seconds']:.2f} s per step; at {EFFICIENCY:.0%} of it "
+    f"roofline {plan['step_seconds']:.2f} s per step, {plan['evaluation_seconds']:.0f} s for all "
+    f"evaluations; at {EFFICIENCY:.0%} of it "
     f"{plan['run_hours']:.2f} h and ${plan['run_dollars']:.2f} per run at list price",
   ]
   return "\n".join(lines + [f"  try {hint}" for hint in hints])

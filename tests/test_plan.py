@@ -80,6 +80,10 @@ def test_plan_of_the_tiny_run():
   assert made["programs"]["judge"]["calls"] == 3
   assert all(p["flops"] > 0 and p["seconds"] > 0 for p in made["programs"].values())
   assert made["fits"] and plan.advice(made, config, policy, target) == []
+  # 6 steps of a sampler, a judge and an update; evaluations at 0, 3 and 6 of 8 users, 4 at once.
+  costs = {name: p["seconds"] for name, p in made["programs"].items()}
+  seconds = 6 * sum(costs.values()) + 3 * 2 * (costs["sampler"] + costs["judge"])
+  assert made["run_hours"] * 3600 * plan.EFFICIENCY == pytest.approx(seconds)
   assert "fits" in plan.show(made, [])
 
   small = dataclasses.replace(target, chip=dataclasses.replace(target.chip, memory=1e5))
@@ -98,19 +102,24 @@ def test_plan_counts_pieces_int8_copies_and_the_reference_pass():
   config.sampler.cache = config.memory.sampler_base = "int8"
   config.memory.cache_gib = 1.01 * rounded / 2**30
   config.objective.kl, config.objective.kl_coef = "k3", 0.1
+  config.epochs, config.eval.samples = 3, 8  # twice the replies of a step
   made = plan.make_plan(config, policy, None, target)
   assert made["programs"]["sampler"]["calls"] == 2 and list(made["programs"])[1] == "reference"
-  assert made["kv cache"] == rounded
+  assert made["kv cache"] == rounded and made["programs"]["update"]["calls"] == 3
+  sampling = made["programs"]["sampler"]["seconds"]
+  assert made["evaluation_seconds"] == pytest.approx(3 * 2 * 2 * sampling)
   linears = [transformer.weights(policy)["layers"][n].shape for n in int8.LINEARS]
   copy = sum(L * i * o + 4 * L * o for L, i, o in linears)
   assert made["resident"]["int8 copy for the sampler"] == copy
 
 
-def test_a_mesh_that_repeats_the_work_is_refused_with_ones_that_fit():
-  mesh = sharding.make_mesh(8, 1, 1)
-  with pytest.raises(UserError, match="data=4 tensor=2"):
-    plan.check_split(4, mesh)
-  plan.check_split(16, mesh)
+def test_a_mesh_that_train_refuses_is_refused_with_ones_that_fit():
+  config, policy = recipe(), presets.preset("tiny")  # 4 heads; 4 prompts in 2 micro-batches
+  with pytest.raises(UserError, match="data x fsdp = 8.* fit: data=2 tensor=4$"):
+    plan.check_mesh(config, policy, sharding.make_mesh(8, 1, 1))
+  with pytest.raises(UserError, match="4 attention heads.* fit: data=2 tensor=4$"):
+    plan.check_mesh(config, policy, sharding.make_mesh(1, 1, 8))
+  plan.check_mesh(config, policy, sharding.make_mesh(2, 1, 4))
 
 
 def test_every_model_of_the_study_has_a_shape_and_a_mesh():
@@ -119,7 +128,6 @@ def test_every_model_of_the_study_has_a_shape_and_a_mesh():
     import paper
   finally:
     sys.path.pop(0)
-  target = device("v5e-16")
   for cell in paper.cells():
     config = paper.get_config(cell)
     policy, judge = plan.policy_and_judge(config)
@@ -133,8 +141,15 @@ def test_every_model_of_the_study_has_a_shape_and_a_mesh():
     )
     assert stated * 0.85 < billions < stated * 1.3, config.model.path
     assert judge == presets.preset("llama-3.1-8b-instruct")
-    mesh = plan.automatic_mesh(config, policy, judge, target)
-    assert mesh["data"] * mesh["tensor"] == 16 and config.prompts_per_step % mesh["data"] == 0
+    for target in (device("v5e-16" if billions > 10 else "v5e-8"), device("H100")):
+      mesh = plan.automatic_mesh(config, policy, judge, target)
+      assert mesh["data"] * mesh["tensor"] == target.chips
+      assert config.prompts_per_step % mesh["data"] == policy.n_heads % mesh["tensor"] == 0
+  # 2 prompts leave 8 ways for the heads, and 20 heads go 4 ways.
+  config = paper.get_config("model=qwen1.5-4b-chat")
+  with pytest.raises(UserError, match="v5e-16: .*tensor=4 set --config.prompts_per_step.* 4$"):
+    plan.automatic_mesh(config, *plan.policy_and_judge(config), device("v5e-16"))
+  assert plan.evaluation_batches(config) == 7 * 16
   with pytest.raises(UserError, match="no known shape"):
     plan.shape_of("someone/unheard-of", "model.path")
 
