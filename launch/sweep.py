@@ -10,6 +10,10 @@ config's own argument (--config=FILE:NAME=A). Run directories are SWEEP/<the val
 summary.json exists is complete and skipped; an interrupted one is resumed; so the same command
 again finishes what is left. Flags after -- go to every run.
 
+--status knows of local and SLURM runs whether they failed, and with which exit code. On tpu and k8s
+it shows what the bucket tells: complete, or how long ago the run last wrote and at which step;
+whether it still runs, `launch/tpu_pod.sh status` and `kubectl get jobset` know.
+
 Backends
   local   --jobs at a time, logs in SWEEP/logs
   slurm   one array of launch/slurm.sbatch, --jobs of it at a time; --pass=--partition=gpu
@@ -21,6 +25,7 @@ Backends
 import argparse
 import concurrent.futures
 import dataclasses
+import datetime
 import hashlib
 import itertools
 import json
@@ -36,6 +41,7 @@ from rlsafety.errors import UserError, run_main
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 COLUMNS = ("reward", "hex_gap", "acc_gap")
+PREEMPTED = 75  # exit code of rlsafety.train after SIGTERM: interrupted, not failed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,13 +83,9 @@ def expand(config: str, grid: list[str], extra: list[str]) -> list[Run]:
   return runs
 
 
-def last_row(path: pathlib.Path) -> dict:
+def last_row(metrics: str) -> dict:
   """The last whole line of a metrics.jsonl; a torn tail of a killed run is passed over."""
-  try:
-    lines = path.read_text().splitlines()
-  except OSError:
-    return {}
-  for line in reversed(lines):
+  for line in reversed(metrics.splitlines()):
     try:
       return json.loads(line)
     except ValueError:
@@ -96,47 +98,80 @@ def local_state(sweep: pathlib.Path, run: Run, queued: dict[str, str]) -> str:
     return "complete"
   if run.name in queued:
     return queued[run.name]
-  code = sweep / "logs" / f"{run.name}.exit"
-  if code.exists() and code.read_text().strip() != "0":
-    return f"failed ({code.read_text().strip()})"
+  ended = sweep / "logs" / f"{run.name}.exit"
+  code = ended.read_text().strip() if ended.exists() else "0"
+  if code not in ("0", str(PREEMPTED)):
+    return f"failed ({code})"
   return "interrupted" if (sweep / run.name / "metrics.jsonl").exists() else "not started"
 
 
+def local_row(sweep: pathlib.Path, run: Run) -> dict:
+  path = sweep / run.name / "metrics.jsonl"
+  return last_row(path.read_text()) if path.exists() else {}
+
+
 def slurm_states(sweep: pathlib.Path) -> dict[str, str]:
-  """Run name -> state of its array task, for the last array submitted from this sweep."""
+  """Run name -> state of its task, for what the queue still holds of this sweep's arrays."""
   try:
-    job, *names = (sweep / "slurm.txt").read_text().split("\n")
+    arrays = [line.split("\t") for line in (sweep / "arrays.tsv").read_text().splitlines()]
   except OSError:
     return {}
-  query = ["squeue", "--noheader", "--array", f"--jobs={job}", "--format=%K %T"]
+  names = {job: runs for job, *runs in arrays}
+  query = ["squeue", "--noheader", "--array", f"--jobs={','.join(names)}", "--format=%F %K %T"]
   try:
     answer = subprocess.run(query, capture_output=True, text=True)
   except FileNotFoundError:
-    return {}
+    raise UserError("squeue is not installed on this machine: ask from a login node") from None
+  if answer.returncode and "Invalid job id" not in answer.stderr:  # that one is long gone
+    raise UserError(f"squeue failed: {answer.stderr}")
   rows = (line.split() for line in answer.stdout.splitlines())
-  return {names[int(row[0])]: row[1].lower() for row in rows if row[0].isdigit()}
+  return {names[job][int(task)]: state.lower() for job, task, state in rows if task.isdigit()}
 
 
-def bucket_complete(bucket: str, sweep: str) -> set[str]:
-  """Names of the runs whose summary.json lies in the bucket."""
-  pattern = f"gs://{bucket}/{sweep}/*/summary.json"
+def gcloud_storage(*arguments: str) -> str:
   try:
-    answer = subprocess.run(["gcloud", "storage", "ls", pattern], capture_output=True, text=True)
+    answer = subprocess.run(["gcloud", "storage", *arguments], capture_output=True, text=True)
   except FileNotFoundError:
     raise UserError("gcloud is not installed: it tells which runs are complete") from None
   if answer.returncode and "matched no objects" not in answer.stderr:
-    raise UserError(f"gcloud storage ls failed: {answer.stderr}")
-  return {line.split("/")[-2] for line in answer.stdout.split() if line.endswith("/summary.json")}
+    raise UserError(f"gcloud storage {arguments[0]} failed: {answer.stderr}")
+  return answer.stdout
 
 
-def show(runs: list[Run], states: dict[str, str], sweep: pathlib.Path) -> None:
-  width = max(len(run.name) for run in runs)
-  print(f"{'run':{width}}  {'state':14} {'step':>6} " + " ".join(f"{c:>9}" for c in COLUMNS))
+def bucket_files(bucket: str, sweep: str) -> dict[str, dict[str, datetime.datetime]]:
+  """Run name -> {file: when it was written}, of the JSON files of runs in the bucket."""
+  found = {}
+  row = re.compile(r"(\S+)\s+gs://\S*/([^/\s]+)/([^/\s]+\.jsonl?)$", re.M)  # time, run, file
+  for time, run, file in row.findall(
+    gcloud_storage("ls", "--long", f"gs://{bucket}/{sweep}/*/*.json*")
+  ):
+    found.setdefault(run, {})[file] = datetime.datetime.fromisoformat(time)
+  return found
+
+
+def bucket_state(files: dict[str, datetime.datetime]) -> str:
+  if "summary.json" in files:
+    return "complete"
+  if not files:
+    return "not started"
+  age = datetime.datetime.now(datetime.UTC) - max(files.values())
+  minutes = int(age.total_seconds() / 60)
+  return f"wrote {minutes} min ago" if minutes < 120 else f"wrote {minutes // 60} h ago"
+
+
+def bucket_row(bucket: str, sweep: str, run: Run) -> dict:
+  path = f"gs://{bucket}/{sweep}/{run.name}/metrics.jsonl"
+  return last_row(gcloud_storage("cat", "--range=-8192", path))  # the last few lines
+
+
+def show(runs: list[Run], states: dict[str, str], rows: dict[str, dict]) -> None:
+  width, wide = (max(map(len, texts)) for texts in (states, states.values()))
+  print(f"{'run':{width}}  {'state':{wide}} {'step':>6} " + " ".join(f"{c:>9}" for c in COLUMNS))
   for run in runs:
-    row = last_row(sweep / run.name / "metrics.jsonl")
+    row = rows.get(run.name, {})
     cells = [f"{row[c]:9.3f}" if row.get(c) is not None else f"{'-':>9}" for c in COLUMNS]
     step = row.get("step", "-")
-    print(f"{run.name:{width}}  {states[run.name]:14} {step:>6} " + " ".join(cells))
+    print(f"{run.name:{width}}  {states[run.name]:{wide}} {step:>6} " + " ".join(cells))
   done = sum(state == "complete" for state in states.values())
   print(f"{done} of {len(runs)} complete")
 
@@ -156,6 +191,7 @@ def run_local(runs: list[Run], sweep: pathlib.Path, jobs: int) -> None:
     if stopping:
       return
     command = [sys.executable, "-m", "rlsafety.train", *run.flags, f"--workdir={sweep / run.name}"]
+    (logs / f"{run.name}.exit").unlink(missing_ok=True)  # of an earlier attempt
     with (logs / f"{run.name}.log").open("a") as log:
       child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
       children.add(child)
@@ -173,25 +209,35 @@ def run_local(runs: list[Run], sweep: pathlib.Path, jobs: int) -> None:
       signal.signal(number, handler)
 
 
-def slurm_command(runs: list[Run], sweep: pathlib.Path, jobs: int, options: list[str]) -> list[str]:
+def slurm_file(sweep: pathlib.Path) -> pathlib.Path:
+  """Where the next array's runs are written: tasks that still wait read their own array's file."""
+  arrays = (sweep / f"array-{n}.tsv" for n in itertools.count(1))
+  return next(path for path in arrays if not path.exists())
+
+
+def slurm_command(runs: list[Run], file: pathlib.Path, jobs: int, options: list[str]) -> list[str]:
   array = f"--array=0-{len(runs) - 1}%{jobs}"
   script = str(REPO / "launch" / "slurm.sbatch")
-  output = f"--output={sweep.resolve()}/logs/slurm-%A_%a.log"
-  return ["sbatch", "--parsable", array, output, *options, script, f"--runs={sweep}/runs.tsv"]
+  output = f"--output={file.parent.resolve()}/logs/slurm-%A_%a.log"
+  return ["sbatch", "--parsable", array, output, *options, script, f"--runs={file}"]
 
 
-def submit_slurm(runs: list[Run], sweep: pathlib.Path, command: list[str]) -> None:
+def submit_slurm(runs: list[Run], file: pathlib.Path, command: list[str]) -> None:
+  sweep = file.parent
   (sweep / "logs").mkdir(parents=True, exist_ok=True)
   rows = ["\t".join((*run.flags, f"--workdir={sweep / run.name}")) for run in runs]
-  (sweep / "runs.tsv").write_text("\n".join(rows) + "\n")
+  with file.open("x") as f:  # never over another array's
+    f.write("\n".join(rows) + "\n")
   try:
     answer = subprocess.run(command, capture_output=True, text=True)
   except FileNotFoundError:
     raise UserError("sbatch is not installed on this machine: submit from a login node") from None
   if answer.returncode:
+    file.unlink()
     raise UserError(f"sbatch refused the array: {answer.stderr}")
   job = answer.stdout.strip().split(";")[0]
-  (sweep / "slurm.txt").write_text("\n".join([job, *(run.name for run in runs)]))
+  with (sweep / "arrays.tsv").open("a") as f:
+    f.write("\t".join([job, *(run.name for run in runs)]) + "\n")
   print(f"submitted array {job} of {len(runs)} runs")
 
 
@@ -250,23 +296,32 @@ def main(argv: list[str]) -> int:
   if remote and not options.bucket:
     raise UserError(f"--bucket is missing: --backend={options.backend} keeps its runs there")
 
+  queued = slurm_states(sweep) if options.backend == "slurm" else {}
+  files = bucket_files(options.bucket, options.sweep) if remote else {}
+
   def states() -> dict[str, str]:
     if remote:
-      done = bucket_complete(options.bucket, options.sweep)
-      return {run.name: "complete" if run.name in done else "open" for run in runs}
-    queued = slurm_states(sweep) if options.backend == "slurm" else {}
+      return {run.name: bucket_state(files.get(run.name, {})) for run in runs}
     return {run.name: local_state(sweep, run, queued) for run in runs}
+
+  def show_all() -> None:
+    if not remote:
+      show(runs, now, {run.name: local_row(sweep, run) for run in runs})
+      return
+    begun = [run for run in runs if "metrics.jsonl" in files.get(run.name, {})]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+      rows = pool.map(lambda run: bucket_row(options.bucket, options.sweep, run), begun)
+      show(runs, now, dict(zip((run.name for run in begun), rows, strict=True)))
 
   now = states()
   if options.status:
-    show(runs, now, sweep)
+    show_all()
     return 0
-  # What waits or runs in SLURM's queue already is left to it.
-  mine = ("complete", "pending", "running", "requeued", "completing", "suspended", "configuring")
-  left = [run for run in runs if now[run.name] not in mine]
+  # What SLURM's queue holds already is left to it.
+  left = [run for run in runs if now[run.name] != "complete" and run.name not in queued]
   print(f"{len(runs)} runs, {len(runs) - len(left)} complete or queued, {len(left)} to do")
   if not left:
-    show(runs, now, sweep)
+    show_all()
     return 0
 
   if options.backend == "local":
@@ -277,14 +332,15 @@ def main(argv: list[str]) -> int:
       return 0
     run_local(left, sweep, options.jobs)
     now = states()
-    show(runs, now, sweep)
+    show_all()
     return 0 if all(now[run.name] == "complete" for run in runs) else 1
   if options.backend == "slurm":
-    command = slurm_command(left, sweep, options.jobs, options.options)
+    file = slurm_file(sweep)
+    command = slurm_command(left, file, options.jobs, options.options)
     if options.dry_run:
       print(shlex.join(command))
     else:
-      submit_slurm(left, sweep, command)
+      submit_slurm(left, file, command)
     return 0
   make = tpu_command if options.backend == "tpu" else k8s_command
   commands = [make(run, options.sweep, options.bucket, options.options) for run in left]

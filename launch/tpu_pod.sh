@@ -24,7 +24,8 @@
 #   --version=IMAGE        TPU VM image, default: the one for the device
 #   --network=, --subnetwork=, --service-account=, --internal-ips   as gcloud has them
 #   --valid-until-duration=6h   give up when no slice was granted by then
-#   --max-restarts=20      preemptions to survive
+#   --max-restarts=20      times to start again: after every preemption, and after up to 5 restarts
+#                          also after a failure such as a dead host; never after bad input
 #   --poll=30              seconds between looks at the state
 #   --delete-when-done     delete the slice after a complete run
 #   --dry-run              print the gcloud commands, run none of them
@@ -38,6 +39,8 @@ repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$repo/launch/lib.sh"
 
 PREEMPTED=75  # exit code of rlsafety.train after SIGTERM: saved, start me again
+BAD_INPUT=2
+CRASHES=5  # restarts after which a failure is final
 
 name='' zone='' device='' bucket='' version='' max_restarts=20 poll=30 delete_when_done=0
 where=() create=() ssh_flags=() flags=()
@@ -197,7 +200,11 @@ train() {
         ;;
       running) note 'the connection dropped, joining again'; sleep "$poll"; continue ;;
       "exit $PREEMPTED" | lost | none | unreachable) ;;
-      *) die "the run failed ($answer), the slice is kept; read $0 logs, then $0 delete" ;;
+      *)
+        if [[ $answer == "exit $BAD_INPUT" ]] || ((restarts >= CRASHES)); then
+          die "the run failed ($answer), the slice is kept; read $0 logs, then $0 delete"
+        fi
+        ;;
     esac
     ((restarts += 1))
     if ((restarts > max_restarts)); then die "gave up after $max_restarts restarts"; fi

@@ -6,6 +6,7 @@
 #   tpu_worker.sh follow NAME         print NAME's log until it ends
 #   tpu_worker.sh result NAME         print: none, running, lost, or exit CODE
 #   tpu_worker.sh stop NAME           ask NAME to save and end (SIGTERM), wait up to 2 minutes
+#   tpu_worker.sh --dry-run COMMAND   print what COMMAND would do, change nothing
 #   tpu_worker.sh --help              this text
 #
 # The run is detached from the ssh session, so a lost connection costs nothing. Its log is
@@ -28,24 +29,29 @@ setup() {
   make_venv "$venv"
   install "$venv" tpu --editable '.[tpu]'
   if [[ -n $bucket ]] && ! mountpoint -q "$mount"; then
-    command -v gcsfuse >/dev/null || die 'gcsfuse is not on this VM image: install it, or use an image that has it'
-    mkdir -p "$mount"
-    gcsfuse --implicit-dirs "$bucket" "$mount"
+    [[ ${DRY_RUN:-0} == 1 ]] || command -v gcsfuse >/dev/null ||
+      die 'gcsfuse is not on this VM image: install it, or use an image that has it'
+    run mkdir -p "$mount"
+    run gcsfuse --implicit-dirs "$bucket" "$mount"
   fi
 }
 
 start() {
   local name=$1
   shift
-  mkdir -p "$runs"
   if alive "$name"; then
     note "$name is running already"
     return
   fi
-  rm -f "$runs/$name.exit" "$runs/$name.pid"
   # Its own session: it outlives ssh.
-  setsid nohup "$code/launch/tpu_worker.sh" supervise "$name" "$@" >>"$runs/$name.log" 2>&1 \
-    </dev/null &
+  local command=(setsid nohup "$code/launch/tpu_worker.sh" supervise "$name" "$@")
+  if [[ ${DRY_RUN:-0} == 1 ]]; then
+    run "${command[@]}"
+    return
+  fi
+  mkdir -p "$runs"
+  rm -f "$runs/$name.exit" "$runs/$name.pid"
+  "${command[@]}" >>"$runs/$name.log" 2>&1 </dev/null &
   for _ in {1..50}; do
     if [[ -f $runs/$name.pid ]]; then return; fi
     sleep 0.1
@@ -72,9 +78,9 @@ supervise() {
 
 follow() {
   if alive "$1"; then
-    tail -n 40 --pid="$(<"$runs/$1.pid")" -F "$runs/$1.log" 2>/dev/null
+    run tail -n 40 --pid="$(<"$runs/$1.pid")" -F "$runs/$1.log" 2>/dev/null
   else
-    tail -n 40 "$runs/$1.log"
+    run tail -n 40 "$runs/$1.log"
   fi
 }
 
@@ -92,7 +98,8 @@ result() {
 
 stop() {
   if ! alive "$1"; then return; fi
-  kill -TERM "$(<"$runs/$1.pid")"
+  run kill -TERM "$(<"$runs/$1.pid")"
+  if [[ ${DRY_RUN:-0} == 1 ]]; then return; fi
   for _ in {1..120}; do
     if ! alive "$1"; then return; fi
     sleep 1
@@ -100,6 +107,10 @@ stop() {
   die "$1 did not end within 2 minutes of SIGTERM"
 }
 
+if [[ ${1:-} == --dry-run ]]; then
+  DRY_RUN=1
+  shift
+fi
 case ${1:-} in
   setup | start | supervise | follow | result | stop) "$@" ;;
   --help | -h) print_help "$code/launch/tpu_worker.sh" ;;

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 from conftest import FAST_COMPILE
@@ -69,15 +70,41 @@ def test_shellcheck():
   assert out.returncode == 0, out.stdout
 
 
-@pytest.mark.parametrize("script", ["launch/quickstart.sh", "tests/run.sh", "launch/slurm.sbatch"])
+# Arguments of a dry run, and how its last line ends. HOME is an empty folder.
+TINY_RECIPE = f"--config={REPO}/configs/tiny_syco.py"
+ON_GCP = "--name=a --zone=z --device=v5e-16 --bucket=b"
+DRY_RUNS = {
+  "tests/run.sh": ("--venv=~/venv --dry-run -x", " -x"),
+  "launch/quickstart.sh": ("--venv=~/venv --dry-run -x", " -x"),
+  "launch/slurm.sbatch": ("--dry-run -x", "-m rlsafety.train -x"),
+  "launch/tpu_pod.sh": (f"train {ON_GCP} --dry-run -- --config=c.py", "--zone=z"),
+  "launch/tpu_worker.sh": ("--dry-run start a --config=c.py", "supervise a --config=c.py"),
+  "launch/sweep.py": (
+    f"{TINY_RECIPE} --sweep=~/s --grid=seed=7 --dry-run",
+    "--config.seed=7 --workdir=~/s/seed-7",
+  ),
+  "launch/k8s/render.py": (
+    f"--name=a --device=v5e-16 --image=i --bucket=b --dry-run -- {TINY_RECIPE}",
+    "driver: gcsfuse.csi.storage.gke.io",
+  ),
+}
+
+
+@pytest.mark.parametrize("script", DRY_RUNS)
 def test_help_and_dry_run(script, tmp_path):
-  text = sh("bash", script, "--help")
+  program = sys.executable if script.endswith(".py") else "bash"
+  text = sh(program, script, "--help")
   assert text.returncode == 0 and "--dry-run" in text.stdout and "set -" not in text.stdout
-  venv = tmp_path / "venv"
-  out = sh("bash", script, "--dry-run", *([] if "sbatch" in script else [f"--venv={venv}"]), "-x")
+  arguments, end = (part.replace("~", str(tmp_path)) for part in DRY_RUNS[script])
+  out = sh(program, script, *arguments.split(), env={"HOME": str(tmp_path)})
   assert out.returncode == 0, out.stderr
-  assert out.stdout.startswith("+ ") and " -x" in out.stdout.splitlines()[-1]
-  assert not venv.exists()
+  assert end in (out.stdout if "render" in script else out.stdout.splitlines()[-1])
+  assert not list(tmp_path.iterdir())
+
+
+def test_every_launcher_is_dry_run():
+  found = {str(p.relative_to(REPO)) for p in (REPO / "launch").rglob("*.*") if "__" not in str(p)}
+  assert found - {"launch/lib.sh"} == set(DRY_RUNS) - {"tests/run.sh"}
 
 
 def test_old_or_missing_python_is_one_clear_line(tmp_path):
@@ -168,11 +195,12 @@ DOCUMENTED = {
   "compute tpus tpu-vm ssh": {*SSH, "--zone", "--command", "--ssh-flag", "--dry-run"},
   "compute tpus tpu-vm scp": {*SSH, "--zone", "--recurse", "--compress", "--scp-flag"},
   "storage ls": {"--long", "--recursive", "--json"},
+  "storage cat": {"--display-url", "--range"},
 }
 
 GCLOUD = """\
 #!{python} -SE
-import json, os, pathlib, shutil, subprocess, sys
+import json, os, pathlib, shutil, subprocess, sys, time
 documented, folder = json.loads({documented!r}), pathlib.Path({folder!r})
 arguments = sys.argv[1:]
 with open(folder / "calls.jsonl", "a") as f:
@@ -194,6 +222,16 @@ if command.endswith("describe"):
   print(now)
   after = {{"ACCEPTED": "PROVISIONING", "PROVISIONING": "ACTIVE"}}
   state.write_text(after.get(now, now))
+elif command.startswith("storage"):
+  found = sorted((folder / "bucket").glob(rest[-1].removeprefix("gs://b/")))
+  if not found:
+    sys.exit("ERROR: (gcloud.storage) The following URLs matched no objects or files")
+  for path in found:
+    about, url = path.stat(), f"gs://b/{{path.relative_to(folder / 'bucket')}}"
+    written = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(about.st_mtime))
+    listed = f"{{about.st_size:10}}  {{written}}  {{url}}\\n"
+    ls = command.endswith("ls")
+    print(listed if ls else path.read_text()[int(flags["--range"]) :], end="")
 elif command.endswith("create"):
   state.write_text("ACCEPTED")
 elif command.endswith("delete"):
@@ -235,9 +273,9 @@ def cloud(tmp_path):
 POD = ("--name=run-1", "--zone=us-west4-a", "--device=v5e-16", "--bucket=gs://b", "--poll=0")
 
 
-@pytest.mark.parametrize("slice_lost", [False, True])
-def test_tpu_run_survives_a_preemption(cloud, slice_lost):
-  # The first start of the training is preempted, the second one completes.
+@pytest.mark.parametrize("code, slice_lost", [(75, False), (75, True), (134, False)])
+def test_tpu_run_survives_a_preemption_and_a_dead_host(cloud, code, slice_lost):
+  # The first start of the training ends early, the second one completes.
   executable(
     cloud.folder / "trainer",
     f"""\
@@ -246,7 +284,7 @@ def test_tpu_run_survives_a_preemption(cloud, slice_lost):
     if [[ ! -e {cloud.folder}/was-here ]]; then
       touch {cloud.folder}/was-here
       {f"echo SUSPENDED >{cloud.folder}/state" if slice_lost else ""}
-      exit 75
+      exit {code}
     fi
     echo step 300
     """,
@@ -255,7 +293,7 @@ def test_tpu_run_survives_a_preemption(cloud, slice_lost):
     "train", *POD, "--spot", "--delete-when-done", "--", "--config=c.py", "--config.seed=5"
   )
   assert out.returncode == 0, out.stderr
-  why = "unreachable" if slice_lost else "exit 75"
+  why = "unreachable" if slice_lost else f"exit {code}"
   assert f"interrupted ({why}), restart 1" in out.stderr
   assert "args: -m rlsafety.train --config=c.py --config.seed=5 --workdir=../bucket/runs/run-1" in (
     out.stdout
@@ -282,11 +320,14 @@ def test_lost_slice_is_deleted_and_made_anew(cloud, lost):
   assert len([c for c in cloud.calls() if c[3] in ("create", "scp")]) == before
 
 
-def test_a_failed_run_keeps_the_slice_and_its_code(cloud):
-  executable(cloud.folder / "trainer", "#!/bin/bash\necho rlsafety: bad field\nexit 2\n")
+@pytest.mark.parametrize("code, starts", [(2, 1), (1, 6)])
+def test_a_failed_run_keeps_the_slice_and_its_code(cloud, code, starts):
+  executable(cloud.folder / "trainer", f"#!/bin/bash\necho rlsafety: no\nexit {code}\n")
   out = cloud("train", *POD, "--", "--config=c.py")
-  assert out.returncode == 2 and "the run failed (exit 2)" in out.stderr
-  assert "rlsafety: bad field" in out.stdout and (cloud.folder / "state").exists()
+  assert out.returncode == 2 and f"the run failed (exit {code})" in out.stderr
+  assert "rlsafety: no" in out.stdout and (cloud.folder / "state").exists()
+  log = cloud.folder / "home/rlsafety-runs/run-1.log"
+  assert log.read_text() == "rlsafety: no\n" * starts
 
 
 def test_stop_saves_and_ends(cloud):
@@ -501,7 +542,7 @@ def test_sweep_skips_complete_runs_and_tells_states(tmp_path, capsys):
   for name, files in {
     "seed-0": {"summary.json": "{}", "metrics.jsonl": '{"step": 7, "reward": 0.5}\n{"st'},
     "seed-1": {"metrics.jsonl": '{"step": 3, "reward": null}\n'},
-    "logs": {"seed-2.exit": "2\n"},
+    "logs": {"seed-1.exit": "75\n", "seed-2.exit": "2\n"},
   }.items():
     (tmp_path / name).mkdir()
     for file, text in files.items():
@@ -519,16 +560,123 @@ def test_sweep_skips_complete_runs_and_tells_states(tmp_path, capsys):
     sweep.main([tiny, f"--sweep={tmp_path}", "--grid=sead=0,1"])
 
 
-def test_sweep_asks_the_bucket_what_is_complete(cloud, monkeypatch, capsys):
-  executable(
-    cloud.folder / "bin/gcloud",
-    '#!/bin/sh\necho "$*" >&2\necho gs://b/s/seed-1/summary.json\n',
+QUEUE = """\
+#!/bin/bash
+# sbatch: prints the next job's number. squeue: what the file `queue` holds of the jobs asked for.
+cd {folder}
+echo "$0 $*" >>calls
+case $0 in
+  */sbatch) echo x >>jobs; echo $((100 + $(wc -l <jobs))) ;;
+  */squeue)
+    jobs=$(printf '%s\\n' "$@" | sed -n 's/--jobs=//p')
+    grep -E "^(${{jobs//,/|}}) " queue ;;
+esac
+exit 0
+"""
+
+
+def test_slurm_arrays_keep_their_own_runs(tmp_path, monkeypatch, capsys):
+  """A run fails while others of its array wait: what is submitted again leaves them alone."""
+  for name in ("sbatch", "squeue"):
+    executable(tmp_path / f"bin/{name}", QUEUE.format(folder=tmp_path))
+  monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+  folder = tmp_path / "s"
+  argv = [TINY_RECIPE, f"--sweep={folder}", "--grid=seed=0,1,2", "--backend=slurm"]
+
+  def again(queue, *more):
+    (tmp_path / "queue").write_text(queue)
+    assert sweep.main([*argv, *more]) == 0
+    return capsys.readouterr().out
+
+  assert "submitted array 101 of 3 runs" in again("")
+  first = (folder / "array-1.tsv").read_text()
+  assert [line.split("/")[-1] for line in first.splitlines()] == ["seed-0", "seed-1", "seed-2"]
+  (folder / "logs/seed-0.exit").write_text("1\n")
+  still = "101 1 RUNNING\n101 2 PENDING\n"
+  assert "submitted array 102 of 1 runs" in again(still)
+  assert (folder / "array-1.tsv").read_text() == first
+  assert (folder / "array-2.tsv").read_text() == first.splitlines()[0] + "\n"
+  assert f"--runs={folder}/array-2.tsv" in (tmp_path / "calls").read_text().splitlines()[-1]
+  out = again("102 0 PENDING\n" + still)
+  assert "3 complete or queued, 0 to do" in out
+  assert [line.split()[1] for line in out.splitlines()[2:5]] == ["pending", "running", "pending"]
+  out = again("101 2 PENDING\n", "--status")
+  assert [line.split()[1] for line in out.splitlines()[1:4]] == ["failed", "not", "pending"]
+  executable(tmp_path / "bin/squeue", "#!/bin/sh\necho no answer from the controller >&2; exit 1\n")
+  with pytest.raises(UserError, match="squeue failed: no answer"):  # else all would run twice
+    sweep.main(argv)
+
+
+@pytest.mark.parametrize(
+  "code, restarts, requeued, left",
+  [
+    (0, 0, False, "0"),
+    (2, 0, False, "2"),
+    (75, 9, True, ""),
+    (134, 4, True, ""),
+    (134, 5, False, "134"),
+  ],
+)
+def test_slurm_job_goes_back_into_the_queue(tmp_path, code, restarts, requeued, left):
+  executable(tmp_path / "bin/srun", f"#!/bin/bash\necho cpus $SRUN_CPUS_PER_TASK\nexit {code}\n")
+  executable(tmp_path / "bin/scontrol", "#!/bin/bash\necho scontrol $*\n")
+  (tmp_path / "array-1.tsv").write_text(
+    f"--config=c.py\n--config=c.py\t--workdir={tmp_path}/seed-1\n"
   )
+  (tmp_path / "logs").mkdir()
+  exit_file = tmp_path / "logs/seed-1.exit"
+  exit_file.write_text("1\n")  # of an earlier attempt
+  env = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLURM_RESTART_COUNT": str(restarts)}
+  env |= {"SLURM_JOB_ID": "8", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
+  env |= {"SLURM_CPUS_PER_TASK": "3"}
+  out = sh("bash", "launch/slurm.sbatch", f"--runs={tmp_path}/array-1.tsv", env=env)
+  assert out.returncode == code and "cpus 3" in out.stdout
+  assert ("scontrol requeue Incomplete 7_1" in out.stdout) == requeued
+  assert (exit_file.read_text() if exit_file.exists() else "").strip() == left
+
+
+def test_sweep_on_kubernetes_applies_what_the_bucket_lacks(cloud, monkeypatch, capsys):
+  text = "#!/bin/bash\necho $* >>{0}/kubectl.args\n(cat; echo ---) >>{0}/applied.yaml\n"
+  executable(cloud.folder / "bin/kubectl", text.format(cloud.folder))
   monkeypatch.setenv("PATH", cloud.env["PATH"])
-  argv = [f"--config={REPO}/configs/tiny_syco.py", "--sweep=s", "--grid=seed=0,1", "--bucket=b"]
-  assert sweep.main([*argv, "--backend=tpu", "--dry-run", "--pass=--zone=z"]) == 0
+  monkeypatch.setenv("PYTHONPATH", str(REPO))
+  argv = [TINY_RECIPE, "--sweep=s", "--grid=seed=0,1,2", "--bucket=b", "--backend=k8s"]
+  runs = {run.name: run for run in sweep.expand(argv[0].partition("=")[2], ["seed=0,1,2"], [])}
+  hour_old = time.time() - 3600
+  for path, content in {
+    "seed-1/summary.json": "{}",
+    "seed-1/metrics.jsonl": '{"step": 6, "reward": 0.5}\n',
+    "seed-2/metrics.jsonl": '{"step": 3}\n{"step": 4, "reward": 0.25}\n{"st',
+    "seed-2/config.json": "{}",
+  }.items():
+    file = cloud.folder / "bucket/s" / path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(content)
+    os.utime(file, (hour_old, hour_old))
+  assert sweep.main([*argv, "--status"]) == 0
+  out = [line.split() for line in capsys.readouterr().out.splitlines()]
+  assert out[1] == "seed-0 not started - - - -".split()
+  assert out[2] == "seed-1 complete 6 0.500 - -".split()
+  assert out[3] == "seed-2 wrote 60 min ago 4 0.250 - -".split()
+  options = ["--pass=--image=i", "--pass=--device=H100-8"]
+  assert sweep.main([*argv, *options, "--dry-run"]) == 0
+  assert not (cloud.folder / "applied.yaml").exists() and "2 to do" in capsys.readouterr().out
+  assert sweep.main([*argv, *options]) == 0
+  assert (cloud.folder / "kubectl.args").read_text() == "apply -f -\n" * 2
+  applied = [m for m in yaml.safe_load_all((cloud.folder / "applied.yaml").read_text()) if m]
+  for manifest, name in zip(applied, ("seed-0", "seed-2"), strict=True):
+    assert manifest["kind"] == "JobSet" and manifest["metadata"]["name"] == runs[name].label
+    job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    command = job["containers"][0]["command"]
+    assert command[3:] == [*runs[name].flags, f"--workdir=/bucket/s/{name}"]
+  executable(cloud.folder / "bin/kubectl", "#!/bin/sh\nexit 3\n")
+  with pytest.raises(UserError, match="kubectl apply ended with 3"):
+    sweep.main([*argv, *options])
+  # The same bucket answers for TPUs.
+  argv[-1] = "--backend=tpu"
+  assert sweep.main([*argv, "--dry-run", "--pass=--zone=z"]) == 0
   out = capsys.readouterr().out
-  assert "1 to do" in out and "--config.seed=0" in out and "--config.seed=1" not in out
+  assert "2 to do" in out and "--config.seed=0" in out and "--config.seed=1" not in out
   assert "--zone=z" in out and "--workdir=../bucket/s/seed-0" in out
 
 

@@ -150,7 +150,7 @@ def test_sweep_runs_an_array_and_skips_what_is_complete(slurm, tmp_path):
   command += ["--grid=seed=1,2", "--jobs=2", "--pass=--cpus-per-task=1", "--", *TINY[1:]]
   first = out_of(command, slurm)
   assert first.returncode == 0 and "submitted array" in first.stdout, first.stderr
-  job = (sweep / "slurm.txt").read_text().split()[0]
+  job = (sweep / "arrays.tsv").read_text().split()[0]
   waiting = out_of(command, slurm)  # what is queued is left to the queue
   assert "2 complete or queued, 0 to do" in waiting.stdout
   wait_for(gone(job, slurm), 900, "the end of the array")
@@ -158,6 +158,7 @@ def test_sweep_runs_an_array_and_skips_what_is_complete(slurm, tmp_path):
   assert sorted(p.parent.name for p in sweep.glob("*/summary.json")) == ["seed-1", "seed-2"], logs
   status = out_of([*command[: command.index("--")], "--status", "--", *TINY[1:]], slurm)
   assert "2 of 2 complete" in status.stdout
+  assert [p.read_text() for p in (sweep / "logs").glob("*.exit")] == ["0\n"] * 2
 
 
 def test_two_tasks_are_one_run_and_a_preempted_job_resumes(slurm, tmp_path):
@@ -184,3 +185,32 @@ def test_two_tasks_are_one_run_and_a_preempted_job_resumes(slurm, tmp_path):
   text = log.read_text()
   assert (workdir / "summary.json").exists(), text
   assert "resuming after step" in text and "'data': 2" in text
+
+
+def test_a_dead_host_is_started_again_and_a_cancelled_job_is_not(slurm, tmp_path):
+  """In place of the training: a program that aborts once, then waits for SIGTERM and saves."""
+  python, log, starts = (tmp_path / name for name in ("python", "job.log", "starts"))
+  python.write_text(f"""#!/bin/bash
+echo >>{starts}
+if (($(wc -l <{starts}) == 1)); then kill -ABRT $$; fi
+trap 'echo saved; exit 75' TERM
+echo ready
+while :; do sleep 0.2; done
+""")
+  python.chmod(0o755)
+  env = dict(slurm, RLSAFETY_PYTHON=str(python))
+  submit = ["sbatch", "--parsable", f"--output={log}", "launch/slurm.sbatch", "--config=c.py"]
+  job = out_of(submit, env).stdout.strip()
+
+  def begun_again():
+    out_of(["scontrol", "update", f"JobId={job}", "StartTime=now"], env)
+    return "ready" in log.read_text()
+
+  wait_for(lambda: log.exists() and "ended with 134, back into" in log.read_text(), 60, "requeue")
+  time.sleep(5)  # as above
+  wait_for(begun_again, 60, "a second start")
+  out_of(["scancel", job], env)
+  wait_for(lambda: "ended with 75" in log.read_text(), 60, "the end")
+  time.sleep(3)
+  assert gone(job, env)() and "saved" in log.read_text()
+  assert len(starts.read_text().splitlines()) == 2
