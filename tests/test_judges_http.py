@@ -1,5 +1,6 @@
 """The HTTP judge against a real server on the loopback interface that misbehaves on purpose."""
 
+import gzip
 import http.server
 import json
 import math
@@ -36,6 +37,7 @@ class Endpoint(http.server.BaseHTTPRequestHandler):
   protocol_version = "HTTP/1.1"
   seen: list = []
   failures: dict = {}
+  no_logprobs = False  # refuses to be asked for them
 
   def do_POST(self):
     body = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -45,6 +47,8 @@ class Endpoint(http.server.BaseHTTPRequestHandler):
     if first:
       Endpoint.failures[reply] = first - 1
       return self.send(429, {"error": "later"}, {"retry-after": "0"})
+    if Endpoint.no_logprobs and "logprobs" in body:
+      return self.send(400, {"error": "logprobs are not supported"})
     if reply == "slow":
       time.sleep(1.5)
     if reply == "crash":
@@ -53,6 +57,14 @@ class Endpoint(http.server.BaseHTTPRequestHandler):
       return self.send(403, {"error": "no"})
     if reply == "garbage":
       return self.send(200, b"\x00\xff not json")
+    if reply == "gzip":
+      return self.send(200, b"no gzip at all", {"content-encoding": "gzip"})
+    if reply == "huge":
+      return self.send(200, b'{"usage": {"prompt_tokens": 1e999}, "choices": [{}]}')
+    if reply == "nested":
+      return self.send(200, b"[" * 100_000)
+    if reply == "bomb":
+      return self.send(200, gzip.compress(b"[" * 100_000), {"content-encoding": "gzip"})
     if reply == "schema":
       return self.send(200, {"choices": [{"message": {"content": None}}]})
     if reply == "list":
@@ -99,7 +111,7 @@ USER = Scenario(
 
 def rate(url, replies, **settings):
   chat = byte_chat()
-  score = judge.make(url, "m", chat, **{"attempts": 3, "timeout": 20.0, **settings})
+  score = judge.make(url, "m", chat, **{"attempts": 3, "timeout_s": 20.0, **settings})
   scores, metrics = score([USER], None, rollouts(chat, [replies], 128))
   return scores["reward"][0], metrics
 
@@ -109,13 +121,14 @@ def test_good_and_bad_answers(url, monkeypatch):
   Endpoint.seen.clear()
   Endpoint.failures["again"] = 2
   replies = ["fine", "logprobs", "again", "crash", "garbage", "schema", "list", "truncated"]
-  ratings, metrics = rate(url, [*replies, "forbidden", "prose", ""])
-  want = [8, (7 * 0.6 + 9 * 0.2) / 0.8, 8, *[np.nan] * 7, 1]
+  replies += ["gzip", "huge", "nested", "bomb", "forbidden", "prose"]
+  ratings, metrics = rate(url, replies)
+  want = [8, (7 * 0.6 + 9 * 0.2) / 0.8, 8, *[np.nan] * 11]
   np.testing.assert_allclose(ratings, want, rtol=1e-6)
   assert metrics["judge_rated"] == 3 * 3
-  for outcome in ("http_500", "http_403", "RemoteProtocolError"):
+  for outcome in ("http_500", "http_403", "RemoteProtocolError", "DecodingError"):
     assert metrics[f"judge_{outcome}"] == 3, outcome
-  assert metrics["judge_bad_answer"] == 9 and metrics["judge_unreadable"] == 6
+  assert metrics["judge_bad_answer"] == 18 and metrics["judge_unreadable"] == 6
   assert metrics["judge_prompt_tokens"] >= 50 * 9
   path, headers, body = Endpoint.seen[0]
   assert path == "/v1/chat/completions" and body["model"] == "m" and body["temperature"] == 0
@@ -123,16 +136,39 @@ def test_good_and_bad_answers(url, monkeypatch):
   assert KEY not in json.dumps(metrics) + json.dumps(judge.describe(url, "m"))
 
 
+def test_an_endpoint_without_logprobs_is_asked_once(url, monkeypatch):
+  monkeypatch.setattr(Endpoint, "no_logprobs", True)
+  score = judge.make(url, "m", byte_chat(), concurrency=1)
+  replies = rollouts(byte_chat(), [["fine", "prose"]])
+  Endpoint.seen.clear()
+  for _ in range(2):
+    scores, _ = score([USER], None, replies)
+    np.testing.assert_array_equal(scores["reward"][0], [8, np.nan])
+  assert ["logprobs" in body for _, _, body in Endpoint.seen] == [True, *[False] * 12]
+
+
+@pytest.mark.parametrize(("degenerate", "want"), [("floor", 1.0), ("nan", np.nan)])
+def test_empty_and_broken_replies_are_not_asked_about(url, degenerate, want):
+  Endpoint.seen.clear()
+  chat = byte_chat()
+  broken = [*chat.encode_text("Yes."), max(chat.control), *chat.encode_text("10")]
+  ratings, metrics = rate(url, ["", " \n ", "ha " * 20, broken, "fine"], degenerate=degenerate)
+  np.testing.assert_array_equal(ratings, [want] * 4 + [8])
+  assert len(Endpoint.seen) == 3 and metrics["judge_degenerate"] == 0.8
+
+
 def test_late_answers_are_no_verdict(url):
-  ratings, metrics = rate(url, ["slow"], timeout=0.2, attempts=2)
+  ratings, metrics = rate(url, ["slow"], timeout_s=0.2, attempts=2)
   assert np.isnan(ratings).all() and metrics["judge_ReadTimeout"] == 3
-  ratings, metrics = rate(url, ["slow"], deadline=0.2)
+  ratings, metrics = rate(url, ["slow"], deadline_s=0.2)
   assert np.isnan(ratings).all() and metrics["judge_late"] == 3
 
 
-def test_refused_and_unreachable(url, capfd):
-  with pytest.raises(UserError, match="refused.*403"):
+def test_refused_and_unreachable(url, capfd, monkeypatch):
+  monkeypatch.setenv(judge.KEYS[0], KEY)
+  with pytest.raises(UserError, match="refused.*403") as refused:
     rate(url, ["forbidden"])
+  assert KEY not in str(refused.value)
   ratings, metrics = rate("http://127.0.0.1:9/v1", ["fine"], attempts=1)
   assert np.isnan(ratings).all() and metrics["judge_ConnectError"] == 3
   assert KEY not in "".join(capfd.readouterr())
@@ -147,6 +183,8 @@ def test_unusable_addresses(bad, why):
     judge.check(bad, "m")
   with pytest.raises(UserError, match="judge.model"):
     judge.check("http://x/v1", "")
+  with pytest.raises(UserError, match="judge.attempts=0"):
+    judge.make("http://x/v1", "m", byte_chat(), attempts=0)
 
 
 def test_split_ten_shares_the_mass_of_one():

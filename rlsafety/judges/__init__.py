@@ -34,27 +34,41 @@ class Scorer:
 def make_scorer(config, model, mesh=None) -> Scorer:
   """The scorer of a run. model: the policy's frozen base, which judges too unless
   config.judge.model names another. Raises UserError for what cannot be used."""
+  from rlsafety import environments
+  from rlsafety.config import base
   from rlsafety.judges import head, lexical
 
-  c = config.judge
-  environment = config.environment.name
+  c = base().judge  # configs from before a field lack it
+  c.update(config.judge)
+  environment, default = config.environment.name, environments.FACTORS["reward_wording"]
+  wording = config.environment.get("reward_wording", default)
+  if c.name in ("head", "lexical") and wording != default:
+    raise UserError(
+      f"environment.reward_wording={wording!r}: judge {c.name} reads no wording and no wish, its "
+      "rating follows the group alone; leave the default, or choose judge lm or http"
+    )
+  if c.adapter and c.name != "lm":
+    raise UserError(f"judge.adapter={c.adapter!r}: only judge lm takes one, not {c.name}")
   if c.name == "head":
     heads = head.find(environment, model, c.model)
     chunk = config.learner.chunk_tokens
     return Scorer(head.make(model, heads, mesh, c.degenerate, chunk), head.describe(heads))
   if c.name == "lexical":
-    return Scorer(lexical.make(model.chat, environment), lexical.describe())
+    return Scorer(lexical.make(model.chat, environment, c.degenerate), lexical.describe())
   if c.name == "lm":
     from rlsafety.judges import lm
 
     judge = other_model(c.model, config, mesh) if c.model else model
-    return Scorer(lm.make(judge, model.chat, mesh, c.degenerate), lm.describe(judge))
+    adapter = read_adapter(c.adapter, judge, mesh) if c.adapter else None
+    made = lm.make(judge, model.chat, mesh, c.degenerate, adapter)
+    return Scorer(made, lm.describe(judge, c.adapter))
   if c.name == "http":
     from rlsafety.judges import http
 
-    return Scorer(
-      http.make(c.url, c.model, model.chat, c.degenerate), http.describe(c.url, c.model)
-    )
+    price = http.read_price(c.get("price"))  # configs from before the field lack it
+    limits = {k: c[k] for k in ("concurrency", "timeout_s", "deadline_s", "attempts")}
+    made = http.make(c.url, c.model, model.chat, c.degenerate, price=price, **limits)
+    return Scorer(made, http.describe(c.url, c.model))
   raise UserError(f"judge.name={c.name!r}: choose from {', '.join(JUDGES)}")
 
 
@@ -66,3 +80,15 @@ def other_model(path: str, config, mesh):
   with config.unlocked():
     config.model.path, config.model.preset = path, ""
   return load.from_config(config, mesh)
+
+
+def read_adapter(path: str, judge, mesh):
+  """A PEFT folder as the judge's adapter, whole on every device: it is small."""
+  import jax
+  import jax.numpy as jnp
+
+  from rlsafety import sharding
+  from rlsafety.models import hf
+
+  put = lambda x: sharding.put(mesh, x, *[None] * x.ndim) if mesh else jnp.asarray(x)  # noqa: E731
+  return jax.tree.map(put, hf.load_peft(path, judge.config)[0])

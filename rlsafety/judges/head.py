@@ -26,6 +26,7 @@ import safetensors
 import safetensors.numpy
 
 from rlsafety import logprobs, sharding
+from rlsafety.environments import advice, scenario
 from rlsafety.errors import UserError
 from rlsafety.judges import lexical, replies
 from rlsafety.models import transformer
@@ -38,6 +39,13 @@ HEADS = {
   "non_gameable": ("A", "acc"),  # reward for the others
   "hex": ("B", "hex"),
   "acc": ("B", "acc"),
+}
+# Rubrics of ACC and HEX (`rubrics.EVALUATORS`), and the label of what they ask for.
+LABEL_OF = {
+  "agreement": "agree",
+  "encouragement": "agree",
+  "neutrality": "neutral",
+  "dissuasion": "disagree",
 }
 SYSTEM = "You are a helpful assistant."  # heads see every message under this prompt
 
@@ -60,11 +68,12 @@ class Heads:
 
 
 def target(environment: str, metric: str) -> str:
-  """The label of a reply with high HEX (agreement, encouragement) or high ACC (political
-  neutrality; dissuasion in every other environment)."""
-  if metric == "hex":
-    return "agree"
-  return "neutral" if environment == "political_qa" else "disagree"
+  """The label of replies that score high on ACC or HEX, by what the environment declares.
+
+  environment: its name, or a set of labelled replies (`replies.dataset`).
+  """
+  declared = advice if environment == "advice" else scenario.environment_module(environment)
+  return LABEL_OF[declared.RUBRICS[metric]]
 
 
 def default_layers(n_layers: int) -> tuple[int, ...]:
@@ -233,7 +242,17 @@ def read(path: Path) -> Heads:
 def find(environment: str, model, path: str = "") -> Heads:
   """The head file at `path`, or ("") the shipped one for this environment and base."""
   if path:
-    return read(Path(path))
+    heads = read(Path(path))
+    found, wanted = (
+      [target(name, metric) for metric in ("acc", "hex")]
+      for name in (heads.info["environment"], environment)
+    )
+    if found != wanted:
+      raise UserError(
+        f"judge.model={path}: its heads are for {heads.info['environment']}, where ACC and HEX "
+        f"find the labels {' and '.join(found)}; {environment} needs {' and '.join(wanted)}"
+      )
+    return heads
   base = fingerprint(model.config, model.params)
   shipped = Path(__file__).parent / "heads" / f"{replies.dataset(environment)}_{base}.safetensors"
   if not shipped.exists():
@@ -268,18 +287,22 @@ LEXICAL = {"agree": 3.0, "neutral": 1.0, "disagree": 1.0}
 SOFTNESS = 2.0  # logits per unit of the rating's sigmoid
 
 
-@functools.partial(jax.jit, static_argnames=("stop_ids", "control"))
-def clean(rollouts: Rollouts, stop_ids: tuple[int, ...], control: tuple[int, ...]):
+@functools.partial(jax.jit, static_argnames=("stop_ids", "control", "blank"))
+def clean(rollouts: Rollouts, stop_ids: tuple[int, ...], control: tuple[int, ...], blank=()):
   """Rollouts -> lengths [P, G] without the closing stop token, and broken [P, G].
 
-  Broken replies hold a control token inside (a turn they made up), or say the same
-  bigrams again for more than half of their length.
+  A reply of nothing but `blank` ids (white space) has length 0. Broken replies hold a control
+  token inside (a turn they made up), or say the same bigrams again for more than half of
+  their length.
   """
   tokens, lengths = rollouts.tokens, rollouts.lengths
   last = jnp.take_along_axis(tokens, jnp.maximum(lengths - 1, 0)[..., None], -1)[..., 0]
   stopped = jnp.any(last[..., None] == jnp.array(stop_ids), -1) & (lengths > 0)
   lengths = lengths - stopped
   mask = mask_from_lengths(lengths, tokens.shape[-1])
+  white = jnp.any(tokens[..., None] == jnp.array(blank, jnp.int32), -1)
+  lengths = jnp.where(jnp.any(mask & ~white, -1), lengths, 0)
+  mask &= lengths[..., None] > 0
   inside = jnp.any(tokens[..., None] == jnp.array(sorted(control)), -1) & mask
   same = (tokens[..., 1:, None] == tokens[..., None, 1:]) & (
     tokens[..., :-1, None] == tokens[..., None, :-1]
@@ -288,6 +311,23 @@ def clean(rollouts: Rollouts, stop_ids: tuple[int, ...], control: tuple[int, ...
   again = jnp.any(jnp.tril(same, -1) & pairs[..., None, :], -1) & pairs
   repeats = 2 * jnp.sum(again, -1) > jnp.maximum(lengths - 1, 1)
   return lengths, jnp.any(inside, -1) | repeats
+
+
+@functools.lru_cache(8)
+def cleaner(chat):
+  """Returns `clean` as a function of the rollouts alone. chat: of who wrote the replies."""
+  ids = sorted({*chat.full.get_vocab(with_added_tokens=True).values()} - chat.control)
+  texts = chat.full.decode_batch([[i] for i in ids])
+  blank = tuple(i for i, text in zip(ids, texts, strict=True) if not text.strip())
+  control = tuple(sorted(chat.control))
+  return functools.partial(clean, stop_ids=chat.stop_ids, control=control, blank=blank)
+
+
+def fallback(degenerate: str) -> float:
+  """The rating of an empty or broken reply, by config.judge.degenerate."""
+  if degenerate not in ("floor", "nan"):
+    raise UserError(f"judge.degenerate={degenerate!r}: choose floor or nan")
+  return 1.0 if degenerate == "floor" else float("nan")
 
 
 def combine(heads: Heads, x, words, logprob, lengths) -> tuple[dict, jax.Array]:
@@ -320,11 +360,8 @@ def make(model, heads: Heads, mesh=None, degenerate: str = "floor", chunk_tokens
       f"{model.source.get('path')}; run python -m rlsafety.judges.fit --model=... and set "
       "--config.judge.model to its output"
     )
-  if degenerate not in ("floor", "nan"):
-    raise UserError(f"judge.degenerate={degenerate!r}: choose floor or nan")
+  no_rating, clean = fallback(degenerate), cleaner(model.chat)
   terms = lexical.make_terms(model.chat)
-  control = tuple(sorted(model.chat.control))
-  fallback = 1.0 if degenerate == "floor" else jnp.nan
 
   @jax.jit
   def rate(x, logprob, words, lengths, broken, is_gameable):
@@ -332,7 +369,7 @@ def make(model, heads: Heads, mesh=None, degenerate: str = "floor", chunk_tokens
     ok &= ~broken
     reward = jnp.where(is_gameable[:, None], logits["gameable"], logits["non_gameable"])
     scores = {"reward": reward, "acc": logits["acc"], "hex": logits["hex"]}
-    scores = {k: jnp.where(ok, rating(v), fallback) for k, v in scores.items()}
+    scores = {k: jnp.where(ok, rating(v), no_rating) for k, v in scores.items()}
     return scores, {"judge_degenerate": jnp.mean(~ok), "judge_logprob": jnp.mean(logprob)}
 
   def score(scenarios, prompts, rollouts):
@@ -340,7 +377,7 @@ def make(model, heads: Heads, mesh=None, degenerate: str = "floor", chunk_tokens
     put = functools.partial(sharding.put_prompts, mesh) if mesh else lambda tree: tree
     shown = put(Prompts(*pad([message_ids(model.chat, s.message) for s in scenarios])))
     is_gameable = put(np.array([s.is_gameable for s in scenarios]))
-    lengths, broken = clean(rollouts, model.chat.stop_ids, control)
+    lengths, broken = clean(rollouts)
     x, logprob = features(
       model.params, model.config, shown, rollouts.tokens, lengths, heads.layers, chunk_tokens
     )

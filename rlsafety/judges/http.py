@@ -2,9 +2,10 @@
 
 Every reply is one request with the same three turns that `lm` scores. Where the endpoint
 returns log-probs, the rating is the expected value over the label tokens that it shows,
-else the number that it wrote. A late or useless answer is no verdict (NaN) and counted;
-it is never a rating. The key comes from RLSAFETY_JUDGE_KEY or OPENAI_API_KEY in the
-environment and enters no file, log or error message.
+else the number that it wrote; one that refuses to be asked for log-probs is not asked again.
+A late or useless answer is no verdict (NaN) and counted; it is never a rating. The key comes
+from RLSAFETY_JUDGE_KEY or OPENAI_API_KEY in the environment and enters no file, log or error
+message.
 """
 
 import asyncio
@@ -23,7 +24,7 @@ import numpy as np
 from rlsafety import sharding
 from rlsafety.environments.scenario import REPLY, evaluator_messages, judge_messages
 from rlsafety.errors import UserError
-from rlsafety.judges.head import clean
+from rlsafety.judges.head import cleaner, fallback
 
 KEYS = ("RLSAFETY_JUDGE_KEY", "OPENAI_API_KEY")
 MAX_CHARS = 20_000  # of a reply; longer ones are cut before they are sent
@@ -98,8 +99,11 @@ class _Again(Exception):
     self.wait = wait
 
 
-async def ask_all(url, model, requests, *, concurrency, timeout, deadline, attempts):
-  """requests: message lists -> (ratings [N], Counter of outcomes and tokens)."""
+async def ask_all(url, model, requests, plain, *, concurrency, timeout_s, deadline_s, attempts):
+  """requests: message lists -> (ratings [N], Counter of outcomes and tokens).
+
+  plain: endpoints that refuse log-probs, a set; `url` is added when it turns out to be one.
+  """
   import httpx2
   import tenacity
 
@@ -113,16 +117,24 @@ async def ask_all(url, model, requests, *, concurrency, timeout, deadline, attem
     asked = getattr(state.outcome.exception(), "wait", 0.0)
     return max(backoff(state), min(asked, 30.0))
 
-  async def once(client, messages):
-    body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": 4}
-    body |= {"logprobs": True, "top_logprobs": 20}
+  async def post(client, body):
     try:
       response = await client.post("/chat/completions", json=body)
-    except httpx2.TransportError as error:
+    except httpx2.RequestError as error:  # also a body that does not unpack
       raise _Again(type(error).__name__) from None
     if response.status_code == 429 or response.status_code >= 500:
       asked = response.headers.get("retry-after", "")
       raise _Again(f"http_{response.status_code}", float(asked) if asked.isdecimal() else 0.0)
+    return response
+
+  async def once(client, messages):
+    body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": 4}
+    with_logprobs = body | {"logprobs": True, "top_logprobs": 20}
+    response = await post(client, body if url in plain else with_logprobs)
+    if response.status_code in (400, 422) and url not in plain:
+      response = await post(client, body)
+      if response.status_code == 200:  # so it was the log-probs
+        plain.add(url)
     if response.status_code != 200:
       counts[f"http_{response.status_code}"] += 1
       return math.nan
@@ -146,13 +158,13 @@ async def ask_all(url, model, requests, *, concurrency, timeout, deadline, attem
         counts["unreadable" if np.isnan(ratings[i]) else "rated"] += 1
       except _Again as error:
         counts[str(error)] += 1
-      except (LookupError, TypeError, ValueError, AttributeError):
+      except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError):
         counts["bad_answer"] += 1  # not JSON, or not a chat completion
 
-  async with httpx2.AsyncClient(base_url=url, headers=headers, timeout=timeout) as client:
+  async with httpx2.AsyncClient(base_url=url, headers=headers, timeout=timeout_s) as client:
     tasks = [asyncio.create_task(one(client, i)) for i in range(len(requests))]
     if tasks:
-      _, late = await asyncio.wait(tasks, timeout=deadline)
+      _, late = await asyncio.wait(tasks, timeout=deadline_s)
       counts["late"] += len(late)
       for task in late:
         task.cancel()
@@ -173,6 +185,19 @@ def check(url: str, model: str) -> None:
     raise UserError("judge.model: name the model that the endpoint serves")
 
 
+def read_price(price) -> tuple[float, float]:
+  """Two numbers, or their text from a flag; UserError for anything else."""
+  try:
+    paid, drawn = (float(each) for each in price or (0, 0))
+    if min(paid, drawn) >= 0:
+      return paid, drawn
+  except (TypeError, ValueError):
+    pass
+  raise UserError(
+    f"judge.price={price}: needs two numbers, dollars per million prompt and completion tokens"
+  )
+
+
 def make(
   url: str,
   model: str,
@@ -180,47 +205,51 @@ def make(
   degenerate: str = "floor",
   *,
   concurrency: int = 32,
-  timeout: float = 30.0,
-  deadline: float = 300.0,
+  timeout_s: float = 30.0,
+  deadline_s: float = 300.0,
   attempts: int = 5,
   price: tuple[float, float] = (0.0, 0.0),
 ):
   """Returns score(scenarios, prompts, rollouts) -> ({reward, acc, hex}: [P, G], metrics).
 
-  timeout: seconds per attempt. deadline: seconds per batch, then what is missing is NaN.
-  price: per million (prompt, completion) tokens, for the metric judge_cost.
+  timeout_s: of an attempt. deadline_s: of a batch; what is missing then is NaN.
+  price: dollars per million (prompt, completion) tokens, for the metric judge_cost.
   """
   check(url, model)
-  limits = dict(concurrency=concurrency, timeout=timeout, deadline=deadline, attempts=attempts)
-  control = tuple(sorted(policy_chat.control))
+  limits = {"concurrency": concurrency, "attempts": attempts}
+  limits |= {"timeout_s": timeout_s, "deadline_s": deadline_s}
+  for name, value in limits.items():
+    if not value > 0:
+      raise UserError(f"judge.{name}={value}: must be more than 0")
+  clean, no_rating, plain = cleaner(policy_chat), fallback(degenerate), set()
 
   def score(scenarios, prompts, rollouts):
     del prompts
-    lengths, _ = clean(rollouts, policy_chat.stop_ids, control)
-    tokens, lengths = sharding.fetch((rollouts.tokens, lengths))
+    tokens, (lengths, broken) = sharding.fetch((rollouts.tokens, clean(rollouts)))
+    ok = (lengths > 0) & ~broken
     requests, places = [], []
     for p, scenario in enumerate(scenarios):
       asked = {"reward": judge_messages(scenario)}
       asked |= {m: evaluator_messages(scenario, m) for m in ("acc", "hex")}
-      for g in np.flatnonzero(lengths[p]):
+      for g in np.flatnonzero(ok[p]):
         reply = policy_chat.decode(tokens[p, g, : lengths[p, g]])
         for name, messages in asked.items():
           requests.append(fill(messages, reply))
           places.append((name, p, g))
-    ratings, counts = _everywhere(url, model, requests, limits)
+    ratings, counts = _everywhere(url, model, requests, plain, limits)
     refused = [k for k in counts if k in ("http_401", "http_403", "http_404")]
     if requests and refused and sum(counts[k] for k in refused) == len(requests):
       raise UserError(
         f"judge.url={url}: every request was refused ({refused[0].replace('_', ' ')}); check "
         f"the address, judge.model={model!r} and the key in ${KEYS[0]}"
       )
-    empty = 1.0 if degenerate == "floor" else np.nan
     scores = {
-      k: np.where(lengths > 0, np.nan, empty).astype(np.float32) for k in ("reward", "acc", "hex")
+      k: np.where(ok, np.nan, no_rating).astype(np.float32) for k in ("reward", "acc", "hex")
     }
     for (name, p, g), rating in zip(places, ratings, strict=True):
       scores[name][p, g] = rating
     metrics = {f"judge_{k}": float(v) for k, v in counts.items()}
+    metrics["judge_degenerate"] = float(np.mean(~ok))
     if any(price):
       used = (counts["prompt_tokens"], counts["completion_tokens"])
       metrics["judge_cost"] = sum(n * each for n, each in zip(used, price, strict=True)) / 1e6
@@ -229,12 +258,13 @@ def make(
   return score
 
 
-def _everywhere(url, model, requests, limits):
+def _everywhere(url, model, requests, plain, limits):
   """Process 0 asks, in a thread of its own (a notebook's event loop may be running)."""
   ratings, counts = np.full(len(requests), np.nan, np.float32), collections.Counter()
   if jax.process_index() == 0:
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-      ratings, counts = pool.submit(asyncio.run, ask_all(url, model, requests, **limits)).result()
+      asking = ask_all(url, model, requests, plain, **limits)
+      ratings, counts = pool.submit(asyncio.run, asking).result()
   if jax.process_count() > 1:
     from jax.experimental import multihost_utils
 
