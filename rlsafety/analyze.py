@@ -8,14 +8,19 @@ and PNG figures, notes.md, and index.html, a page that holds all of it. Flags:
   --runs=GLOB[,GLOB]   run directories; incomplete ones are left out and named
   --published=DIR      folder with published_results.csv, in place of or beside --runs
   --out=DIR            where to write (created)
-  --outcomes=a,b       scalars to analyse; default max_hex_gap,max_acc_gap,hms
-  --benchmarks=FILE    CSV with a `model` column, laid over the shipped scores
+  --outcomes=a,b       scalars to analyse; default max_hex_gap,max_acc_gap,hms and the held-out
+                       gaps, as far as there are any
+  --benchmarks=FILE    CSV with a `model` column, laid over the shipped scores; rlsafety.benchmarks
+                       and rlsafety.evaluate --what=cross_entropy write such files
   --scores=NAME        ACC and HEX of a re-scoring by rlsafety.evaluate
   --reference=VARIANT  variant that the others are compared with
   --window=N           smoothing in steps; default 50, or a sixth of a shorter run
-  --published_compat   the study's handling: one rollout per step, unscored = -1 or 0, SD / n
+  --power_rho=0.6,0.8  true correlations whose chance to be found is given; default 0.6
+  --published_compat   the study's handling: one rollout per step of the first 300, smoothed over
+                       50, unscored = -1 or 0, SD / n
 """
 
+import math
 import os
 import pathlib
 import re
@@ -25,13 +30,15 @@ from rlsafety import figures, report, runs, study, tables
 from rlsafety.errors import UserError, run_main
 
 FLAGS = {"runs": "", "published": "", "out": "", "outcomes": "", "benchmarks": "", "scores": "",
-         "reference": "", "window": "", "published_compat": ""}  # fmt: skip
-OUTCOMES = "max_hex_gap,max_acc_gap,hms"
+         "reference": "", "window": "", "power_rho": "0.6", "published_compat": ""}  # fmt: skip
+OUTCOMES = ("max_hex_gap", "max_acc_gap", "hms", "heldout_hex_gap", "heldout_acc_gap")
 SHOWN = {
   "cells": ("model", "environment", "variant", "n_seeds", "seeds", "steps", "max_hex_gap",
             "max_hex_gap_sd", "max_hex_gap_full", "step_of_max_hex_gap", "max_acc_gap",
-            "max_acc_gap_sd", "hms", "hms_sd", "hms_windowed", "heldout_hex_gap",
-            "heldout_hex_gap_sd", "max_reward", "runs"),
+            "max_acc_gap_sd", "step_of_max_acc_gap", "hex_gap_auc_normalised",
+            "hex_gap_auc_normalised_sd", "acc_gap_auc_normalised", "acc_gap_auc_normalised_sd",
+            "hms", "hms_sd", "hms_windowed", "hms_windowed_sd", "heldout_hex_gap",
+            "heldout_hex_gap_sd", "heldout_acc_gap", "heldout_acc_gap_sd", "max_reward", "runs"),
   "correlations": ("outcome", "environment", "variant", "benchmark", "method", "n", "seeds", "r",
                    "low95", "high95", "p", "p_holm", "p_bh", "p_t", "loo_min", "loo_max",
                    "models_low", "models_high", "seeds_low", "seeds_high", "per_seed"),
@@ -39,13 +46,14 @@ SHOWN = {
 
 
 def analyse(
-  out, globs=(), published="", outcomes=OUTCOMES, benchmarks="", scores="", reference="",
-  window=None, compat=False,
+  out, globs=(), published="", outcomes="", benchmarks="", scores="", reference="",
+  window=None, compat=False, rhos=(0.6,),
 ) -> dict:  # fmt: skip
   """Writes everything to the folder `out`; returns {table name: frame, "notes": [...]}.
 
-  globs: of run directories. published: folder of published_results.csv. Raises UserError
-  when neither gives a cell, or when an outcome is unknown.
+  globs: of run directories. published: folder of published_results.csv. outcomes: "a,b";
+  empty takes those of OUTCOMES that a cell has. Raises UserError when neither source gives
+  a cell, or when an outcome or reference that was asked for is unknown.
   """
   cells, notes = [], []
   if published:
@@ -56,13 +64,20 @@ def analyse(
   if not cells:
     raise UserError("nothing to analyse: give --runs='runs/**' or --published=DIR")
   if compat:
-    notes.append("published handling: one rollout per step, unscored = -1 (reward 0), SD over n")
-  known = {name for c in cells for name in c.values}
+    notes.append(
+      "published handling: one rollout per step of the first 300, smoothed over 50 unless --window "
+      "says otherwise, unscored = -1 (reward 0), SD over n"
+    )
+  known = {name for c in cells for name, value in c.values.items() if math.isfinite(value)}
   names = [name.strip() for name in outcomes.split(",") if name.strip()]
   for name in names:
     if name not in known:
       raise UserError(f"--outcomes: {name!r} is not one of {', '.join(sorted(known))}")
-  scores_of = tables.load_benchmarks(benchmarks or None)
+  names = names or [name for name in OUTCOMES if name in known]
+  if reference and reference not in {c.variant for c in cells}:
+    there = "; ".join(sorted({c.variant for c in cells}))
+    raise UserError(f"--reference={reference}: is not one of the variants: {there}")
+  scores_of = tables.load_benchmarks(benchmarks or None, notes)
   unmatched = sorted(
     {c.model for c in cells} - {c.model for c in cells if study.slug(c.model) in scores_of.index}
   )
@@ -71,7 +86,7 @@ def analyse(
   made = {
     "cells": tables.cell_table(cells),
     "seeds": tables.seed_table(cells),
-    "correlations": tables.correlation_table(cells, scores_of, names),
+    "correlations": tables.correlation_table(cells, scores_of, names, rhos=rhos, notes=notes),
     "partial": tables.partial_table(cells, scores_of, names),
     "variants": tables.variant_table(cells, names, reference or None),
   }
@@ -117,9 +132,11 @@ def _power_text(table) -> str:
   if not len(table):
     return ""
   row = table.loc[table["n"].idxmax()]
+  chances = [f"{name.removeprefix('power_')} is found with probability {row[name]:.2f}"
+             for name in table if re.fullmatch(r"power_[\d.]+", name)]  # fmt: skip
   return (
-    f"At n = {row['n']}, a true correlation of 0.6 is found with probability "
-    f"{row['power_0.6']:.2f} (alpha 0.05, uncorrected), and {row['detectable']:.2f} with 0.80."
+    f"At n = {row['n']}, a true correlation of {', of '.join(chances)} (alpha 0.05, uncorrected), "
+    f"and {row['detectable']:.2f} with 0.80 (approximation: {tables.POWER})."
   )
 
 
@@ -176,7 +193,7 @@ def _index(out, made, captions, drawn, notes, cells) -> None:
   ]
   owners = [(c, seed, s) for c in cells for seed, s in zip(c.seeds, c.sources, strict=False)
             if pathlib.Path(s).is_dir()]  # fmt: skip
-  labels = [f"{c.model}, {c.variant}, seed {seed}" for c, seed, _ in owners]
+  labels = [f"{c.model}, {c.environment}, {c.variant}, seed {seed}" for c, seed, _ in owners]
   data, left_out = report.compared([runs.load_run(s) for *_, s in owners], labels)
   if left_out:
     notes = [*notes, f"transcripts below leave out {len(left_out)} runs to keep the page light"]
@@ -218,16 +235,23 @@ def main(argv) -> None:
     raise UserError("--out=DIR is missing: where should the tables go?")
   if flags["window"] and not flags["window"].isdigit():
     raise UserError(f"--window={flags['window']}: needs a number of steps")
+  try:
+    rhos = [float(rho) for rho in flags["power_rho"].split(",")]
+  except ValueError:
+    rhos = [math.nan]
+  if not all(0 < rho < 1 for rho in rhos):
+    raise UserError(f"--power_rho={flags['power_rho']}: needs numbers between 0 and 1, like 0.6")
   made = analyse(
     flags["out"],
     [g for g in flags["runs"].split(",") if g],
     flags["published"],
-    flags["outcomes"] or OUTCOMES,
+    flags["outcomes"],
     flags["benchmarks"],
     flags["scores"],
     flags["reference"],
     int(flags["window"]) if flags["window"] else None,
     flags["published_compat"].lower() not in ("", "false", "0"),
+    rhos,
   )
   for note in made["notes"]:
     print(f"note: {note}")

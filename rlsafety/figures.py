@@ -16,6 +16,7 @@ NAMES = {
   "max_hex_gap": "max HEX gap", "max_acc_gap": "max ACC gap", "hms": "HMS",
   "hex_gap_auc_normalised": "mean HEX gap (AUC / range)", "reward": "reward",
   "acc_gap_auc_normalised": "mean ACC gap (AUC / range)", "heldout_hex_gap": "held-out HEX gap",
+  "heldout_acc_gap": "held-out ACC gap",
   "hex_gameable": "HEX, gameable users", "acc_non_gameable": "ACC, non-gameable users",
   "hex_gap": "HEX gap", "acc_gap": "ACC gap", "reward_gap": "reward gap",
   "num_params": "parameters, billions", "capability_score": "capability score",
@@ -126,7 +127,10 @@ def trend(cells, benchmarks, outcome, stem, against="num_params"):
 def variant_bars(cells, outcome, stem):
   """Mean over models of each variant, with every model as a line through its variants."""
   plt = _pyplot()
+  cells = [c for c in cells if math.isfinite(c.values.get(outcome, math.nan))]
   environments = sorted({c.environment for c in cells})
+  if not environments:
+    return []
   names = {e: sorted({c.variant for c in cells if c.environment == e}) for e in environments}
   widest = max(map(len, names.values()))
   figure, axes = plt.subplots(

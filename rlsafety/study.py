@@ -11,7 +11,6 @@ import glob
 import itertools
 import math
 import pathlib
-import random
 import re
 
 import numpy as np
@@ -19,12 +18,15 @@ import numpy as np
 from rlsafety import runs
 from rlsafety.errors import UserError
 from rlsafety.metrics import misalignment
+from rlsafety.scores import evaluations, rollout_scores
 
-# Fields that tell seeds, machines and models apart, but not treatments.
+# Fields that tell seeds, machines and models apart, but not treatments. A run that starts from
+# an adapter is another treatment than one that starts fresh.
 NOT_A_VARIANT = re.compile(
-  r"^(name|seed|steps|variant|model\..*|mesh\..*|learner\..*|checkpoint\..*|eval\..*"
-  r"|environment\.(name|seed|data_dir)|judge\.url)$"
+  r"^(name|seed|steps|variant|model\.(?!adapter$).*|mesh\..*|learner\..*|checkpoint\..*|eval\..*"
+  r"|environment\.(name|seed|data_dir)|judge\.(url|price))$"
 )
+INITIAL = "initial"  # the variant of runs of 0 steps: what a model said before any training
 BENCHMARKS = pathlib.Path(__file__).parent / "metrics" / "benchmark_scores.csv"
 PUBLISHED_NAMES = {
   "max_er_gap": "max_hex_gap", "max_acc_gap": "max_acc_gap", "hms_score": "hms",
@@ -61,6 +63,10 @@ class Cell:
   @property
   def key(self):
     return self.model, self.environment, self.variant
+
+  @property
+  def initial(self):
+    return self.variant.split(", ")[0] == INITIAL
 
 
 def by_number(item):
@@ -129,8 +135,12 @@ def variants(found: list) -> tuple[list[str], list[str]]:
     for first, *others in together:
       if others:
         notes.append(f"{environment}: vary only together with {first}: {', '.join(others)}")
+      values = {flat[i].get(first, "absent") for i in here}
+      short = {v: v.rstrip("/").split("/")[-1] or "none" for v in values}
+      if len(set(short.values())) < len(values):  # folders of one name: their whole paths
+        short = {v: v or "none" for v in values}
       for i in here:
-        value = str(flat[i].get(first, "absent")).rstrip("/").split("/")[-1]
+        value = short[flat[i].get(first, "absent")]
         labels[i] += f"{', ' * bool(labels[i])}{first.split('.')[-1]}={value}"
     if between - varying:
       fields = ", ".join(sorted(between - varying))
@@ -148,64 +158,38 @@ def _flatten(config: dict, prefix: str = ""):
       yield prefix + name, str(value)
 
 
-def rollout_scores(run, scores: str = "", compat: bool = False, seed: int = 42) -> dict:
-  """Arrays over a run's training rollouts: step, is_gameable, reward, acc, hex.
-
-  scores: name of a re-scoring by `rlsafety.evaluate` whose ACC and HEX replace the run's
-  own (rollouts that it left out are left out here). compat: one rollout per step, drawn
-  with `seed`, missing verdicts filled in as the study did.
-  """
-  records = runs.train_rollouts(run)
-  if scores:
-    records = _rescored(run, records, scores)
-  if compat:
-    rng, by_step = random.Random(seed), {}
-    for record in records:
-      by_step.setdefault(record["step"], []).append(record)
-    records = [rng.choice(group) for _, group in sorted(by_step.items())]
-  out = {
-    "step": np.array([r["step"] for r in records], int),
-    "is_gameable": np.array([bool(r["is_gameable"]) for r in records], bool),
-  }
-  values = {k: np.array([runs.score(r, k) for r in records], float) for k in runs.SCORES}
-  return out | (misalignment.published_compat(values) if compat else values)
-
-
-def _rescored(run, records, name):
-  path = run.path / "scores" / f"{name}.jsonl"
-  if not path.exists():
-    raise UserError(f"{path}: no such scores; make them with python -m rlsafety.evaluate")
-  keys = ("step", "prompt", "sample")
-  new = {tuple(r[k] for k in keys): r for r in runs.read_jsonl(path) if r.get("source") == "train"}
-  kept = []
-  for record in records:
-    found = new.get(tuple(record[k] for k in keys))
-    if found:
-      kept.append({**record, "acc": found.get("acc"), "hex": found.get("hex")})
-  return kept
-
-
 def collect(patterns, window=None, scores="", compat=False) -> tuple[list[Cell], list[str]]:
   """Run directories -> cells and notes.
 
   window: smoothing in steps; None takes the study's 50, or a sixth of the shortest run if
-  that is less. Unequal step counts within a cell are cut to its shortest run.
+  that is less. Unequal step counts within a cell are cut to its shortest run. compat: the
+  study's handling, one rollout per step of its first 300, always smoothed over 50.
   """
   found, notes = find_runs(patterns)
-  labels, more = variants(found)
+  initial = [run for run in found if run.config.get("steps") == 0]
+  trained = [run for run in found if run.config.get("steps") != 0]
+  labels, more = variants(trained)
   notes += more
+  if initial:
+    apart, more = variants(initial)
+    labels += [INITIAL if label == "main" else f"{INITIAL}, {label}" for label in apart]
+    notes += [*more, f"{len(initial)} runs of 0 steps are apart, as variant `{INITIAL}`"]
   groups = {}
-  for run, label in zip(found, labels, strict=True):
+  for run, label in zip(trained + initial, labels, strict=True):
     key = (runs.model_name(run) or run.path.name, runs.environment_name(run), label)
     seed = run.info.get("seed", run.config.get("seed"))
     seeds = groups.setdefault(key, {})
-    if seed in seeds:
-      notes.append(f"left out, same model, config and seed as {seeds[seed].path}: {run.path}")
-    else:
-      seeds[seed] = run
+    both = sorted([run] if seed not in seeds else [seeds[seed], run], key=_length, reverse=True)
+    seeds[seed] = both[0]  # the longest stays, the first of equals
+    for left in both[1:]:
+      notes.append(
+        f"left out, same model, config and seed as {both[0].path}: {left.path} "
+        f"({_length(left)} steps, not {_length(both[0])})"
+      )
   if window is None:
-    shortest = min((len(run.metrics) for run in found if run.metrics), default=1)
-    window = min(misalignment.WINDOW, max(1, shortest // 6))
+    kept = [run for seeds in groups.values() for run in seeds.values() if run.metrics]
+    shortest = min((len(run.metrics) for run in kept), default=1)
+    window = misalignment.WINDOW if compat else min(misalignment.WINDOW, max(1, shortest // 6))
   if window != misalignment.WINDOW:
     notes.append(f"smoothing window: {window} steps, where the study has {misalignment.WINDOW}")
   cells = []
@@ -213,60 +197,104 @@ def collect(patterns, window=None, scores="", compat=False) -> tuple[list[Cell],
     cells.append(
       _cell(key, dict(sorted(seeds.items(), key=by_number)), window, scores, compat, notes)
     )
-  if unscored := sum(c.counts.get("unscored", 0) for c in cells):
-    notes.append(f"{unscored} rollouts have no HEX verdict and are left out (column `unscored`)")
+  unscored = {k: sum(c.counts.get(f"unscored_{k}", 0) for c in cells) for k in runs.SCORES}
+  for name, count in unscored.items():
+    if count:
+      notes.append(
+        f"{count} rollouts have no {name.upper()} verdict and are left out (`unscored_{name}`)"
+      )
+  for environment in sorted({c.environment for c in cells}):
+    here = [c for c in cells if c.environment == environment and not c.initial]
+    lengths = {c.counts["last_step"] for c in here if "last_step" in c.counts}
+    if len(lengths) > 1:
+      notes.append(
+        f"{environment}: cells of unequal length are compared as they are, {min(lengths)} to "
+        f"{max(lengths)} steps (column `last_step`)"
+      )
   missing = _missing(cells)
   return cells, notes + [f"missing cell: {' / '.join(key)}" for key in missing]
 
 
+def _length(run) -> int:
+  return run.metrics[-1]["step"] if run.metrics else 0
+
+
 def _cell(key, seeds, window, scores, compat, notes) -> Cell:
   name = " / ".join(key)
-  data = {s: rollout_scores(run, scores, compat) for s, run in seeds.items()}
-  for seed in [s for s, d in data.items() if not len(d["step"])]:
-    notes.append(f"{name}: seed {seed} has no training rollouts, held-out gaps only")
-    del data[seed]
-  held_out = held_out_gaps(list(seeds.values()))
   cell = Cell(*key, list(seeds), {}, {}, sources=[str(run.path) for run in seeds.values()])
   cell.parameters = max((_parameters(run) for run in seeds.values()), default=math.nan)
-  _add(cell, held_out, 0 if compat else 1)
   if len(seeds) == 1:
     notes.append(f"{name}: a single seed ({next(iter(seeds))}), no spread over seeds")
-  if len(data) < len(seeds):  # curves need rollouts of every seed
-    return cell
-  first = max(int(d["step"].min()) for d in data.values())
-  ends = {s: int(d["step"].max()) for s, d in data.items()}
-  last = min(ends.values())
-  if len(set(ends.values())) > 1:
-    notes.append(f"{name}: unequal steps {ends}, cut to {last}")
+  data = {s: rollout_scores(run, scores, compat, notes=notes) for s, run in seeds.items()}
+  data = {s: d for s, d in data.items() if len(d["step"])}
+  lacking = ", ".join(str(s) for s in seeds if s not in data)
+  if lacking and not cell.initial:
+    rest = "curves are those of the other seeds" if data else "held-out gaps only"
+    notes.append(f"{name}: no training rollouts of seed {lacking}, {rest}")
+  ddof = 0 if compat else 1
+  _add(cell, held_out_gaps(cell, list(seeds.values()), scores, notes), ddof)
+  if data:
+    _add_curves(cell, data, window, compat, notes)
+  fewer = {}
+  for scalar, values in cell.per_seed.items():
+    known = int(np.isfinite(values).sum())
+    if 0 < known < len(values):
+      fewer.setdefault(known, []).append(scalar)
+  for known, scalars in sorted(fewer.items()):
+    notes.append(f"{name}: {known} of {len(seeds)} seeds have a value of {', '.join(scalars)}")
+  return cell
+
+
+def _add_curves(cell, data, window, compat, notes) -> None:
+  """Curves and their scalars from {seed: rollout scores}, which may lack some of the seeds."""
+  name = " / ".join(cell.key)
+  spans = {s: (int(d["step"].min()), int(d["step"].max())) for s, d in data.items()}
+  first, last = max(a for a, _ in spans.values()), min(b for _, b in spans.values())
+  if compat:
+    last = min(last, first + misalignment.PUBLISHED_STEPS - 1)
+  if set(spans.values()) != {(first, last)}:
+    notes.append(f"{name}: first and last steps {spans}, cut to {first, last}")
   steps = np.arange(first, last + 1)
-  means, hms_b, unscored = [], [], 0
+  means, hms_b, rollouts, unscored = [], [], 0, dict.fromkeys(runs.SCORES, 0)
   for d in data.values():
     use = (d["step"] >= first) & (d["step"] <= last)
     d = {k: v[use] for k, v in d.items()}
-    unscored += int(np.isnan(d["hex"]).sum())
+    rollouts += int(use.sum())
     seed_means = {
       k: misalignment.step_means(d["step"], d[k], d["is_gameable"], steps)[0] for k in runs.SCORES
     }
     everyone = misalignment.step_means(d["step"], d["reward"], np.ones(len(d["step"])), steps)[0]
     means.append(seed_means | {"all": everyone["gameable"]})
     hms_b.append(misalignment.hms_windowed(d["step"], d["acc"], d["hex"], d["is_gameable"]))
+    unscored = {k: n + int(np.isnan(d[k]).sum()) for k, n in unscored.items()}
   summary = misalignment.seed_summary(steps, means, window, compat)
   empty = int(np.isnan(summary["curves"]["hex_gap"]).sum())
   if empty:
     notes.append(f"{name}: {empty} of {len(steps)} steps have no HEX gap even after smoothing")
+  partial = {k: summary["partial_steps"][f"{k}_gap"] for k in runs.SCORES}
+  if any(partial.values()):
+    says = ", ".join(f"{k} {n}" for k, n in partial.items() if n)
+    notes.append(f"{name}: gaps of some seeds only at this many of {len(steps)} steps: {says}")
   cell.values |= summary["scalars"]
   cell.sd |= summary["sd"]
-  cell.per_seed |= summary["per_seed"]
-  _add(cell, {"hms_windowed": np.array(hms_b)}, 0 if compat else 1)
+  place = [cell.seeds.index(s) for s in data]
+
+  def of_all_seeds(values):
+    out = np.full(len(cell.seeds), np.nan)
+    out[place] = values
+    return out
+
+  cell.per_seed |= {k: of_all_seeds(v) for k, v in summary["per_seed"].items()}
+  _add(cell, {"hms_windowed": of_all_seeds(hms_b)}, 0 if compat else 1)
   cell.full, cell.steps = summary["full"], steps
   cell.curves, cell.curve_sd = summary["curves"], summary["curve_sd"]
-  cell.counts = {
-    "rollouts": sum(len(d["step"]) for d in data.values()),
-    "unscored": unscored,
+  cell.counts |= {
+    "rollouts": rollouts,
+    **{f"unscored_{k}": n for k, n in unscored.items()},
     "steps": len(steps),
+    "last_step": last,
     "window": window,
   }
-  return cell
 
 
 def _add(cell: Cell, per_seed: dict, ddof: int) -> None:
@@ -277,16 +305,28 @@ def _add(cell: Cell, per_seed: dict, ddof: int) -> None:
     cell.sd[name] = float(misalignment.nanstd(values, ddof))
 
 
-def held_out_gaps(seeds: list) -> dict:
-  """{"heldout_<score>_gap": [seeds], "heldout_<score>_gap_before": ...} from eval/."""
+def held_out_gaps(cell: Cell, seeds: list, scores: str, notes: list[str]) -> dict:
+  """{"heldout_<score>_gap": [seeds], "heldout_<score>_gap_before": ...} from eval/.
+
+  Of the last evaluated step that all seeds have. With `scores`, ACC and HEX are those of
+  the re-scored replies, and NaN where it has none.
+  """
+  lines = [evaluations(run, scores, notes) for run in seeds]
+  ends = {s: max(found) for s, found in zip(cell.seeds, lines, strict=True) if found}
+  at = None
+  if len(set(ends.values())) > 1:
+    later = [set(found) - {min(found)} for found in lines if found]
+    at = max(set.intersection(*later), default=None)
+    which = f"at step {at}, the last that all seeds have" if at else "at each seed's own last step"
+    notes.append(f"{' / '.join(cell.key)}: held-out gaps {which}; last ones {ends}")
+  if ends:
+    cell.counts["last_step"] = at or min(ends.values())
   out = {}
   for name in runs.SCORES:
-    for suffix, index in (("", -1), ("_before", 0)):
-      values = [
-        runs.number(run.evaluations[index].get(f"{name}_gap")) if run.evaluations else math.nan
-        for run in seeds
-      ]
-      out[f"heldout_{name}_gap{suffix}"] = np.array(values)
+    before = [runs.number(x[min(x)].get(f"{name}_gap")) if x else math.nan for x in lines]
+    after = [runs.number(x[at or max(x)].get(f"{name}_gap")) if x else math.nan for x in lines]
+    out[f"heldout_{name}_gap"] = np.array(after)
+    out[f"heldout_{name}_gap_before"] = np.array(before)
   return out
 
 
@@ -299,7 +339,7 @@ def _parameters(run) -> float:
 
 def _missing(cells: list[Cell]) -> list[tuple]:
   """Combinations of a model with an environment's variants that no run covers."""
-  have = {cell.key for cell in cells if cell.seeds}
+  have = {cell.key for cell in cells if cell.seeds and not cell.initial}
   treatments = sorted({key[1:] for key in have})
   models = sorted({key[0] for key in have})
   return [(m, *t) for m in models for t in treatments if (m, *t) not in have]

@@ -4,10 +4,12 @@ All return pandas frames whose columns name n, seeds and the correction; `write`
 on disk as CSV, Markdown and LaTeX with a caption that names the run directories too.
 """
 
+import csv
 import itertools
 import math
 import operator
 import pathlib
+import re
 
 import numpy as np
 from scipy import stats
@@ -15,6 +17,10 @@ from scipy import stats
 from rlsafety.errors import UserError
 from rlsafety.metrics import misalignment, statistics
 from rlsafety.study import BENCHMARKS, by_number, slug
+
+# Columns of a file of scores that say where a score comes from: never tested as scores.
+ABOUT = re.compile(r"(n|p|seeds|runs|correction|source|in_paper|hub_name|.*_(n|p|se|sd|std))$")
+POWER = "Fisher's z for Pearson, no ties"
 
 
 def cell_table(cells):
@@ -48,34 +54,77 @@ def seed_table(cells):
   return pd.DataFrame(rows)
 
 
-def load_benchmarks(path=None):
-  """Our per-model scores, with the user's file (a `model` column) laid over them."""
+def load_benchmarks(path=None, notes=None):
+  """Our per-model scores, with the user's file (a `model` column) laid over them.
+
+  Columns that say something about a score (n, runs, delta_ce_se and so on) are left out and
+  named in `notes`; any other column must hold numbers.
+  """
+  table = _scores_table(BENCHMARKS, BENCHMARKS, [])
+  if path:
+    left_out = []
+    table = _scores_table(path, f"--benchmarks={path}", left_out).combine_first(table)
+    if left_out and notes is not None:
+      notes.append(f"--benchmarks={path}: columns taken as no scores: {', '.join(left_out)}")
+  return table
+
+
+def _scores_table(path, says, left_out):
   import pandas as pd
 
-  table = pd.read_csv(BENCHMARKS, comment="#").drop(columns=["in_paper", "hub_name"])
+  try:
+    table = pd.read_csv(path, comment="#")
+  except (OSError, ValueError) as error:
+    raise UserError(f"{says}: {error}") from None
+  if "model" not in table:
+    raise UserError(f"{says}: needs a column named 'model'")
   table.index = [slug(m) for m in table["model"]]
-  if path:
-    try:
-      extra = pd.read_csv(path, comment="#")
-    except (OSError, ValueError) as error:
-      raise UserError(f"--benchmarks={path}: {error}") from None
-    if "model" not in extra:
-      raise UserError(f"--benchmarks={path}: needs a column named 'model'")
-    extra.index = [slug(m) for m in extra["model"]]
-    table = extra.combine_first(table)
-  return table.drop(columns=["model"]).astype(float, errors="ignore").select_dtypes("number")
+  for name in table.index[table.index.duplicated()]:
+    rows = ", ".join(map(str, table.loc[name, "model"]))
+    raise UserError(f"{says}: two rows for one model ({rows}); keep one")
+  left_out += [c for c in table if ABOUT.match(c)]
+  table = table.drop(columns=["model", *left_out])
+  for column in table:
+    values = pd.to_numeric(table[column], errors="coerce")
+    wrong = table[column][values.isna() & table[column].notna()]
+    if len(wrong):
+      raise UserError(f"{says}: column {column!r} holds {wrong.iloc[0]!r}, which is no number")
+    table[column] = values.astype(float)
+  return table
 
 
-def correlation_table(cells, benchmarks, outcomes, methods=("spearman", "pearson"), draws=1_000):
+def put_row(path, row: dict) -> None:
+  """Writes a model's row into a CSV of scores that `load_benchmarks` reads.
+
+  What the file has for other models, and under other columns for this one, stays.
+  """
+  path, rows = pathlib.Path(path), {}
+  if path.exists():
+    with path.open(encoding="utf-8", newline="") as file:
+      rows = {old.get("model"): old for old in csv.DictReader(file)}
+    if None in rows:
+      raise UserError(f"{path}: is no table of scores (no column 'model'); give another --out")
+  rows[row["model"]] = {**rows.get(row["model"], {}), **row}
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with path.open("w", encoding="utf-8", newline="") as file:
+    columns = dict.fromkeys(name for each in rows.values() for name in each)
+    writer = csv.DictWriter(file, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows.values())
+
+
+def correlation_table(
+  cells, benchmarks, outcomes, methods=("spearman", "pearson"), draws=1_000, rhos=(0.6,), notes=None
+):
   """One row per outcome x environment x variant x benchmark x method.
 
   The family of a correction is all rows of one method in this table. `detectable` is the
   |rho| that this n finds with probability 0.8 at 0.05; `power_0.6` is the chance of
-  finding 0.6.
+  finding 0.6, and so for all `rhos`. notes get the pairs for which n or spread is too small.
   """
   import pandas as pd
 
-  rows = []
+  rows, skipped = [], {}
   for outcome, (where, group) in itertools.product(outcomes, treatments(cells)):
     known = [c for c in group if math.isfinite(c.values.get(outcome, math.nan))]
     scores = covariates(known, benchmarks)
@@ -83,8 +132,11 @@ def correlation_table(cells, benchmarks, outcomes, methods=("spearman", "pearson
     for benchmark, x in scores.items():
       use = np.isfinite(x)
       if use.sum() < 4 or np.ptp(x[use]) == 0:
+        if len(known):
+          skipped.setdefault((where, f"{benchmark} (n = {use.sum()})"), []).append(outcome)
         continue
-      seeds = _seed_matrix([c for c, u in zip(known, use, strict=True) if u], outcome)
+      used = [c for c, u in zip(known, use, strict=True) if u]
+      seeds = _seed_matrix(used, outcome)
       for method in methods:
         found = statistics.correlate(x, y, method)
         loo = list(statistics.leave_one_out(x, y, [c.model for c in known], method).values())
@@ -103,12 +155,19 @@ def correlation_table(cells, benchmarks, outcomes, methods=("spearman", "pearson
           row |= {"seeds_low": low, "seeds_high": high}
           row |= {"per_seed": " ".join(f"{r:.2f}" for r in each)}
         row |= {
-          "power_0.6": statistics.power(0.6, found.n),
+          **{f"power_{rho:g}": statistics.power(rho, found.n) for rho in rhos},
           "detectable": statistics.detectable(found.n),
-          "seeds": seeds_text(known),
-          "models": " ".join(c.model for c, u in zip(known, use, strict=True) if u),
+          "power_by": POWER,
+          "seeds": seeds_text(used),
+          "models": " ".join(c.model for c in used),
         }
         rows.append(row)
+  grouped = {}
+  for (where, benchmark), names in skipped.items():
+    grouped.setdefault((where, ", ".join(names)), []).append(benchmark)
+  if notes is not None:
+    notes += [f"{' / '.join(where)}: not correlated, below 4 models or all equal: {names} with "
+              f"{', '.join(found)}" for (where, names), found in grouped.items()]  # fmt: skip
   table = pd.DataFrame(rows)
   if len(table):
     by_method = table.groupby("method")["p"]
@@ -138,11 +197,12 @@ def partial_table(cells, benchmarks, outcomes):
           continue
         found = statistics.partial(x, y, [scores[given]])
         if math.isfinite(found.r):
+          use = np.isfinite(x) & np.isfinite(scores[given])
           rows.append(
             {"outcome": outcome, "environment": where[0], "variant": where[1],
              "benchmark": benchmark, "given": given, "n": found.n, "r": found.r,
              "low95": found.low, "high95": found.high, "p": found.p,
-             "seeds": seeds_text(known)}
+             "seeds": seeds_text([c for c, u in zip(known, use, strict=True) if u])}
           )  # fmt: skip
   table = pd.DataFrame(rows)
   if len(table):
@@ -154,21 +214,21 @@ def partial_table(cells, benchmarks, outcomes):
 def variant_table(cells, outcomes, reference=None):
   """Each variant against the reference within an environment, paired by model.
 
-  reference: a variant's label; None takes the one with the most models. The interval is
-  a paired t interval over models.
+  reference: a variant's label; None takes the trained one with the most models. The interval
+  is a paired t interval over models. A variant without the outcome has no row.
   """
   import pandas as pd
 
   rows = []
-  for environment in sorted({c.environment for c in cells}):
-    here = [c for c in cells if c.environment == environment and c.seeds]
+  for environment, outcome in itertools.product(sorted({c.environment for c in cells}), outcomes):
+    here = [c for c in cells if c.environment == environment]
+    here = [c for c in here if math.isfinite(c.values.get(outcome, math.nan))]
     names = sorted({c.variant for c in here})
-    size = {v: sum(c.variant == v for c in here) for v in names}
+    size = {c.variant: (not c.initial, sum(o.variant == c.variant for o in here)) for c in here}
     base = reference if reference in names else max(names, key=size.get, default="")
-    for outcome, variant in itertools.product(outcomes, names):
+    for variant in names:
       value = {
-        v: {c.model: c.values.get(outcome, math.nan) for c in here if c.variant == v}
-        for v in (base, variant)
+        v: {c.model: c.values[outcome] for c in here if c.variant == v} for v in (base, variant)
       }
       own = np.array(list(value[variant].values()))
       row = {

@@ -116,7 +116,7 @@ def write_run(
   extra = list(extra)
 
   def level(step, scene):
-    return 3.0 + (rise * step / steps if scene["is_gameable"] else 0.3 * step / steps)
+    return 3.0 + (rise if scene["is_gameable"] else 0.3) * step / max(steps, 1)
 
   def rollouts(step, count, g, first):
     out = []
@@ -155,4 +155,30 @@ def write_run(
   dump("timing.jsonl", [{"step": s, "seconds": 1.0} for s in range(1, steps + 1)])
   if complete:
     (path / "summary.json").write_text(json.dumps({"steps": steps, "final": evaluations[-1]}))
+  return path
+
+
+def write_rows(path, rows, evaluations=(), model="m", seed=5) -> pathlib.Path:
+  """A complete run of nothing but numbers, for values that are worked by hand.
+
+  rows: training rollouts as (step, is_gameable, reward, acc, hex), None = no verdict.
+  evaluations: {step: HEX gap} of the held-out users.
+  """
+  path, last = pathlib.Path(path), max(row[0] for row in rows)
+  for folder in ("eval", "rollouts"):
+    (path / folder).mkdir(parents=True)
+  names = ("step", "is_gameable", "rating", "acc", "hex")
+  records = [
+    {**dict(zip(names, row, strict=True)), "prompt": i, "sample": 0} for i, row in enumerate(rows)
+  ]
+  config = {"model": {"name": model}, "environment": {"name": "political_qa"}, "steps": last}
+  files = {
+    "config.json": [{"config": {**config, "seed": seed}, "seed": seed}],
+    "rollouts/train.jsonl": records,
+    "metrics.jsonl": [{"step": step} for step in range(1, last + 1)],
+    "eval/summary.jsonl": [{"step": s, "hex_gap": gap} for s, gap in dict(evaluations).items()],
+    "summary.json": [{}],
+  }
+  for name, lines in files.items():
+    (path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
   return path

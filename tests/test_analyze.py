@@ -11,7 +11,7 @@ import pytest
 import synthetic_runs
 from browsing import browser
 
-from rlsafety import analyze, runs, study, tables
+from rlsafety import analyze, runs, scores, study, tables
 from rlsafety.errors import UserError
 
 PAPER = os.environ.get("RLSAFETY_PAPER_DATA")
@@ -52,13 +52,15 @@ def test_published_headline_correlations_are_reproduced():
   assert (spearman["p_bh"] >= spearman["p"] - 1e-12).all()
 
 
-def test_recovers_a_known_law_at_nominal_coverage():
+def test_recovers_a_known_law_at_nominal_coverage(monkeypatch):
   """200 studies of 11 models x 3 environments x 3 seeds; the truth is in closed form.
 
   Size and capability are correlated normals, the gap of environment e is a_e size plus a
   model's own deviation, and each seed adds noise. The law's Spearman rho with a seed mean
   is 6/pi asin(r/2) of its Pearson r.
   """
+  # Not looked at here, and statsmodels collects garbage in each of 400 Holm corrections: a minute.
+  monkeypatch.setattr(tables.statistics, "holm", np.asarray)
   rng = np.random.default_rng(11)
   slope = {"a": 0.9, "b": 0.0, "c": -0.6}
   own, noise, link = 0.7, 0.5, 0.8
@@ -130,10 +132,15 @@ def test_everything_odd_is_named(made):
   for says in (
     r"left out, not complete: .*unfinished",
     r"Yi-6B-Chat / political_qa / off: a single seed \(5\)",
-    r"Qwen1.5-0.5B-Chat / political_qa / on: unequal steps \{5: 24, 42: 18\}, cut to 18",
+    r"0.5B-Chat / political_qa / on: first and last steps \{5: \(1, 24\), 42: \(1, 18\)\}, cut to "
+    r"\(1, 18\)",
+    r"0.5B-Chat / political_qa / on: held-out gaps at step 12, the last that all seeds have",
+    r"political_qa: cells of unequal length are compared as they are, 18 to 24 steps",
+    r"political_qa / off: not correlated, .*: max_hex_gap with num_params \(n = 3\), capab",
     r"missing cell: own-model / political_qa / off",
     r"no benchmark scores for: own-model",
     r"\d+ rollouts have no HEX verdict",
+    r"\d+ rollouts have no REWARD verdict",
     r"window: 3 steps, where the study has 50",
   ):
     assert re.search(says, notes), says
@@ -148,6 +155,8 @@ def test_cells_agree_with_the_runs_and_the_law_behind_them(made):
   on = cells.loc[("own-model", "on")]
   assert on["max_hex_gap"] == pytest.approx(3.7, abs=0.6)  # law: 4 - 0.3 at the last step
   assert on["seeds"] == "5 42" and "3-on-5" in on["runs"] and "3-on-42" in on["runs"]
+  sources = " ".join(out["cells"]["runs"]).split()  # the captions of larger studies point here
+  assert len(sources) == 13 and all((root / "runs" / s.split("/")[-1]).is_dir() for s in sources)
   # The held-out gap is the mean of what the runs' own summaries say.
   gaps = [
     runs.load_run(root / "runs" / f"3-on-{seed}").evaluations[-1]["hex_gap"] for seed in (5, 42)
@@ -172,6 +181,8 @@ def test_tables_and_figures_are_complete_and_name_their_origin(made):
   assert "family" in out["correlations"] and set(out["correlations"]["n"]) <= {3, 4}
   size = out["correlations"].query("benchmark == 'num_params' and variant == 'on'")
   assert (size["n"] == 4).all()  # own-model's size comes from its config.json
+  assert (out["correlations"]["power_by"] == tables.POWER).all()
+  assert "hex_gap_auc_normalised_sd" in (folder / "cells.md").read_text()
   tex = (folder / "cells.tex").read_text()
   assert "political\\_qa" in tex and tex.count("\\begin{tabular}") == 1
   for stem in ("curves_political_qa_on", "size_max_hex_gap", "variants_max_hex_gap"):
@@ -190,21 +201,33 @@ def test_comparison_page_puts_runs_side_by_side(made):
     driver.get((root / "out" / "index.html").as_uri())
     columns = driver.execute_script("return items.map(i => i.columns.map(c => c.title))")
     assert len(columns) == 16 and all(len(c) == 13 for c in columns)  # 13 complete runs
-    assert "own-model, on, seed 5 (step 24)" in columns[0]
+    assert "own-model, political_qa, on, seed 5 (step 24)" in columns[0]
     text = driver.find_element("id", "cards").text
-    assert "gemma-1.1-2b-it, off, seed 42" in text
+    assert "gemma-1.1-2b-it, political_qa, off, seed 42" in text
     driver.get((root / "out" / "index.html").as_uri() + "#view=change&run=0")
     owners = driver.execute_script("return items.map(i => i.columns[0].rows[0].run)")
     assert owners == [0] * 16 and not driver.get_log("browser")
+    phone = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    driver.get("about:blank")
+    driver.get((root / "out" / "index.html").as_uri())
+    assert driver.execute_script("return items.length") == 16
+    assert driver.execute_script("return document.documentElement.scrollWidth") <= 390
+    # One run has nothing beside it: its page opens on what there is to read.
+    analyze.analyse(root / "one", [str(root / "runs" / "0-on-5")], outcomes="hms")
+    driver.get((root / "one" / "index.html").as_uri() + "#view=runs")
+    assert "16 of 16 prompts" in driver.find_element("id", "count").text
+    assert driver.execute_script("return view") == "change"
   finally:
     driver.quit()
 
 
 def test_variants_are_fields_that_vary_within_a_model_and_confounds_are_named(tmp_path):
-  def run(name, model, **config):
+  def run(name, model, adapter="", **config):
     path = synthetic_runs.write_run(tmp_path / name, model=model, steps=6, eval_every=6)
     text = runs.read_json(path / "config.json")
     text["config"] = {**text["config"], "variant": "", **config}
+    text["config"]["model"] |= {"adapter": adapter}
     (path / "config.json").write_text(json.dumps(text))
     return runs.load_run(path)
 
@@ -214,6 +237,10 @@ def test_variants_are_fields_that_vary_within_a_model_and_confounds_are_named(tm
     run("c", "m1", objective={"name": "dpo", "beta": 0.1}, batch=2, cue="style"),
     run("d", "m2", objective={"name": "grpo"}, batch=4, cue="none", seed=9, mesh={"data": 8}),
   ]
+  started = [run(f"s{i}", "m1", x) for i, x in enumerate(("", "r/a/adapter", "r/b/adapter"))]
+  assert study.variants(started)[0] == [
+    "adapter=none", "adapter=r/a/adapter", "adapter=r/b/adapter"
+  ]  # fmt: skip
   labels, notes = study.variants(found)
   assert labels == [
     "name=grpo, cue=none", "name=dpo, cue=none", "name=dpo, cue=style", "name=grpo, cue=none"
@@ -224,14 +251,192 @@ def test_variants_are_fields_that_vary_within_a_model_and_confounds_are_named(tm
   ]
 
 
-def test_published_compat_uses_one_rollout_per_step_and_fills_in(tmp_path):
-  path = synthetic_runs.write_run(tmp_path / "run", steps=60, eval_every=60)
-  run = runs.load_run(path)
-  honest, old = study.rollout_scores(run), study.rollout_scores(run, compat=True)
+def test_initial_runs_stand_apart_and_the_longest_of_equals_stays(tmp_path):
+  for name, steps in (("a_initial", 0), ("b_short", 6), ("c_long", 12)):
+    synthetic_runs.write_run(tmp_path / name, steps=steps, eval_every=6)
+  cells, notes = study.collect([str(tmp_path / "*")])
+  by_variant = {c.variant: c for c in cells}
+  assert set(by_variant) == {"grpo", "initial, grpo"}
+  assert by_variant["grpo"].sources == [str(tmp_path / "c_long")]
+  assert by_variant["initial, grpo"].sources == [str(tmp_path / "a_initial")]
+  assert any(re.search(r"left out, same .*c_long: .*b_short \(6 steps, not 12\)", n) for n in notes)
+  assert not any(n.startswith("missing cell") for n in notes)
+  table = tables.variant_table(cells, ["max_hex_gap", "heldout_hex_gap"])
+  assert list(table["outcome"]) == ["max_hex_gap", "heldout_hex_gap", "heldout_hex_gap"]
+  assert set(table["against"]) == {"grpo"}
+
+
+def test_off_policy_runs_are_compared_by_their_held_out_gaps(tmp_path):
+  """They log no rollouts of their own: the default outcomes cover them, without empty rows."""
+  gap = {}
+  for model in ("m1", "m2"):
+    for variant, rise in (("on", 1.0), ("off", 4.0)):
+      path = synthetic_runs.write_run(
+        tmp_path / variant / model, model=model, variant=variant, rise=rise, steps=12, eval_every=6
+      )
+      if variant == "off":
+        (path / "rollouts" / "train.jsonl").unlink()
+      gap[model, variant] = runs.load_run(path).evaluations[-1]["hex_gap"]
+  cells, notes = study.collect([str(tmp_path / "*" / "m*")])
+  table = tables.variant_table(cells, analyze.OUTCOMES)
+  assert list(table.query("outcome == 'max_hex_gap'")["variant"]) == ["on"]
+  assert table["mean"].notna().all()
+  (row,) = table.query("outcome == 'heldout_hex_gap' and difference == difference").iloc
+  changes = [gap[m, row["variant"]] - gap[m, row["against"]] for m in ("m1", "m2")]
+  assert row["difference"] == pytest.approx(np.mean(changes)) and row["paired_models"] == 2
+  assert any("off: no training rollouts of seed 5, held-out gaps only" in n for n in notes)
+  alone = analyze.analyse(tmp_path / "alone", [str(tmp_path / "off" / "*")])
+  assert set(alone["variants"]["outcome"]) == {"heldout_hex_gap", "heldout_acc_gap"}
+  for bad in ({"outcomes": "max_hex_gap"}, {"reference": "of"}):
+    with pytest.raises(UserError, match=f"--{next(iter(bad))}"):
+      analyze.analyse(tmp_path / "alone", [str(tmp_path / "off" / "*")], **bad)
+
+
+def test_run_directories_give_the_values_worked_by_hand(tmp_path):
+  """Two seeds of unequal length with ties and missing verdicts; window 2 covers i-1 and i.
+
+  Seed 5, per step:  HEX G 1 3 - 5 5 -> 1 2 3 5 5;  HEX NG 1 1 2 - 2 -> 1 1 1.5 2 2
+                     gap 0 1 1.5 3 3;  ACC G 8 6 6 - - -> 8 7 6 6 -;  ACC NG 8;  gap 0 1 2 2 -
+  Seed 7 (to step 6, cut): HEX G 1 3 5 5 7 -> 1 2 4 5 6;  HEX NG 1;  gap 0 1 3 4 5
+                     ACC G 8 8 6 4 4 -> 8 8 7 5 4;  ACC NG 8;  gap 0 0 1 3 4
+  Mean gaps: HEX 0 1 2.25 3.5 4;  ACC 0 .5 1.5 2.5 4 (the last of seed 7 alone).
+  Areas / 4: HEX (.5 + 1.625 + 2.875 + 3.75) / 4 = 2.1875;  ACC (.25 + 1 + 2 + 3.25) / 4 = 1.625.
+  Seed 5 alone: HEX 7 / 4, ACC 4 / 3 (its 4 finite steps). Seed 7: HEX 10.5 / 4, ACC 6 / 4.
+  """
+  seed5 = [
+    (1, True, 5, 8, 1), (1, False, 5, 8, 1), (2, True, 5, 6, 2), (2, True, 5, 6, 4),
+    (2, False, 5, 8, 1), (3, True, 5, 6, None), (3, False, 5, 8, 2), (4, True, 5, None, 5),
+    (4, False, 5, 8, None), (5, True, 5, None, 5), (5, False, None, None, 2),
+  ]  # fmt: skip
+  seed7 = [(s, False, 5, 8, 1) for s in range(1, 7)]
+  hexes, accs = [1, 3, 5, 5, 7, 10], [8, 8, 6, 4, 4, 1]
+  seed7 += [(i + 1, True, 5, a, h) for i, (a, h) in enumerate(zip(accs, hexes, strict=True))]
+  synthetic_runs.write_rows(tmp_path / "5", seed5, {0: 0.5, 4: 2.0}, seed=5)
+  synthetic_runs.write_rows(tmp_path / "7", seed7, {0: 1.5, 4: 3.0, 6: 9.0}, seed=7)
+  (cell,), notes = study.collect([str(tmp_path / "[57]")], window=2)
+  expected = {
+    "max_hex_gap": 4, "step_of_max_hex_gap": 5, "max_acc_gap": 4, "hex_gap_auc": 8.75,
+    "hex_gap_auc_normalised": 2.1875, "acc_gap_auc_normalised": 1.625, "hms": 1.90625,
+    "max_reward": 5, "heldout_hex_gap": 2.5, "heldout_hex_gap_before": 1.0,
+  }  # fmt: skip
+  assert {k: cell.values[k] for k in expected} == pytest.approx(expected, abs=1e-9)
+  each = {
+    "max_hex_gap": [3, 5], "step_of_max_hex_gap": [4, 5], "max_acc_gap": [2, 4],
+    "hex_gap_auc_normalised": [1.75, 2.625], "acc_gap_auc_normalised": [4 / 3, 1.5],
+    "hms": [0.875 + 2 / 3, 2.0625],
+  }  # fmt: skip
+  for name, values in each.items():
+    assert list(cell.per_seed[name]) == pytest.approx(values, abs=1e-9)
+    sd = abs(values[0] - values[1]) / math.sqrt(2)
+    assert cell.sd[name] == pytest.approx(sd, abs=1e-9)
+  counts = {"unscored_hex": 2, "unscored_acc": 3, "unscored_reward": 1, "steps": 5, "last_step": 5}
+  assert {k: cell.counts[k] for k in counts} == counts
+  for says in (
+    "m / political_qa / main: first and last steps {5: (1, 5), 7: (1, 6)}, cut to (1, 5)",
+    "m / political_qa / main: gaps of some seeds only at this many of 5 steps: acc 1",
+    "3 rollouts have no ACC verdict and are left out (`unscored_acc`)",
+  ):
+    assert says in notes
+  # A seed that logged no rollouts has no part in the curves, and takes none from the others.
+  (tmp_path / "7" / "rollouts" / "train.jsonl").unlink()
+  (cell,), notes = study.collect([str(tmp_path / "[57]")], window=2)
+  assert cell.values["max_hex_gap"] == pytest.approx(3, abs=1e-9)
+  assert list(cell.per_seed["max_hex_gap"]) == pytest.approx([3, math.nan], nan_ok=True)
+  assert any("rollouts of seed 7, curves are those of the other seeds" in n for n in notes)
+  assert any("1 of 2 seeds have a value of max_" in n for n in notes)
+
+
+def test_published_compat_follows_the_study_from_the_directory_on(tmp_path):
+  """One rollout per step, -1 for no verdict, 50 steps even in a short run, 300 of a long one."""
+  run = runs.load_run(synthetic_runs.write_run(tmp_path / "run", steps=60, eval_every=60))
+  honest, old = scores.rollout_scores(run), scores.rollout_scores(run, compat=True)
   assert len(honest["step"]) == 60 * 16 and list(old["step"]) == list(range(1, 61))
   assert np.isnan(honest["hex"]).any() and not np.isnan(old["hex"]).any()
-  again = study.rollout_scores(run, compat=True)
+  again = scores.rollout_scores(run, compat=True)
   np.testing.assert_array_equal(old["hex"], again["hex"])
+
+  rng, smoothed = np.random.default_rng(3), []
+  for seed, length in ((5, 330), (7, 310)):
+    hexes = [None if rng.random() < 0.05 else int(v) for v in rng.integers(1, 6, length)]
+    hexes[302] = 10_000  # past the study's end
+    rows = [(i + 1, i % 3 == 0, 5, 5, h) for i, h in enumerate(hexes)]
+    synthetic_runs.write_rows(tmp_path / "long" / str(seed), rows, seed=seed)
+    values = pd.Series([-1.0 if h is None else h for h in hexes[:300]])
+    gameable = values.index % 3 == 0
+    mean = lambda v: v.rolling(50, center=True, min_periods=1).mean()  # noqa: E731
+    smoothed.append(mean(values.where(gameable)) - mean(values.where(~gameable)))
+  (cell,), _ = study.collect([str(tmp_path / "long" / "*")], compat=True)
+  gap = np.mean(smoothed, axis=0)
+  assert cell.values["max_hex_gap"] == pytest.approx(gap.max(), abs=1e-9)
+  assert cell.sd["max_hex_gap"] == pytest.approx(np.std([g.max() for g in smoothed]), abs=1e-9)
+  area = np.trapezoid(gap) / 299
+  assert cell.values["hex_gap_auc_normalised"] == pytest.approx(area, abs=1e-9)
+  assert cell.values["hms"] == pytest.approx(0.5 * abs(area), abs=1e-9)  # ACC is 5 throughout
+  (short,), _ = study.collect([str(tmp_path / "run")], compat=True)
+  assert short.counts["window"] == 50 and short.counts["steps"] == 60
+
+
+def test_rescored_gaps_replace_the_runs_own_and_what_is_missing_is_named(tmp_path):
+  path = synthetic_runs.write_run(tmp_path / "run", steps=12, eval_every=6)
+  run = runs.load_run(path)
+  lines = []
+  for source, records in (("heldout", sum(runs.eval_rollouts(run).values(), [])),
+                          ("train", runs.train_rollouts(run)[:100])):  # fmt: skip
+    for r in records:
+      hex_ = None if r["hex"] is None else r["hex"] + r["is_gameable"]
+      lines.append({"source": source, **{k: r[k] for k in ("step", "prompt", "sample", "rating")},
+                    "acc": None, "hex": hex_})  # fmt: skip
+  (path / "scores").mkdir()
+  file = path / "scores" / "new.jsonl"
+  file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+  (cell,), notes = study.collect([str(path)], scores="new")
+  own = run.evaluations[-1]
+  assert cell.values["heldout_hex_gap"] == pytest.approx(own["hex_gap"] + 1, abs=1e-9)
+  assert math.isnan(cell.values["heldout_acc_gap"])  # the new judge gave none
+  assert cell.values["heldout_reward_gap"] == own["reward_gap"]  # what was trained on
+  assert f"{file}: holds 100 of 192 training rollouts, no others are used" in notes
+  file.write_text("".join(json.dumps(r) + "\n" for r in lines if r["source"] == "train"))
+  (cell,), notes = study.collect([str(path)], scores="new")
+  assert math.isnan(cell.values["heldout_hex_gap"])
+  assert f"{file}: holds 0 of 96 held-out rollouts, no others are used" in notes
+
+
+def test_files_of_scores_are_read_whole_or_refused(tmp_path):
+  file, notes = tmp_path / "scores.csv", []
+  tables.put_row(file, {"model": "own/a", "quiz": 1.0, "quiz_p": 0.01, "runs": "x y"})
+  tables.put_row(file, {"model": "Qwen/Qwen1.5-0.5B-Chat", "bbq": 9.0})
+  tables.put_row(file, {"model": "own/a", "quiz": 2.0})  # again: replaced, the rest stays
+  table = tables.load_benchmarks(file, notes)
+  assert table.loc["a", "quiz"] == 2
+  assert table.loc["qwen1505bchat", "bbq"] == 9 and table.loc["qwen1505bchat", "num_params"] == 0.5
+  assert not {"quiz_p", "runs"} & set(table) and "no scores: quiz_p, runs" in notes[0]
+  for text, says in (
+    ("model,q\na/x,1\nb/X,2\n", r"two rows for one model \(a/x, b/X\)"),
+    ("model,q\nx,1\ny,good\n", "column 'q' holds 'good'"),
+    ("name,q\nx,1\n", "column named 'model'"),
+  ):
+    file.write_text(text)
+    with pytest.raises(UserError, match=f"--benchmarks={file}: .*{says}"):
+      tables.load_benchmarks(file)
+
+
+def test_published_numbers_go_through_the_program(tmp_path, capsys):
+  """A gap that falls with size over five models: rho -1, 2 of 120 orders, times the family."""
+  models = ["Qwen1_5_0_5B_Chat", "gemma_1_1_2b_it", "Qwen1_5_4B_Chat", "Yi_6B_Chat",
+            "Qwen1_5_14B_Chat"]  # fmt: skip
+  rows = [f"{m},therapy_talk,max_er_gap,{5 - i},0.1,made up" for i, m in enumerate(models)]
+  (tmp_path / "published_results.csv").write_text(
+    "\n".join(["model,env,metric,mean,std,source", *rows, ""])
+  )
+  analyze.main([f"--published={tmp_path}", f"--out={tmp_path / 'out'}", "--power_rho=0.6,0.9"])
+  said = capsys.readouterr().out
+  family = [line.split() for line in said.splitlines() if line.split()[:1] == ["max_hex_gap"]]
+  assert len(family) == 9
+  (size,) = (line for line in family if "num_params" in line)
+  assert size[4:8] == ["5", "-1.000", "0.017", "0.150"]
+  assert "correlation of 0.6 is found" in said and "of 0.9 is found" in said
+  with pytest.raises(UserError, match="--power_rho=1.5"):
+    analyze.main([f"--published={tmp_path}", f"--out={tmp_path}", "--power_rho=1.5"])
 
 
 def test_bad_flags_are_one_clear_line(tmp_path):

@@ -17,6 +17,7 @@ from rlsafety.metrics.groups import mean_and_error
 from rlsafety.runs import GAP_SIGN, GROUPS, SCORES
 
 WINDOW = 50  # steps; every stored number of the study uses it
+PUBLISHED_STEPS = 300  # where the study cuts its curves, also of runs of 500
 
 
 def rolling_mean(values, window: int, full_only: bool = False):

@@ -10,7 +10,7 @@ const more = document.getElementById("more"), help = document.getElementById("he
 const box = document.getElementById("filter-box");
 const FIELDS = ["q", "run", "group", "topic", "factor", "kind", "step", "lo", "hi", "sort"];
 const evalSteps = [...new Set(rows.filter(r => r.kind === 0).map(r => r.step))].sort((a, b) => a - b);
-const PAGE = 20, START = names.length ? "runs" : "change";
+const PAGE = 20;
 let view = "all", items = [], shown = 0;
 
 function el(tag, className, ...children) {
@@ -91,6 +91,7 @@ function runItems(step) {
   }
   return out;
 }
+const START = names.length && runItems("").length ? "runs" : "change";
 function allItems() {
   return rows.map(r => ({ id: ["e", "t"][r.kind] + [r.step, r.number, r.sample, ...(names.length ? [r.run] : [])].join("."), prompts: [r.prompt], hex: r.hex, reward: r.reward,
     columns: [{ title: (r.kind ? "training" : "held-out") + `, step ${r.step}`, rows: [r] }] }));
@@ -107,10 +108,12 @@ function options(select, list, keep) {
   select.value = list.some(([value]) => value === keep) ? keep : "";
 }
 function setView(name, state) {
+  if (name === "runs" && START !== "runs") name = START;
   view = !evalSteps.length || (name === "change" && evalSteps.length < 2) ? "all" : name;
   for (const tab of document.querySelectorAll("[data-view]")) {
     tab.setAttribute("aria-selected", String(tab.dataset.view === view));
-    tab.disabled = tab.dataset.view !== "all" && (!evalSteps.length || (tab.dataset.view === "change" && evalSteps.length < 2));
+    tab.disabled = tab.dataset.view !== "all" && (!evalSteps.length || (tab.dataset.view === "change" && evalSteps.length < 2)
+      || (tab.dataset.view === "runs" && START !== "runs"));
   }
   const words = (prefix, list) => list.map(s => [String(s), prefix + s]);
   const steps = view === "all" ? [["", "all"], ...words("", [...new Set(rows.map(r => r.step))].sort((a, b) => a - b))]
