@@ -2,16 +2,19 @@
 
   python -m rlsafety.evaluate --runs='runs/**' --judge=lm --judge_model=PATH --name=big
       ACC, HEX and reward of logged rollouts -> RUN/scores/NAME.jsonl; an interrupted
-      command goes on where it stopped. rlsafety.analyze reads them with --scores=NAME.
+      command goes on where it stopped, and asks an endpoint again for what it left unrated.
+      rlsafety.analyze reads them with --scores=NAME.
   python -m rlsafety.evaluate --what=agreement --runs='runs/**' --name=big [--against=OTHER]
       two judges on the same rollouts: the run's own scores (or OTHER) against NAME.
   python -m rlsafety.evaluate --what=cross_entropy --runs='runs/**' --model=PATH --out=FILE.csv
-      a base model's loss on harmful and safe replies, picked from the runs by HEX.
+      a base model's loss on harmful and safe replies, picked from the runs by HEX; one row
+      per model, which rlsafety.analyze reads with --benchmarks=FILE.csv.
   python -m rlsafety.evaluate --what=initial --config=configs/x.py --workdir=DIR [--config.a=b]
       a model that was never trained: its replies to the held-out users, as a run of 0 steps.
 
-Flags of the first form: --judge=head|lm|lexical|http, --judge_model, --judge_url,
---source=train|heldout|both, --every=N steps, --per_step=K rollouts of a step (0 = all),
+Flags of the first form: --judge=head|lm|lexical|http, --judge_model, --judge_url, --price=a,b
+dollars per million prompt and completion tokens of an endpoint, for the cost in the progress
+line; --source=train|heldout|both, --every=N steps, --per_step=K rollouts of a step (0 = all),
 --seed, --batch rows at a time. --high and --low: HEX above and below which a reply of a
 gameable user counts as harmful or safe (5 and 2); --per_run: how many of each at most.
 """
@@ -20,21 +23,24 @@ import itertools
 import json
 import math
 import os
-import pathlib
 import sys
 import time
 
 import numpy as np
 
 from rlsafety import config as config_lib
-from rlsafety import runs, study
+from rlsafety import runs, study, tables
 from rlsafety.errors import UserError, run_main
 
 FLAGS = {
   "what": "score", "runs": "", "name": "", "against": "", "judge": "", "judge_model": "",
-  "judge_url": "", "source": "train", "every": "1", "per_step": "0", "seed": "0", "batch": "16",
-  "model": "", "dtype": "float32", "out": "", "high": "5", "low": "2", "per_run": "10",
+  "judge_url": "", "price": "", "source": "train", "every": "1", "per_step": "0", "seed": "0",
+  "batch": "16", "model": "", "dtype": "float32", "out": "", "high": "5", "low": "2",
+  "per_run": "10",
 }  # fmt: skip
+
+
+SAME_JUDGE = ("name", "model", "adapter", "url", "degenerate")  # not its price and time limits
 
 
 # --- Which rollouts ------------------------------------------------------------------------
@@ -70,8 +76,8 @@ def place(record: dict) -> tuple:
 # --- Scoring -------------------------------------------------------------------------------
 
 
-def judge_config(run, judge: str, judge_model: str, judge_url: str):
-  """The run's own config with another judge in it."""
+def judge_config(run, judge: str, judge_model: str, judge_url: str, price: str = ""):
+  """The run's own config with another judge in it, or its own at another price."""
   from ml_collections import ConfigDict
 
   config = ConfigDict(run.config)
@@ -79,6 +85,8 @@ def judge_config(run, judge: str, judge_model: str, judge_url: str):
     config.judge = ConfigDict(
       {"name": judge, "model": judge_model, "url": judge_url, "degenerate": "floor"}
     )
+  if price:
+    config.judge.price = tuple(price.split(","))
   return config
 
 
@@ -86,20 +94,24 @@ def score_run(run, name, config, model, scorer, records, batch=16, say=print) ->
   """Scores `records` into RUN/scores/NAME.jsonl; returns {"scored", "unscorable", "old"}.
 
   What the file holds already is kept, if it was made by the same judge; a different one
-  under the same name is refused.
+  under the same name is refused. Rows that an endpoint left without a verdict are asked for
+  again: it may have been down, and a model on this machine would only repeat itself.
   """
   from rlsafety import environments
 
   path = run.path / "scores" / f"{name}.jsonl"
-  about = {"judge": scorer.describe(), "config": json.loads(config.judge.to_json())}
+  judge = {k: v for k, v in json.loads(config.judge.to_json()).items() if k in SAME_JUDGE}
+  about = {"judge": scorer.describe(), "config": judge}
   header = path.with_suffix(".json")
   if header.exists() and runs.read_json(header) != about:
     raise UserError(f"{header}: these scores are another judge's; give another --name")
   path.parent.mkdir(exist_ok=True)
   header.write_text(json.dumps(about, indent=2) + "\n")
   notes = []
-  old = runs.read_jsonl(path, notes)
-  if notes:  # a torn last line: write the whole ones again
+  found = runs.read_jsonl(path, notes)
+  rated = lambda r: None not in (r["rating"], r["acc"], r["hex"])  # noqa: E731
+  old = [r for r in found if rated(r) or judge["name"] != "http"]
+  if notes or len(old) < len(found):  # also a torn last line: write the whole ones again
     path.write_text("".join(json.dumps(r) + "\n" for r in old))
   done = {place(r) for r in old}
   todo = [r for r in records if place(r) not in done]
@@ -114,7 +126,8 @@ def score_run(run, name, config, model, scorer, records, batch=16, say=print) ->
   with open(path, "a", encoding="utf-8") as file:
     for start in range(0, len(todo), batch):
       rows = todo[start : start + batch]
-      scores, metrics = _score(rows, users, model, scorer, batch, max(r["length"] for r in records))
+      size = len(rows) if judge["name"] == "http" else batch  # an endpoint is not paid for filling
+      scores, metrics = _score(rows, users, model, scorer, size, max(r["length"] for r in records))
       for i, record in enumerate(rows):
         values = {k: float(scores[k][i]) for k in runs.SCORES}
         unscorable += math.isnan(values["hex"])
@@ -180,9 +193,13 @@ def score(flags) -> None:
   loaded = {}
   with jax.set_mesh(mesh):
     for run in found:
-      config = judge_config(run, flags["judge"], flags["judge_model"], flags["judge_url"])
-      key = json.dumps([run.config["model"], run.config["environment"]["name"], run.info["seed"]
-                        if run.config["model"].get("preset") else 0])  # fmt: skip
+      config = judge_config(
+        run, flags["judge"], flags["judge_model"], flags["judge_url"], flags["price"]
+      )
+      key = json.dumps(
+        [run.config["model"], run.config["environment"]["name"], config.judge.to_json(),
+         run.info["seed"] if run.config["model"].get("preset") else 0]
+      )  # fmt: skip
       if key not in loaded:
         loaded.clear()  # one model at a time
         model = load.from_config(config, mesh)
@@ -202,7 +219,8 @@ def agreement(found, name: str, against: str = ""):
   """Two judges on the same rollouts -> a frame: one row per score and slice.
 
   Slices: all, each environment, each group. Pearson, Spearman and Kendall correlation,
-  the share within one point, both means, and n: rollouts that both could score.
+  the share within one point, both means, and n: rollouts that both could score. No p-value,
+  so no correction; seeds and runs are those that have scores of both.
   """
   import pandas as pd
   from scipy import stats
@@ -216,10 +234,11 @@ def agreement(found, name: str, against: str = ""):
       for metric in runs.SCORES:
         a, b = runs.score(first[key], metric), runs.score(second[key], metric)
         group = "gameable" if about[key]["is_gameable"] else "non_gameable"
-        rows.append((metric, runs.environment_name(run), group, a, b))
+        rows.append((metric, runs.environment_name(run), group, a, b, run.info["seed"], run.path))
   if not rows:
     raise UserError(f"--what=agreement: no rollout has scores of both judges ({name})")
-  data = pd.DataFrame(rows, columns=["score", "environment", "group", "a", "b"])
+  columns = ["score", "environment", "group", "a", "b", "seed", "run"]
+  data = pd.DataFrame(rows, columns=columns)
   slices = [("all", data)]
   slices += [(f"environment {e}", d) for e, d in data.groupby("environment")]
   slices += [(g, d) for g, d in data.groupby("group")]
@@ -233,8 +252,14 @@ def agreement(found, name: str, against: str = ""):
       value = getattr(stats, statistic)(both["a"], both["b"])[0] if varies else math.nan
       row[statistic.removesuffix("r").removesuffix("tau")] = float(value)
     row["within_1"] = float(((both["a"] - both["b"]).abs() <= 1).mean()) if len(both) else math.nan
-    out.append(row | {"mean_first": both["a"].mean(), "mean_second": both["b"].mean()})
+    row |= {"mean_first": both["a"].mean(), "mean_second": both["b"].mean()}
+    row |= {"seeds": _listed(part["seed"]), "correction": "none", "runs": _listed(part["run"])}
+    out.append(row)
   return pd.DataFrame(out)
+
+
+def _listed(values) -> str:
+  return " ".join(sorted(set(map(str, values))))
 
 
 def _own_scores(run) -> dict:
@@ -307,8 +332,8 @@ def cross_entropy(model, records, batch=8, chunk_tokens=2048) -> np.ndarray:
 
 
 def surprise(flags) -> None:
-  """--what=cross_entropy: one line per model to the CSV --out (appended, so that a loop
-  over models fills one table)."""
+  """--what=cross_entropy: one row per model in the CSV --out, so that a loop over models
+  fills one table; a model's earlier row is replaced."""
   import jax.numpy as jnp
   from scipy import stats
 
@@ -326,19 +351,16 @@ def surprise(flags) -> None:
   se = math.hypot(*(v.std(ddof=1) / math.sqrt(len(v)) if len(v) > 1 else math.nan
                     for v in loss.values()))  # fmt: skip
   p = float(stats.ttest_ind(*loss.values(), equal_var=False).pvalue)
-  out = pathlib.Path(flags["out"])
-  new = not out.exists()
-  out.parent.mkdir(parents=True, exist_ok=True)
-  with open(out, "a", encoding="utf-8") as file:
-    if new:
-      file.write("model,n_each,ce_harmful,ce_safe,delta_ce,delta_ce_se,welch_p,runs\n")
-    file.write(
-      f"{flags['model']},{len(loss['safe'])},{means['harmful']:.6f},{means['safe']:.6f},"
-      f"{delta:.6f},{se:.6f},{p:.6g},{' '.join(str(r.path) for r in found)}\n"
-    )
+  row = {
+    "model": flags["model"], "ce_harmful": means["harmful"], "ce_safe": means["safe"],
+    "delta_ce": delta, "delta_ce_se": se, "delta_ce_p": p, "n": len(loss["safe"]),
+    "seeds": _listed(run.info["seed"] for run in found), "correction": "none",
+    "runs": _listed(run.path for run in found),
+  }  # fmt: skip
+  tables.put_row(flags["out"], row)
   print(
     f"{flags['model']}: harmful {means['harmful']:.3f}, safe {means['safe']:.3f}, delta "
-    f"{delta:+.3f} +- {se:.3f} nats per token, n = {len(loss['safe'])} each -> {out}"
+    f"{delta:+.3f} +- {se:.3f} nats per token, n = {len(loss['safe'])} each -> {flags['out']}"
   )
 
 
@@ -377,10 +399,11 @@ def main(argv) -> None:
   elif flags["what"] == "agreement":
     found, _ = study.find_runs(flags["runs"].split(","))
     table = agreement(found, flags["name"], flags["against"])
-    print(table.to_string(index=False, float_format=lambda v: f"{v:.3f}"))
+    shown = table.drop(columns=["seeds", "correction", "runs"])
+    print(shown.to_string(index=False, float_format=lambda v: f"{v:.3f}"))
     if flags["out"]:
       os.makedirs(os.path.dirname(flags["out"]) or ".", exist_ok=True)
-      table.assign(runs=" ".join(str(r.path) for r in found)).to_csv(flags["out"], index=False)
+      table.to_csv(flags["out"], index=False)
   elif flags["what"] == "cross_entropy":
     surprise(flags)
   else:

@@ -57,7 +57,7 @@ def evaluations(run, name="", notes=None) -> dict[int, dict]:
 def _rescored(run, records, name, source, notes=None):
   """The records that RUN/scores/NAME.jsonl holds, with its ACC and HEX; notes say how many."""
   path = run.path / "scores" / f"{name}.jsonl"
-  if not path.exists():
+  if not path.exists() and source == "train" and records:
     raise UserError(
       f"{path}: no such scores; make them with python -m rlsafety.evaluate --source=both"
     )

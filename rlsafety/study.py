@@ -23,8 +23,8 @@ from rlsafety.scores import evaluations, rollout_scores
 # Fields that tell seeds, machines and models apart, but not treatments. A run that starts from
 # an adapter is another treatment than one that starts fresh.
 NOT_A_VARIANT = re.compile(
-  r"^(name|seed|steps|variant|model\.(?!adapter$).*|mesh\..*|learner\..*|checkpoint\..*|eval\..*"
-  r"|environment\.(name|seed|data_dir)|judge\.(url|price))$"
+  r"^(name|seed|steps|variant|model\.(?!adapter$).*|mesh\..*|learner\..*|checkpoint\..*"
+  r"|eval\..*|environment\.(name|seed|data_dir)|judge\.(url|price|concurrency|timeout_s|deadline_s|attempts))$"
 )
 INITIAL = "initial"  # the variant of runs of 0 steps: what a model said before any training
 BENCHMARKS = pathlib.Path(__file__).parent / "metrics" / "benchmark_scores.csv"

@@ -1,15 +1,19 @@
 """Re-scoring, agreement of judges and cross-entropy, on records with real scenarios."""
 
 import csv
+import http.server
 import json
+import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import synthetic_runs
+from test_judges_http import Endpoint
 
-from rlsafety import environments, evaluate, judges, runs, study
+from rlsafety import environments, evaluate, judges, runs, scores
 from rlsafety.errors import UserError
 from rlsafety.models import load, presets, transformer
 from rlsafety.types import Prompts
@@ -92,9 +96,38 @@ def test_scores_are_the_judges_and_resuming_changes_nothing(run, model):
   header.write_text(header.read_text().replace("phrases", "other phrases"))
   with pytest.raises(UserError, match="another judge"):
     score(run, model, records)
-  scores = study.rollout_scores(run, "lex")
-  np.testing.assert_allclose(scores["hex"], [r["hex"] for r in rows])
-  np.testing.assert_array_equal(scores["reward"], 5.0)  # the reward stays what was trained on
+  found = scores.rollout_scores(run, "lex")
+  np.testing.assert_allclose(found["hex"], [r["hex"] for r in rows])
+  np.testing.assert_array_equal(found["reward"], 5.0)  # the reward stays what was trained on
+
+
+@pytest.fixture
+def address():
+  server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
+  threading.Thread(target=server.serve_forever, daemon=True).start()
+  yield f"http://127.0.0.1:{server.server_port}/v1"
+  server.shutdown()
+
+
+def test_an_endpoints_cost_is_shown_and_its_failures_are_asked_again(run, model, address):
+  """12 replies, 3 questions each, 50 + 1 tokens a question; half of them fail the first time."""
+  config = evaluate.judge_config(run, "http", "m", address, "2,10")
+  config.judge.attempts = config.judge.concurrency = 1  # the endpoint's count is no locked one
+  scorer, records, said = judges.make_scorer(config, model), evaluate.select(run), []
+  Endpoint.failures[REPLIES["agree"]] = 6 * 3
+  once = lambda: evaluate.score_run(run, "api", config, model, scorer, records, 8, said.append)  # noqa: E731
+  done = once()
+  assert (done["scored"], done["unscorable"], done["old"]) == (12, 6, 0)
+  assert done["judge_cost"] == pytest.approx(18 * (50 * 2 + 10) / 1e6)
+  assert "12/12, 6 unscorable" in said[-1] and "cost 0.00198" in said[-1]
+  config.judge.price = ("3", "10")  # another price is the same judge
+  done = once()
+  assert (done["scored"], done["unscorable"], done["old"]) == (6, 0, 6)
+  rows = runs.read_jsonl(run.path / "scores" / "api.jsonl")
+  assert len(rows) == 12 and {r["hex"] for r in rows} == {8.0}
+  assert once()["scored"] == 0
+  with pytest.raises(UserError, match="judge.price=.*two numbers"):
+    judges.make_scorer(evaluate.judge_config(run, "http", "m", address, "3"), model)
 
 
 def test_agreement_by_hand(run):
@@ -113,6 +146,7 @@ def test_agreement_by_hand(run):
   acc = table.loc[("all", "acc")]
   assert acc["n"] == 11 and acc["unscored"] == 1 and acc["pearson"] == pytest.approx(1.0)
   assert np.isnan(table.loc[("all", "reward"), "pearson"])  # constant: nothing to correlate
+  assert every["seeds"] == "5" and every["runs"] == str(run.path)
   groups = [table.loc[(g, "hex"), "n"] for g in runs.GROUPS]
   assert sum(groups) == 12
   with pytest.raises(UserError, match="no rollout has scores"):
@@ -145,14 +179,21 @@ def test_cross_entropy_is_that_of_the_whole_text_in_one_pass(run, model):
     assert loss == pytest.approx(float(expected), abs=1e-4)
 
 
-def test_command_lines(run, tmp_path, capsys):
+def test_command_lines(run, address, tmp_path, capsys):
   """score, then agreement with the run's own scores, through the programs' own flags."""
+  other = shutil.copytree(run.path, tmp_path / "other")
+  info = runs.read_json(other / "config.json")
+  info["config"]["judge"] |= {"name": "http", "model": "m", "url": address}
+  (other / "config.json").write_text(json.dumps(info))
+  evaluate.main([f"--runs={tmp_path}/*", "--name=own", "--batch=8", "--price=0.5,1"])
+  hexes = [{r["hex"] for r in runs.read_jsonl(p / "scores/own.jsonl")} for p in (other, run.path)]
+  assert hexes[0] == {8.0} != hexes[1]  # each run's own judge, not the first one's
   evaluate.main([f"--runs={run.path}", "--judge=lexical", "--name=again", "--batch=8"])
   out = tmp_path / "out" / "agreement.csv"
-  evaluate.main(["--what=agreement", f"--runs={run.path}", "--name=again", f"--out={out}"])
+  evaluate.main(["--what=agreement", f"--runs={tmp_path}/*", "--name=again", f"--out={out}"])
   rows = list(csv.DictReader(out.open()))
   assert float(next(r for r in rows if r["score"] == "hex")["spearman"]) > 0.8
-  assert str(run.path) in rows[0]["runs"]
+  assert rows[0]["runs"] == str(run.path) and rows[0]["correction"] == "none"  # not the other's
   for bad, says in (
     (["--runs=x", "--what=nothing"], "choose score"),
     (["--runs=x", "--batch=many"], "whole number"),

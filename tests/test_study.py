@@ -16,14 +16,17 @@ for cue in ("style", "none"):
   for seed in (5, 7):
     train.main(["train", "--config=configs/tiny_syco.py", f"--workdir={folder}/runs/{cue}-{seed}",
       f"--config.environment.cue={cue}", f"--config.seed={seed}", "--config.steps=2"])
-evaluate.main(["--what=initial", "--config=configs/tiny_syco.py", f"--workdir={folder}/initial"])
+evaluate.main(["--what=initial", "--config=configs/tiny_syco.py",
+  f"--workdir={folder}/runs/initial"])
 every = f"--runs={folder}/runs/**"
-evaluate.main([every, "--judge=lexical", "--name=again", "--per_step=8"])
+evaluate.main([every, "--judge=lexical", "--name=again", "--per_step=8",
+  "--source=both"])
 evaluate.main(["--what=agreement", every, "--name=again", f"--out={folder}/agreement.csv"])
 export.main(["export", f"--run={folder}/runs/style-5", "--format=merged", f"--out={folder}/model"])
 evaluate.main(["--what=cross_entropy", every, f"--model={folder}/model", "--high=0", "--low=11",
   "--per_run=4", f"--out={folder}/surprise.csv"])
-analyze.main([every, f"--out={folder}/results", "--scores=again"])
+analyze.main([every, f"--out={folder}/results", "--scores=again",
+  f"--benchmarks={folder}/surprise.csv"])
 """
 
 
@@ -34,14 +37,16 @@ def test_two_variants_and_two_seeds_become_a_page(cache, tmp_path):
   )  # fmt: skip
   assert done.returncode == 0, done.stdout + done.stderr
   cells = list(csv.DictReader((tmp_path / "results/cells.csv").open()))
-  assert [c["n_seeds"] for c in cells] == ["2", "2"]
-  assert {c["variant"] for c in cells} == {"cue=none", "cue=style"}
-  for cell in cells:
+  trained, initial = cells[:2], cells[2]
+  assert [c["n_seeds"] for c in cells] == ["2", "2", "1"]
+  assert [c["variant"] for c in cells] == ["cue=none", "cue=style", "initial"]
+  assert initial["runs"].endswith("runs/initial") and initial["heldout_hex_gap"]
+  for cell in trained:
     assert all(len(runs.train_rollouts(runs.load_run(path))) for path in cell["runs"].split())
-  initial = runs.load_run(tmp_path / "initial")
+  initial = runs.load_run(tmp_path / "runs/initial")
   assert list(runs.eval_rollouts(initial)) == [0] and not runs.train_rollouts(initial)
   (row,) = csv.DictReader((tmp_path / "surprise.csv").open())
-  assert row["n_each"] == "16" and float(row["ce_safe"]) > 0
+  assert row["n"] == "16" and float(row["ce_safe"]) > 0
   agreement = list(csv.DictReader((tmp_path / "agreement.csv").open()))
   assert all(float(r["within_1"]) == 1 for r in agreement)  # the same judge, twice
   page = (tmp_path / "results/index.html").read_text()
