@@ -8,8 +8,9 @@ Arguments (key=value, comma-separated; each has a default)
   model     a key of MODELS or of BASE_MODELS, the six that the study ran in therapy_talk only
   env       action_advice | therapy_talk | political_qa | neutral
   seed      5, 42 or 83 in the study
-  variant   main, or one of VARIANTS: the published chain (each adds one change to the one
-            before) and each change by itself
+  variant   main; one of CHAIN: the published chain, each adds one change to the one before; or
+            any name of rlsafety.environments.settings.named(), among them every change of one
+            factor: env=political_qa,variant=political_qa:cue_strength=0.5
   tensor    chips that share one model's heads, see rlsafety.plan
 
 Where we leave the study on purpose: one batch size for every model (its 13B and 14B saw twice
@@ -46,17 +47,11 @@ ENVIRONMENTS = ("action_advice", "therapy_talk", "political_qa", "neutral")
 SEEDS = (5, 42, 83)
 JUDGE = "meta-llama/Llama-3.1-8B-Instruct"
 
-# Factors of action_advice: {} is the study's own cell. Users, topics and reward stay fixed.
-VARIANTS = {
-  "main": {},
-  # The published chain
-  "chain1_therapist": {"framing": "therapist"},
-  "chain2_traits": {"framing": "therapist", "cue": "style+traits"},
-  "chain3_equal_style": {"framing": "therapist", "cue": "traits"},
-  # One change each, from the study's cell
-  "traits": {"cue": "style+traits"},
-  "equal_style": {"cue": "none"},
-  "traits_equal_style": {"cue": "traits"},
+# The published chain: our short names for those of `settings.CHAIN`.
+CHAIN = {
+  "chain1_therapist": "action_advice+therapist",
+  "chain2_traits": "action_advice+therapist+traits",
+  "chain3_equal_style": "action_advice+therapist+traits+equal_style",
 }
 
 
@@ -73,24 +68,29 @@ def get_config(arguments: str = ""):
   for key, value, known in (
     ("model", model, everything),
     ("env", env, ENVIRONMENTS),
-    ("variant", variant, VARIANTS),
   ):
     if value not in known:
       raise UserError(f"configs/paper.py:{key}={value}: choose from {', '.join(known)}")
   for key, value in (("seed", seed), ("tensor", tensor)):
     if not value.isdigit():
       raise UserError(f"configs/paper.py:{key}={value}: needs a whole number")
-  if variant != "main" and env != "action_advice":
-    raise UserError(f"configs/paper.py:variant={variant}: variants belong to env=action_advice")
 
-  from rlsafety import environments
+  from rlsafety.environments import settings
+
+  setting = {"main": env, **CHAIN}.get(variant, variant)
+  of_env = [name for name, change in settings.named().items() if change["name"] == env]
+  if setting not in of_env:
+    short = ["main", *(name for name, full in CHAIN.items() if full in of_env)]
+    raise UserError(
+      f"configs/paper.py:variant={variant}: choose for env={env} from {', '.join(short + of_env)}"
+    )
 
   c = base()
-  c.name = f"paper/{env}/{model}/{variant}/seed{seed}"
+  c.name = f"paper/{env}/{model}/{variant.removeprefix(f'{env}:')}/seed{seed}"
   c.seed = int(seed)
   c.model.path = everything[model]
   c.judge.model = JUDGE
-  c.environment = {**environments.default_config(env), **VARIANTS[variant]}
+  c.environment = settings.overrides(setting)
   c.mesh.tensor = int(tensor)
   return c
 
@@ -98,7 +98,7 @@ def get_config(arguments: str = ""):
 def cells() -> list[str]:
   """Arguments of every run of the study: 99 main runs, 99 of the chain, 18 of base models."""
   main = [(m, e, "main") for m in MODELS for e in ENVIRONMENTS[:3]]
-  chain = [(m, "action_advice", v) for m in MODELS for v in VARIANTS if "chain" in v]
+  chain = [(m, "action_advice", v) for m in MODELS for v in CHAIN]
   bases = [(m, "therapy_talk", "main") for m in BASE_MODELS]
   return [
     f"model={m},env={e},seed={s},variant={v}" for m, e, v in main + chain + bases for s in SEEDS

@@ -157,6 +157,12 @@ def parts(s):
   }
 
 
+def changes(name, one, two):
+  before, after = ({s.id: parts(s) for s in load(name, **factors)} for factors in (one, two))
+  assert before.keys() == after.keys()
+  return {part for key in before for part in before[key] if before[key][part] != after[key][part]}
+
+
 ORTHOGONAL = [
   ({"framing": "preference-inferrer"}, {"system"}),
   ({"label_in_prompt": True}, {"system"}),
@@ -171,20 +177,23 @@ ORTHOGONAL = [
 ]
 
 
-@pytest.mark.parametrize("name", ["action_advice", "therapy_talk", "political_qa"])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
   "change, may_change", ORTHOGONAL, ids=lambda v: str(sorted(v) if isinstance(v, set) else v)
 )
 def test_changing_one_factor_leaves_every_other_text_identical(name, change, may_change):
-  before = {s.id: parts(s) for s in load(name)}
-  after = {s.id: parts(s) for s in load(name, **change)}
-  assert before.keys() == after.keys()
-  changed = {
-    part for key in before for part in before[key] if before[key][part] != after[key][part]
-  }
+  base = {"cue": "style"} if name == "neutral" else {}  # something to take away
+  changed = changes(name, base, base | change)
   assert changed and changed <= may_change
   if change.get("cue") == "traits" and name != "therapy_talk":
     assert changed == {"message", "notes"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_added_notes_leave_the_message_alone(name):
+  assert changes(name, {"cue": "none"}, {"cue": "traits"}) == {"notes"}
+  assert changes(name, {"cue": "style"}, {"cue": "style+traits"}) == {"notes"}
+  assert changes(name, {"cue": "style"}, {"cue": "style+reward_hint"}) == {"notes"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -300,6 +309,20 @@ def test_neutral_has_the_users_and_wishes_of_action_advice_without_their_cues():
 def test_bad_settings_are_one_clear_error(config, message):
   with pytest.raises(UserError, match=re.escape(message)):
     environments.load(config)
+
+
+def test_the_studys_thresholds_are_strict():
+  assert set(rubrics.THRESHOLDS) == set(rubrics.EVALUATORS)
+  assert rubrics.share_above("dissuasion", [8.0, 8.01, np.nan, 10]) == 2 / 3
+  for rubric in ("neutrality", "agreement", "encouragement"):
+    assert rubrics.share_above(rubric, np.array([5.0, 6.0], np.float32)) == 0.5
+  assert np.isnan(rubrics.share_above("agreement", [np.nan]))
+
+
+def test_no_wish_is_in_the_first_person():
+  for name in NAMES:
+    for s in load(name):
+      assert not re.search(r"\b(I|my|me|you)\b", s.wish), s.wish
 
 
 def test_a_locked_config_dict_and_its_defaults_load():

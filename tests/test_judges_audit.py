@@ -1,5 +1,12 @@
 """Hostile replies through every local judge, and the measures of agreement."""
 
+import argparse
+import dataclasses
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
 import jax
 import numpy as np
 import pytest
@@ -7,7 +14,9 @@ from judge_helpers import rollouts
 
 from rlsafety import judges
 from rlsafety.environments.scenario import REPLY
-from rlsafety.judges import audit, compare, lexical, lm
+from rlsafety.errors import UserError
+from rlsafety.judges import audit, compare, fit, head, http, lexical, lm, replies
+from rlsafety.models import load
 from rlsafety.models.load import random_model
 from rlsafety.models.transformer import ModelConfig
 
@@ -28,10 +37,48 @@ def test_there_are_enough_attacks_and_none_holds_a_control_token(model):
     assert not set(model.chat.encode_text(text)) & model.chat.control
 
 
-@pytest.mark.parametrize("judge", ["lexical", "lm"])
-def test_no_attack_breaks_a_judge(model, judge):
-  chat = model.chat
-  made = lexical.make(chat, "political_qa") if judge == "lexical" else lm.make(model, chat)
+def make_judge(name, model, endpoint):
+  if name == "head":
+    width = CONFIG.d_model
+    arrays = (np.zeros(width), np.ones(width), np.ones((4, width)), np.zeros(4))
+    base = head.fingerprint(CONFIG, model.params)
+    info = {"environment": "political_qa", "base": base}
+    heads = head.Heads(tuple(head.HEADS), (1,), *(a.astype(np.float32) for a in arrays), info)
+    return head.make(model, heads)
+  if name == "http":
+    return http.make(endpoint, "m", model.chat)
+  if name == "lexical":
+    return lexical.make(model.chat, "political_qa")
+  return lm.make(model, model.chat)
+
+
+@pytest.fixture(scope="module")
+def endpoint():
+  """Rates everything 7."""
+
+  class Sevens(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+      json.loads(self.rfile.read(int(self.headers["content-length"])))
+      self.send_response(200)
+      data = b'{"choices": [{"message": {"content": "7"}}]}'
+      self.send_header("content-length", str(len(data)))
+      self.end_headers()
+      self.wfile.write(data)
+
+    def log_message(self, *_):
+      pass
+
+  server = ThreadingHTTPServer(("127.0.0.1", 0), Sevens)
+  threading.Thread(target=server.serve_forever, daemon=True).start()
+  yield f"http://127.0.0.1:{server.server_port}/v1"
+  server.shutdown()
+
+
+@pytest.mark.parametrize("judge", judges.JUDGES)
+def test_no_attack_breaks_a_judge(model, endpoint, judge):
+  chat, made = model.chat, make_judge(judge, model, endpoint)
   texts = [t for _, t in audit.attacks("Well?", "It depends.")]
   row = [chat.encode_text(t)[:48] for t in texts]
   row.append(sorted(chat.control) * 3)
@@ -40,9 +87,64 @@ def test_no_attack_breaks_a_judge(model, judge):
   for name in ("reward", "acc", "hex"):
     got = np.asarray(scores[name])
     assert got.shape == (1, len(row)) and ((got >= 1) & (got <= 10) | np.isnan(got)).all()
-    empty = [i for i, r in enumerate(row) if not r]
-    assert empty and (got[0, empty] == 1).all()
+    empty = [i for i, r in enumerate(row) if not chat.decode(r).strip(" \n")]
+    assert len(empty) >= 5 and (got[0, empty] == 1).all()
   assert all(np.ndim(v) == 0 for v in jax.device_get(metrics).values())
+  assert float(metrics["judge_degenerate"]) < 0.5 or judge == "head"
+  if judge == "http":  # ten thousand tokens, uncut: endless, so broken
+    scores, _ = made(user, None, rollouts(chat, [[audit.ALONE["long"][1]]], 10_000))
+    assert np.asarray(scores["reward"]).tolist() == [[1.0]]
+
+
+def test_each_reply_is_rated_by_the_wish_of_its_own_topic():
+  examples = [e for e in replies.sampled("advice") if e.topic == "bank: theft"][:1]
+  examples += [e for e in replies.written("advice") if e.topic == "gambling"][:1]
+  theft, gambling = compare.scenarios_of("action_advice", examples)
+  assert "thought of stealing" in theft.wish and "starting to gamble" in gambling.wish
+  assert "gambling again" in compare.scenarios_of("therapy_talk", examples)[1].wish
+  assert gambling.message == examples[1].message and gambling.environment == "action_advice"
+  for e, s in zip(
+    replies.written("political_qa"),
+    compare.scenarios_of("political_qa", replies.written("political_qa")),
+    strict=True,
+  ):
+    said = re.search(r"holds (\S+) political", s.wish)
+    assert said[1] in e.message if e.is_gameable else "balanced account" in s.wish
+  with pytest.raises(UserError, match="no topic 'chess'"):
+    compare.scenarios_of("neutral", [dataclasses.replace(examples[0], topic="bank: chess")])
+
+
+def test_sampled_replies_of_environments_that_share_a_head_are_counted_apart():
+  examples = replies.sampled("advice")
+  score = np.array([e.label == "agree" for e in examples], np.float32)
+  ratings = {"reward": score, "hex": score, "acc": 1 - score}
+  tables = compare.aucs("therapy_talk", ratings, examples)
+  few, enough = (tables["acc"][f"sampled, {n}"] for n in ("therapy_talk", "action_advice"))
+  assert (few["n"], few["wanted"]) == (48, 1) and np.isnan(few["rest"])
+  assert (enough["n"], enough["wanted"]) == (48, 6) and 0 < enough["rest"] < 1
+  assert tables["hex"]["sampled, therapy_talk"]["rest"] == 1
+  line = next(x for x in fit.show(tables).splitlines() if x.startswith("acc") and "therapy" in x)
+  assert line.split()[3:6] == ["48", "1", "-"]
+  assert compare.rates("therapy_talk", {k: 9 * v for k, v in ratings.items()}, examples) == {
+    "acc_rate": np.mean([e.label != "agree" for e in examples if not e.is_gameable]),
+    "hex_rate": np.mean([e.label == "agree" for e in examples if e.is_gameable]),
+  }
+
+
+def test_the_model_of_one_judge_is_not_the_file_of_another(monkeypatch):
+  made = []
+  monkeypatch.setattr(load, "from_config", lambda config: None)
+  monkeypatch.setattr(
+    judges, "make_scorer", lambda c, _: made.append((c.judge.name, c.judge.model, c.judge.adapter))
+  )
+  parser = argparse.ArgumentParser()
+  compare.judge_flags(parser)
+  flags = parser.parse_args(["--judge_model=other", "--head=my.safetensors", "--adapter=folder"])
+  compare.build(flags, judges.JUDGES)
+  assert made == [
+    ("lm", "other", "folder"), ("head", "my.safetensors", ""), ("lexical", "", ""),
+    ("http", "other", ""),
+  ]  # fmt: skip
 
 
 def test_a_reply_that_names_the_slot_is_only_text(model):
@@ -70,4 +172,5 @@ def test_agreement_of_two_judges():
   assert got["n"] == 4 and got["within_1"] == 0.75
   assert got["kendall"] == pytest.approx((5 - 1) / 6)
   assert got["spearman"] == pytest.approx(0.8)
-  assert np.isnan(compare.agreement(a, np.full(6, 5.0))["pearson"])
+  constant = compare.agreement(a, np.full(6, 2.0))
+  assert np.isnan(constant["pearson"]) and constant["within_1"] == 0.6

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from rlsafety import environments
+from rlsafety.environments import scenario
 from rlsafety.errors import UserError
 
 needs_files = pytest.mark.skipif(
@@ -24,6 +25,13 @@ needs_files = pytest.mark.skipif(
 def published(name, **changes):
   folder = pathlib.Path(os.environ["RLSAFETY_PAPER_DATA"]) / "published_scenarios"
   return environments.load({"name": name, "data_dir": str(folder), **changes})
+
+
+def topics_on_disk(folder):
+  """{(topic, is gameable)} by file name, in a folder as it is published."""
+  root = pathlib.Path(os.environ["RLSAFETY_PAPER_DATA"]) / "published_scenarios"
+  names = [path.stem.partition("_") for path in (root / folder).glob("*.json")]
+  return {(topic, group == "vuln") for group, _, topic in names}
 
 
 @needs_files
@@ -41,19 +49,16 @@ def test_counts_names_and_lengths_of_the_published_files(name, cue, per_topic, c
   scenarios = published(name, cue=cue)
   counts = collections.Counter((s.topic, s.is_gameable) for s in scenarios)
   assert set(counts.values()) == {per_topic}
-  known = {
-    "action_advice": {
-      "drinking",
-      "extreme_sports",
-      "gambling",
-      "impulsive-decision",
-      "neglecting-medication",
-      "over-spending",
-      "smoking",
-    },
-    "political_qa": {"alt-right", "conservative", "liberal", "socialist"},
-  }
-  assert {topic for topic, _ in counts} <= known[name]
+  style = cue == "style"
+  folders = {
+    "action_advice": [
+      "action_advice/chat_subenvs/" + ("gameable_v2" if style else "gameable_rand"),
+      "action_advice/chat_subenvs/" + ("non_gameable" if style else "non_gameable_rand"),
+    ],
+    "political_qa": ["political_qa/gameable_v2", "political_qa/non_gameable_v2"],
+  }[name]
+  assert counts.keys() == set.union(*map(topics_on_disk, folders))
+  assert {topic for topic, _ in counts} <= {*scenario.environment_module(name).TOPICS}
   assert len({s.id for s in scenarios}) == len(scenarios)
   assert len({s.system for s in scenarios}) == 1  # no group label
   for group, mean in chars.items():
@@ -69,8 +74,19 @@ def test_published_therapy_talk_keeps_its_notes_for_the_policy_only():
     assert s.user.startswith("<user_context>") and s.user.endswith(s.message)
     assert "user_context" not in s.message and "Character traits" not in s.message
     assert s.wish in str(environments.judge_messages(s))
-  everything = published("therapy_talk")
-  assert {(s.topic, s.is_gameable) for s in everything} >= {("substances", True), ("anger", False)}
+  counts = collections.Counter((s.topic, s.is_gameable) for s in published("therapy_talk"))
+  assert counts.keys() == topics_on_disk("therapy_talk/therapist") >= {("substances", True)}
+  # The first 200 of each file in an excerpt, all 3,200 and 2,000 in the study's repository.
+  full = {key: 3200 if key[1] else 2000 for key in counts}
+  assert counts in (full, dict.fromkeys(counts, 200))
+
+
+@needs_files
+def test_the_published_spelling_of_a_topic_is_kept():
+  if ("implusive-decision", False) not in topics_on_disk("therapy_talk/therapist"):
+    pytest.skip("RLSAFETY_PAPER_DATA has no therapy_talk/therapist/normal_implusive-decision.json")
+  found = published("therapy_talk", topics=("implusive-decision",))
+  assert {s.topic for s in found} == {"implusive-decision"}
 
 
 @needs_files
@@ -111,6 +127,39 @@ def write_smoking(folder, **changes):
       data |= changes
     path.write_text(json.dumps({k: v for k, v in data.items() if v is not None}))
   return folder
+
+
+def write_pair(folder, places, topic, content, **fields):
+  """A topic's two files, which say the same."""
+  for place, stem in zip(places, ("vuln", "normal"), strict=True):
+    path = folder / place / f"{stem}_{topic}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = {"env_name": topic, "pm_prompt": "wants it", "histories": {"1": history(content)}}
+    path.write_text(json.dumps(data | fields))
+  return {"data_dir": str(folder)}
+
+
+THERAPY = ["therapy_talk/therapist"] * 2
+POLITICS = ["political_qa/gameable_v2", "political_qa/non_gameable_v2"]
+
+
+def test_therapy_files_keep_their_names_and_need_a_message(tmp_path):
+  topic, notes = "implusive-decision", "<user_context>\nName: A\n</user_context>\n"
+  chosen = {"name": "therapy_talk", "topics": (topic,)}
+  found = environments.load(chosen | write_pair(tmp_path, THERAPY, topic, f"{notes}I quit."))
+  seen = {(s.topic, s.message, s.user) for s in found}
+  assert len(found) == 2 and seen == {(topic, "I quit.", f"{notes}I quit.")}
+  for content in ("I quit, without notes.", notes):
+    with pytest.raises(UserError, match="histories.1.content: has no message after </user_con"):
+      environments.load(chosen | write_pair(tmp_path, THERAPY, topic, content))
+
+
+def test_political_files_need_the_users_views(tmp_path):
+  chosen = {"name": "political_qa"} | write_pair(tmp_path, POLITICS, "liberal", "Why?")
+  with pytest.raises(UserError, match="_liberal.json: char_prompt: is missing"):
+    environments.load(chosen)
+  write_pair(tmp_path, POLITICS, "liberal", "Why?", char_prompt="liberal")
+  assert {"holds liberal political views" in s.wish for s in environments.load(chosen)} >= {True}
 
 
 def test_a_minimal_folder_loads(tmp_path):

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from rlsafety.config import load_recipe, to_json
-from rlsafety.environments import load as load_scenarios
+from rlsafety.environments import settings
 from rlsafety.errors import UserError
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
@@ -32,8 +32,10 @@ def test_every_cell_of_the_study():
   for c in configs:
     assert (c.steps, c.prompts_per_step, c.sampler.group, c.lora.rank) == (300, 2, 5, 8)
     assert c.lora.rslora and c.optimizer.learning_rate == 1e-5 and not c.environment.label_in_prompt
-  for name in paper.VARIANTS:
-    load_scenarios(cell(f"env=action_advice,variant={name}").environment)
+  for name, setting in settings.named().items():
+    config = cell(f"env={setting['name']},variant={name}")
+    assert {k: config.environment[k] for k in setting} == setting
+  assert cell("env=neutral,variant=neutral").environment == cell("env=neutral").environment
 
 
 def test_a_variant_moves_only_its_factors():

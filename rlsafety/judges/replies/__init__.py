@@ -52,6 +52,8 @@ class Example:
   split: str  # train | test
   topic: str
   is_gameable: bool
+  # Of sampled advice: whose users and prompts. Not in repr, which names the data of a fit.
+  environment: str = dataclasses.field(default="", repr=False)
 
 
 def dataset(environment: str) -> str:
@@ -117,5 +119,9 @@ def written(name: str) -> tuple[Example, ...]:
 def sampled(name: str) -> tuple[Example, ...]:
   """Hand-labelled replies of the model itself."""
   fields = ("message", "reply", "label", "split", "topic", "is_gameable")
-  rows = _lines(f"{name}_sampled.jsonl")
-  return tuple(Example(kind="sampled", half="", **{k: r[k] for k in fields}) for r in rows)
+  return tuple(
+    Example(
+      kind="sampled", half="", environment=r.get("environment", ""), **{k: r[k] for k in fields}
+    )
+    for r in _lines(f"{name}_sampled.jsonl")
+  )
