@@ -1,12 +1,14 @@
 """Benchmarks of a model before and after training, through lm-evaluation-harness.
 
   python -m rlsafety.benchmarks --model=PATH --tasks=bbq,crows_pairs_english --out=scores.json
-  python -m rlsafety.benchmarks --run=runs/x --tasks=rlsafety_sycophancy --out=scores.json
+  python -m rlsafety.benchmarks --run=runs/x --tasks=rlsafety_sycophancy --out=scores.csv
 
 `LanguageModel` is an lm_eval model backed by our own forward and sampler: answers to one
 context share its prefill, batches are split over the mesh. With --run both the base and
-the trained adapter are measured. Tasks whose data is not on this machine need a network;
-`rlsafety_sycophancy` (ours, two answers per question) needs none. Further flags:
+the trained adapter are measured. --out=FILE.json holds all numbers; --out=FILE.csv one row
+per model (a loop over models fills one table), for rlsafety.analyze --benchmarks. Tasks
+whose data is not on this machine need a network; `rlsafety_sycophancy` (ours, two answers
+per question) needs none. Further flags:
 --include=DIR of task YAMLs, --limit=N rows, --chat to wrap questions in the model's chat
 template (instruct models are otherwise scored as base models), --batch=N contexts,
 --dtype. Needs the `benchmarks` extra (lm_eval), and no torch.
@@ -22,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlsafety import runs, sampler, sharding
+from rlsafety import runs, sampler, sharding, tables
 from rlsafety.errors import UserError, run_main
 from rlsafety.judges.head import pad
 from rlsafety.models import transformer
@@ -158,16 +160,20 @@ class LanguageModel(TemplateLM):
     stops, settings = zip(*(_generation(r.args[1], self.max_new) for r in requests), strict=True)
     encoded = [self.tok_encode(request.args[0]) for request in requests]
     order = sorted(range(len(requests)), key=lambda i: (settings[i], -len(encoded[i])))
+    done = 0
     for setting, group in itertools.groupby(order, key=lambda i: settings[i]):
       group = list(group)
       for start in range(0, len(group), self.batch):
         rows = group[start : start + self.batch]
-        for i, text in zip(rows, self._generate([encoded[i] for i in rows], *setting), strict=True):
+        made = self._generate([encoded[i] for i in rows], *setting, first_row=done)
+        done += len(rows)
+        for i, text in zip(rows, made, strict=True):
           found = [text.find(stop) for stop in stops[i] if stop in text]
           texts[i] = text[: min(found)] if found else text
     return texts
 
-  def _generate(self, contexts, max_new, temperature, top_p) -> list[str]:
+  def _generate(self, contexts, max_new, temperature, top_p, first_row=0) -> list[str]:
+    """first_row: which request the first context is; each draws noise of its own."""
     chat = self.model.chat
     keep = max(1, self.max_length - max_new)
     filled = [c[-keep:] for c in contexts] + [contexts[-1][-keep:]] * (self.batch - len(contexts))
@@ -176,7 +182,7 @@ class LanguageModel(TemplateLM):
     )
     rollouts = sampler.sample_jit(
       self.model.params, self.adapter, self.model.config,
-      self._put(Prompts(*pad(filled))), jax.random.key(0), settings,
+      self._put(Prompts(*pad(filled))), jax.random.key(0), settings, first_row,
     )  # fmt: skip
     tokens, lengths = sharding.fetch((rollouts.tokens, rollouts.lengths))
     rows = range(len(contexts))
@@ -247,7 +253,7 @@ def main(argv) -> None:
       raise UserError(f"unknown argument {argument!r}; flags: {', '.join('--' + f for f in FLAGS)}")
     flags[name] = value if equals else "true"
   if bool(flags["model"]) == bool(flags["run"]) or not flags["tasks"] or not flags["out"]:
-    raise UserError("give --model=PATH or --run=DIR, and --tasks=a,b and --out=FILE.json")
+    raise UserError("give --model=PATH or --run=DIR, and --tasks=a,b and --out=FILE.json or .csv")
   from rlsafety.models import hf, load
 
   mesh = sharding.make_mesh()
@@ -265,12 +271,32 @@ def main(argv) -> None:
         flags["chat"] not in ("", "false", "0"),
       )  # fmt: skip
   path = pathlib.Path(flags["out"])
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(out, indent=2) + "\n")
+  if path.suffix == ".csv":
+    name = runs.model_name(runs.load_run(flags["run"])) if flags["run"] else flags["model"]
+    tables.put_row(path, {"model": name, **_columns(out["results"])})
+  else:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(out, indent=2) + "\n")
   for state, results in out["results"].items():
     for task, metrics in results.items():
       print(f"{state:8} {task:28} " + "  ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
   print(f"written: {path}")
+
+
+def _columns(results: dict) -> dict[str, float]:
+  """{state: {task: {metric: value}}} -> {"<task>_<metric>": value}, trained ones with "_trained".
+
+  lm_eval writes "<metric>,<filter>", with the filter "none" for most.
+  """
+  out = {}
+  for state, tasks in results.items():
+    for task, metrics in tasks.items():
+      for metric, value in metrics.items():
+        name, comma, kind = metric.partition(",")
+        if comma and not name.endswith("_stderr"):
+          parts = [task, name, *[kind] * (kind != "none"), *[state] * (state != "base")]
+          out["_".join(parts)] = value
+  return out
 
 
 def _config(flags):

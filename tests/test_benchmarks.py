@@ -14,7 +14,7 @@ pytest.importorskip("lm_eval", reason="pip install -e '.[benchmarks]'")
 
 from lm_eval.api.instance import Instance  # noqa: E402
 
-from rlsafety import benchmarks  # noqa: E402
+from rlsafety import benchmarks, tables  # noqa: E402
 from rlsafety.models import load, presets, transformer  # noqa: E402
 from rlsafety.types import Prompts  # noqa: E402
 
@@ -90,6 +90,13 @@ def test_generation_keeps_order_settings_and_stop_strings(lm):
   assert cut == together[2][: together[2].index(stop)]
 
 
+def test_sampled_repeats_draw_noise_of_their_own(lm):
+  settings = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 2.0}
+  asked = requests("generate_until", [("once more", settings)] * 4)  # two batches of two
+  texts = lm.generate_until(asked)
+  assert len(set(texts)) == 4 and texts == lm.generate_until(asked)
+
+
 def test_rolling_covers_every_token_once_in_windows(lm):
   text = "a text that is longer than the window of this small model"
   ids = [lm.prefix_token_id, *lm.tok_encode(text)]
@@ -125,3 +132,22 @@ def test_our_task_runs_through_the_harness_offline(lm, tmp_path, monkeypatch):
     )
     right += values[0][0] > values[1][0]
   assert found["acc,none"] == pytest.approx(right / 4)
+
+
+def test_program_writes_a_table_that_the_analysis_reads(lm, tmp_path, monkeypatch, capsys):
+  monkeypatch.setenv("HF_HOME", str(tmp_path))
+  monkeypatch.setattr(load, "from_config", lambda config, mesh: lm.model)
+  out = tmp_path / "scores.csv"
+  flags = ["--tasks=rlsafety_sycophancy", f"--out={out}", "--limit=2"]
+  for path in ("models/one", "models/Qwen1.5-0.5B-Chat", "models/one"):
+    benchmarks.main([f"--model={path}", *flags])
+  table = tables.load_benchmarks(out)
+  new = {"rlsafety_sycophancy_acc", "rlsafety_sycophancy_acc_norm"}
+  assert new == set(table) - set(tables.load_benchmarks())
+  assert table.loc["one", "rlsafety_sycophancy_acc"] in (0, 0.5, 1)
+  assert table.loc["qwen1505bchat", ["num_params", *new]].notna().all()
+  assert out.read_text().count("models/one") == 1
+  found = {"acc,none": 0.5, "acc_stderr,none": 0.1, "em,strict": 1.0, "sample_len": 2}
+  columns = {"t_acc_trained": 0.5, "t_em_strict_trained": 1.0}
+  assert benchmarks._columns({"trained": {"t": found}}) == columns
+  capsys.readouterr()

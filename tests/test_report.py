@@ -180,6 +180,45 @@ def test_browser_filters_keys_and_permalinks(page, desktop):
   assert all(g["topic"] == n["topic"] for g, n in pairs)
   press(desktop, "r")
   assert desktop.execute_script("return document.forms[0].elements.group.value") == ""
+  desktop.get("about:blank")
+  desktop.get(page.as_uri())
+  for key in "jjk":
+    press(desktop, key)
+  assert desktop.execute_script("return document.activeElement === cards.children[0]")
+  for key, view in (("3", "all"), ("1", "change")):
+    press(desktop, key)
+    assert desktop.execute_script("return view") == view
+  theme = "return document.documentElement.dataset.theme"
+  before = desktop.execute_script(theme)
+  press(desktop, "t")
+  assert desktop.execute_script(theme) not in (before, None)
+  press(desktop, "?")
+  assert desktop.execute_script("return help.open")
+  press(desktop, "\ue00c")  # Escape
+  press(desktop, "/")
+  press(desktop, "jury")
+  desktop.execute_script("refresh()")
+  assert "jury" in desktop.current_url and 0 < cards(desktop) < 16
+
+
+def test_browser_filters_by_topic_factor_and_step(page, desktop):
+  for fields, holds in (
+    ("view=change&topic=a+carbon+tax", "p.topic === 'a carbon tax'"),
+    ("view=change&factor=%5B%22cue%22%2C%22traits%22%5D", "p.factors.cue === 'traits'"),
+    ("view=all&step=12&kind=1", "r.step === 12 && r.kind === 1"),
+    ("view=all&hi=3&group=n", "r.hex <= 3 && !p.gameable"),
+    ("view=change&step=12", "i.columns[1].rows[0].step === 12"),
+  ):
+    desktop.get("about:blank")
+    desktop.get(page.as_uri() + "#" + fields)
+    wrong = (
+      "return items.filter(i => { const p = data.prompts[i.prompts[0]], r = i.columns[0].rows[0]; "
+      f"return !({holds}); }}).length"
+    )
+    some = desktop.execute_script("return items.length")
+    assert some > 0 and desktop.execute_script(wrong) == 0, fields
+    every = desktop.execute_script("reset(); return items.length")
+    assert some < every or "step=12" in fields, fields
 
 
 def test_browser_holds_ten_thousand_rollouts_lazily(tmp_path, desktop):
