@@ -173,7 +173,7 @@ def collect(patterns, window=None, scores="", compat=False) -> tuple[list[Cell],
   if initial:
     apart, more = variants(initial)
     labels += [INITIAL if label == "main" else f"{INITIAL}, {label}" for label in apart]
-    notes += [*more, f"{len(initial)} runs of 0 steps are apart, as variant `{INITIAL}`"]
+    notes += [*more, f"runs of 0 steps, apart as variant `{INITIAL}`: {len(initial)}"]
   groups = {}
   for run, label in zip(trained + initial, labels, strict=True):
     key = (runs.model_name(run) or run.path.name, runs.environment_name(run), label)

@@ -214,18 +214,22 @@ def partial_table(cells, benchmarks, outcomes):
 def variant_table(cells, outcomes, reference=None):
   """Each variant against the reference within an environment, paired by model.
 
-  reference: a variant's label; None takes the trained one with the most models. The interval
-  is a paired t interval over models. A variant without the outcome has no row.
+  reference: a variant's label; None takes the trained one with the most models, of equals one
+  that logs its own rollouts. The interval is a paired t interval over models. A variant
+  without the outcome has no row.
   """
   import pandas as pd
 
   rows = []
   for environment, outcome in itertools.product(sorted({c.environment for c in cells}), outcomes):
-    here = [c for c in cells if c.environment == environment]
-    here = [c for c in here if math.isfinite(c.values.get(outcome, math.nan))]
+    every = [c for c in cells if c.environment == environment]
+    here = [c for c in every if math.isfinite(c.values.get(outcome, math.nan))]
     names = sorted({c.variant for c in here})
-    size = {c.variant: (not c.initial, sum(o.variant == c.variant for o in here)) for c in here}
-    base = reference if reference in names else max(names, key=size.get, default="")
+    rank = {
+      c.variant: (not c.initial, sum(o.variant == c.variant for o in every), c.steps is not None)
+      for c in every
+    }
+    base = reference if reference in names else max(names, key=rank.get, default="")
     for variant in names:
       value = {
         v: {c.model: c.values[outcome] for c in here if c.variant == v} for v in (base, variant)

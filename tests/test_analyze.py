@@ -281,6 +281,7 @@ def test_off_policy_runs_are_compared_by_their_held_out_gaps(tmp_path):
   table = tables.variant_table(cells, analyze.OUTCOMES)
   assert list(table.query("outcome == 'max_hex_gap'")["variant"]) == ["on"]
   assert table["mean"].notna().all()
+  assert set(table["against"]) == {"on"}
   (row,) = table.query("outcome == 'heldout_hex_gap' and difference == difference").iloc
   changes = [gap[m, row["variant"]] - gap[m, row["against"]] for m in ("m1", "m2")]
   assert row["difference"] == pytest.approx(np.mean(changes)) and row["paired_models"] == 2
