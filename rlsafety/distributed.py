@@ -1,8 +1,9 @@
 """Many hosts: JAX's own runtime, started where it is needed, and failures that name a host.
 
 Every process runs the same program. On TPU pods and under SLURM `start` needs nothing; anywhere
-else set JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID. With one
-process it does nothing, so that a laptop and a pod run the same command.
+else give --coordinator_address=host:port, --num_processes and --process_id, or set the variables
+JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. With one process it does nothing,
+so that a laptop and a pod run the same command.
 """
 
 import os
@@ -14,17 +15,23 @@ import jax
 from rlsafety.errors import UserError
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+FLAGS = (  # of a program, in the order of VARIABLES, which they override
+  ("coordinator_address", "", "several processes by hand: host:port of process 0"),
+  ("num_processes", "", "how many there are"),
+  ("process_id", "", "which of them this is, from 0"),
+)
 
 
-def start() -> None:
-  """Joins the other processes; call it before any computation.
+def start(flags: dict | None = None) -> None:
+  """Joins the other processes; call it before any computation. flags: values of FLAGS.
 
   A process that dies or loses its network ends the others with an error that names it, within
   RLSAFETY_HEARTBEAT seconds (default 60): a collective would wait for it for ever.
   """
   if jax.distributed.is_initialized():
     return
-  arguments = _arguments(os.environ)
+  given = {v: flags[name] for (name, *_), v in zip(FLAGS, VARIABLES, strict=True)} if flags else {}
+  arguments = _arguments({**os.environ, **{v: text for v, text in given.items() if text}})
   if arguments is None:
     return
   timeout = _number("RLSAFETY_HEARTBEAT", os.environ.get("RLSAFETY_HEARTBEAT", "60"))

@@ -64,6 +64,20 @@ def init_state(adapter: Adapter, optimizer: optax.GradientTransformation) -> Tra
   return TrainState(jnp.zeros((), jnp.int32), adapter, optimizer.init(adapter))
 
 
+def state_axes(state: TrainState, adapter_axes: dict):
+  """Logical axes of each array of a state: moments lie like the adapter weight they belong to.
+
+  adapter_axes: `lora.adapter_axes`. What belongs to no weight, such as a count, is whole.
+  """
+
+  def axes_of(path, x):
+    keys = [getattr(part, "key", None) for part in path]
+    target = next((key for key in keys if key in adapter_axes), None)
+    return adapter_axes[target][keys[-1]] if target else (None,) * x.ndim
+
+  return jax.tree_util.tree_map_with_path(axes_of, state)
+
+
 def token_scores(
   base: dict,
   adapter: Adapter | None,

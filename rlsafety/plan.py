@@ -91,15 +91,10 @@ def compile_programs(config, policy, judge, target: Device) -> dict:
   def fresh(key):
     return learner.init_state(lora.init_adapter(layers, train.lora_config(config), key), optimizer)
 
-  def place_state(path, x):
-    """Optimiser moments lie like the adapter weight they belong to; scalars everywhere."""
-    keys = [getattr(k, "key", None) for k in path]
-    target_name = next((k for k in keys if k in axes), None)
-    names = axes[target_name][keys[-1]] if target_name else (None,) * len(x.shape)
-    return place(x.dtype, *zip(names, x.shape, strict=True))
-
   key = jax.eval_shape(lambda: jax.random.key(0))
-  state = jax.tree_util.tree_map_with_path(place_state, jax.eval_shape(fresh, key))
+  state = jax.eval_shape(fresh, key)
+  put = lambda x, names: place(x.dtype, *zip(names, x.shape, strict=True))  # noqa: E731
+  state = jax.tree.map(put, state, learner.state_axes(state, axes))
   key = place(key.dtype)
   draw = train.sampler_settings(config, (0, 1))
   update = functools.partial(learner.update, config=policy, settings=settings, optimizer=optimizer)

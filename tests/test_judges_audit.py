@@ -16,6 +16,7 @@ from rlsafety import judges
 from rlsafety.environments.scenario import REPLY
 from rlsafety.errors import UserError
 from rlsafety.judges import audit, compare, fit, head, http, lexical, lm, replies
+from rlsafety.metrics.groups import threshold_rates
 from rlsafety.models import load
 from rlsafety.models.load import random_model
 from rlsafety.models.transformer import ModelConfig
@@ -125,7 +126,9 @@ def test_sampled_replies_of_environments_that_share_a_head_are_counted_apart():
   assert tables["hex"]["sampled, therapy_talk"]["rest"] == 1
   line = next(x for x in fit.show(tables).splitlines() if x.startswith("acc") and "therapy" in x)
   assert line.split()[3:6] == ["48", "1", "-"]
-  assert compare.rates("therapy_talk", {k: 9 * v for k, v in ratings.items()}, examples) == {
+  gameable, nines = [e.is_gameable for e in examples], {k: 9 * v for k, v in ratings.items()}
+  rubric_of = {"acc": "dissuasion", "hex": "encouragement"}
+  assert threshold_rates(nines, gameable, rubric_of) == {
     "acc_rate": np.mean([e.label != "agree" for e in examples if not e.is_gameable]),
     "hex_rate": np.mean([e.label == "agree" for e in examples if e.is_gameable]),
   }

@@ -2,14 +2,17 @@
 
 import functools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import CONFIGS, make_model, make_prompts
 
-from rlsafety import advantages, learner, losses, sampler, sharding
+from rlsafety import advantages, learner, losses, sampler, sharding, train
+from rlsafety.config import base
 from rlsafety.errors import UserError
 from rlsafety.learner import LearnerSettings
 from rlsafety.models import lora, transformer
@@ -68,13 +71,17 @@ def assert_close(a, b):
   (state_a, metrics_a), (state_b, metrics_b) = a, b
   for key in ("loss", "grad_norm", "entropy", "logprob"):
     np.testing.assert_allclose(metrics_a[key], metrics_b[key], rtol=1e-5, atol=1e-5)
-  moments = [jax.tree.leaves(state.opt_state) for state in (state_a, state_b)]
-  for x, y in zip(*moments, strict=True):  # after one step: the gradient and its square
-    np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * np.abs(x).max())
-  # Adam turns a gradient of rounding noise into a whole step: compare where it is more.
-  adapters = [jax.tree.leaves(state.adapter) for state in (state_a, state_b)]
-  for x, y in zip(*adapters, strict=True):
-    assert np.mean(np.abs(x - y) > 1e-5) < 0.01
+  # After one step the moments are the gradient and its square.
+  moments_a, moments_b = (optax.tree.get(s.opt_state, "mu").weights for s in (state_a, state_b))
+  adapters = (state_a.adapter.weights, state_b.adapter.weights)
+  some = 0
+  for x, y, u, v in zip(*map(jax.tree.leaves, (moments_a, moments_b, *adapters)), strict=True):
+    assert np.linalg.norm(x - y) <= 1e-5 * np.linalg.norm(x)
+    # Adam turns a gradient of rounding noise into a whole step: compare where it is more.
+    sure = np.abs(x) > 1e-3 * np.abs(x).max()
+    some += sure.sum()
+    np.testing.assert_allclose(u[sure], v[sure], rtol=1e-5, atol=1e-6)
+  assert some > 0
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -83,34 +90,56 @@ def test_update_is_the_same_on_every_mesh(name):
   params, adapter = make_model(config)
   objective = losses.make("grpo", kl="k3", kl_coef=0.1, entropy_coef=0.01)
   batch = make_batch(config, objective)
-  meshes = MESHES if name == "llama" else [MESHES[0], MESHES[-1]]
-  results = [one_update(m, config, params, adapter, batch, objective)[0] for m in meshes]
+  results = [one_update(m, config, params, adapter, batch, objective)[0] for m in MESHES]
   for other in results[1:]:
     assert_close(results[0], other)
 
 
 @pytest.mark.parametrize("name", losses.PRESETS)
-def test_objective_is_the_same_on_every_mesh(name):
-  settings = losses.make(name)
-  batch = make_batch(CONFIGS["llama"], settings, G=2 if name == "dpo" else 4)
-  logprobs = batch.behaviour_logprobs + 0.3 * np.sin(np.arange(6, dtype=np.float32))
+def test_every_objective_is_the_same_on_every_mesh(name):
+  config, objective = CONFIGS["qwen"], losses.make(name)
+  params, adapter = make_model(config)
+  batch = make_batch(config, objective, G=2 if name == "dpo" else 4)
+  meshes = (MESHES[0], MESHES[-1])
+  assert_close(*(one_update(m, config, params, adapter, batch, objective)[0] for m in meshes))
 
-  @jax.jit
-  @functools.partial(jax.value_and_grad, has_aux=True)
-  def loss_and_gradient(logprobs, batch):
-    batch = batch.replace(advantages=advantages.advantages(batch.ratings, settings))
-    total, metrics = losses.objective(logprobs, -logprobs, batch, settings)
-    return total / losses.denominator(batch, settings), metrics
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logprobs_are_the_same_on_every_mesh(name):
+  config = CONFIGS[name]
+  model = make_model(config)
+  batch = make_batch(config, losses.make("grpo"))
   results = []
-  for sizes in (MESHES[0], MESHES[-1]):
+  for sizes in MESHES:
     mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
     with jax.set_mesh(mesh):
-      split = sharding.put_prompts(mesh, (logprobs, batch))
-      results.append(jax.device_get(loss_and_gradient(*split)))
-  assert np.abs(results[0][1]).max() > 0
-  for x, y in zip(*map(jax.tree.leaves, results), strict=True):
-    np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+      params, adapter = placed(mesh, config, *model)
+      split = sharding.put_prompts(mesh, (batch.prompts, batch.tokens, batch.lengths))
+      scores = jax.jit(learner.token_scores, static_argnums=2)(params, adapter, config, *split)
+      results.append(jax.device_get(scores))
+  for other in results[1:]:
+    for x, y in zip(jax.tree.leaves(results[0]), jax.tree.leaves(other), strict=True):
+      np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
+def test_state_is_made_in_place():
+  config = base()
+  config.lora.rank = 4
+  mesh = sharding.make_mesh(2, 2, 2)
+  layers = transformer.weights(CONFIGS["llama"])["layers"]
+  axes = lora.adapter_axes(layers, train.lora_config(config))
+  with jax.set_mesh(mesh):
+    model = types.SimpleNamespace(config=CONFIGS["llama"])
+    optimizer = learner.make_optimizer(1e-3)
+    state = train.init_state(config, model, optimizer, jax.random.key(0))
+  split = 0
+  for tree in (state.adapter, *(optax.tree.get(state.opt_state, name) for name in ("mu", "nu"))):
+    for target, pair in tree.weights.items():
+      for name, x in pair.items():
+        wanted = sharding.named(mesh, axes[target][name], x.shape)
+        assert x.sharding.is_equivalent_to(wanted, x.ndim), (target, name, x.sharding)
+        split += not wanted.is_fully_replicated
+  assert split > 0
 
 
 def test_samples_are_the_same_on_every_mesh():

@@ -27,18 +27,9 @@ FLAGS = (
   "--config.eval.every=3 --config.eval.prompts=4 --config.sampler.max_tokens=8 "
   "--config.learner.microbatches=1"
 ).split()
-PROGRAM = (
-  "import sys\n"
-  "from rlsafety import distributed, train\n"
-  "from rlsafety.errors import run_main\n"
-  "def main(argv):\n"
-  "  distributed.start()\n"
-  "  train.main(argv)\n"
-  "run_main(main, sys.argv)\n"
-)
 
 
-def launch(workdir, count, cache):
+def launch(workdir, count, cache, *flags):
   """Starts `count` processes of one run; their output goes to workdir-N.log."""
   with socket.socket() as s:
     s.bind(("127.0.0.1", 0))
@@ -47,10 +38,11 @@ def launch(workdir, count, cache):
   for index in range(count):
     env = dict(os.environ, PYTHONPATH=str(REPO), JAX_PLATFORMS="cpu", XLA_FLAGS=FAST_COMPILE)
     env |= {"NPROC": "4", "RLSAFETY_HEARTBEAT": "10", "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    command = [sys.executable, "-m", "rlsafety.train", *FLAGS, *flags, f"--workdir={workdir}"]
     if count > 1:
-      env |= dict(zip(distributed.VARIABLES, (address, str(count), str(index)), strict=True))
+      values = (address, count, index)
+      command += [f"--{name}={x}" for (name, *_), x in zip(distributed.FLAGS, values, strict=True)]
     log = pathlib.Path(f"{workdir}-{index}.log").open("a")
-    command = [sys.executable, "-c", PROGRAM, *FLAGS, f"--workdir={workdir}"]
     children.append(subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=REPO))
   return children
 
@@ -98,10 +90,13 @@ def reference(tmp_path_factory, cache):
 
 def test_four_processes_lose_one_and_one_process_goes_on(tmp_path, cache, reference):
   workdir = tmp_path / "run"
-  children = launch(workdir, 4, cache)
+  # Every array of the state is split over all four, and none of them holds a whole one.
+  children = launch(workdir, 4, cache, "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
   wait_for_step(workdir, 1, children)
   children[3].kill()
+  killed = time.monotonic()
   codes = finish(children, 300)
+  assert time.monotonic() - killed < 60  # a heartbeat of 10 s, and the end of three processes
   assert codes[3] == -signal.SIGKILL and all(code != 0 for code in codes)
   said = pathlib.Path(f"{workdir}-0.log").read_text()
   assert re.search(r"task[ :]*3\b", said, re.I), said  # the error names who died
@@ -117,7 +112,7 @@ def test_one_process_is_preempted_and_two_go_on(tmp_path, cache, reference):
   wait_for_step(workdir, 1, children)
   children[0].send_signal(signal.SIGTERM)
   assert finish(children) == [75]
-  assert finish(launch(workdir, 2, cache)) == [0, 0]
+  assert finish(launch(workdir, 2, cache, "--config.mesh.fsdp=2")) == [0, 0]
   assert_same_numbers(workdir, reference)
 
 
@@ -143,10 +138,19 @@ def test_who_starts_alone_and_who_joins():
 
 
 BARRIER = """
-import sys, time, jax
+import collections, sys, time, jax
+import numpy as np
 from rlsafety import distributed
+from rlsafety.judges import http
 distributed.start()
 distributed.barrier("both are here", 60)
+
+async def answer(url, model, requests, plain):
+  return np.array(requests, np.float32), collections.Counter(asked=len(requests))
+
+http.ask_all = answer
+ratings, counts = http._everywhere("", "", [1, 2, 3, 4, 5], set(), {})
+assert ratings.tolist() == [1, 2, 3, 4, 5] and counts == {"asked": 5}, (ratings, counts)
 if jax.process_index() == 1:
   time.sleep(8)
 else:
@@ -154,7 +158,7 @@ else:
 """
 
 
-def test_barrier_names_who_is_missing():
+def test_endpoints_are_asked_in_shares_and_a_barrier_names_who_is_missing():
   with socket.socket() as s:
     s.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{s.getsockname()[1]}"

@@ -12,10 +12,11 @@ import pytest
 from conftest import FAST_COMPILE
 from safetensors.numpy import load_file
 
-from rlsafety import rundir
+from rlsafety import rundir, train
+from rlsafety.errors import run_main
 
 ROOT = pathlib.Path(__file__).parent.parent
-TINY = "--config=configs/tiny_syco.py"
+TINY = f"--config={ROOT / 'configs/tiny_syco.py'}"
 # These runs compute for longer than they compile: code of some quality.
 FAST = FAST_COMPILE.replace("level=0", "level=2")
 
@@ -162,21 +163,35 @@ BAD = {
 }
 
 
+@pytest.fixture
+def refuse(tmp_path, monkeypatch, capfd):
+  """refuse(flags) -> what the program says, in this process, before it ends with code 2."""
+  monkeypatch.setattr(train, "compilation_cache", lambda: None)
+  monkeypatch.setattr(train.signal, "signal", lambda *_: None)
+
+  def run(*flags, config=TINY):
+    eight = "--config.prompts_per_step=16"  # as many devices as this process has
+    with pytest.raises(SystemExit) as end:
+      run_main(train.main, ["train", config, f"--workdir={tmp_path / 'run'}", eight, *flags])
+    out = capfd.readouterr()
+    assert end.value.code == 2 and "Traceback" not in out.err
+    assert len([line for line in out.err.splitlines() if line.startswith("rlsafety:")]) == 1
+    return out.err
+
+  return run
+
+
 @pytest.mark.parametrize("case", sorted(BAD))
-def test_bad_input_is_one_line_that_says_what_to_do(cache, tmp_path, case):
+def test_bad_input_is_one_line_that_says_what_to_do(refuse, case):
   flags, expected = BAD[case]
-  code, output = finish(start(cache, tmp_path / "run", *flags))
-  assert code == 2, output
-  assert expected in output and "Traceback" not in output
-  assert len([line for line in output.splitlines() if line.startswith("rlsafety:")]) == 1
+  assert expected in refuse(*flags)
 
 
-def test_unwritable_workdir_and_missing_recipe(cache, tmp_path):
+def test_unwritable_workdir_and_missing_recipe(refuse, tmp_path):
   (tmp_path / "file").write_text("")
-  code, output = finish(start(cache, tmp_path / "file" / "run"))
-  assert code == 2 and "cannot write" in output
-  code, output = finish(start(cache, tmp_path / "x", config="--config=configs/tiny_sycco.py"))
-  assert code == 2 and "did you mean configs/tiny_syco.py" in output
+  assert "cannot write" in refuse(f"--workdir={tmp_path / 'file' / 'run'}")
+  said = refuse(config="--config=configs/tiny_sycco.py")
+  assert "did you mean configs/tiny_syco.py" in said
 
 
 def test_library_does_not_pull_in_heavy_or_foreign_packages():

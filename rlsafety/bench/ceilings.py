@@ -24,6 +24,13 @@ def median_seconds(fn, *args, repeats: int = 5) -> float:
   return float(np.median(times))
 
 
+def program_bytes(compiled) -> int:
+  """Device memory of a compiled program at its fullest: arguments, results, temporaries."""
+  m = compiled.memory_analysis()
+  used = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes
+  return used - m.alias_size_in_bytes
+
+
 def matmul_rate(dtype) -> float:
   """FLOP/s of a large square matrix product of random numbers in `dtype`."""
   n = 1024 if jax.default_backend() == "cpu" else 8192

@@ -6,160 +6,116 @@ Each choice is measured against the same baseline, one change at a time:
   decode   cache in the scan's carry | layers on a list | adapter merged | int8 base | int8 cache
   learner  einsum | cuDNN attention for the prompt segment
 and the whole step stands beside transformers + PEFT at the same shapes, where torch is there.
+Rows come as they are measured; one that runs out of memory or time says so. What was compiled
+stays in JAX's compilation cache, so that a second start reaches what a first one left out.
 """
 
+import dataclasses
 import functools
 import time
+from collections.abc import Iterator
 
 import jax
 
 from rlsafety import sampler
-from rlsafety.bench import ceilings
-from rlsafety.models import int8, lora
+from rlsafety.bench import ceilings, core, peers
+from rlsafety.models import int8, lora, transformer
 
 MODELS = ("qwen2.5-7b-instruct", "qwen1.5-7b-chat")
-SECONDS = 450  # no new row is begun after this: the suite promises 8 minutes
+SECONDS = 465  # of the 8 minutes; the rest is for what was begun
+PEER_SECONDS = 75
 
 
-def suite(f, peak: float, bandwidth: float) -> list[dict]:
-  """Rows as `bench.__main__` prints them. f.model = "" measures both MODELS."""
-  from rlsafety.bench.__main__ import core_suite, setup
+@dataclasses.dataclass
+class Clock:
+  """Says whether another row as long as the longest so far ends in time."""
 
-  began, rows = time.monotonic(), []
-  for name in [f.model] if f.model else MODELS:
-    with f.unlocked():
-      f.model = name
-    config, params, adapter, _ = setup(f)
-    for count in (f.rows_few, f.rows_many):
-      rows += decode_rows(f, name, count, config, params, adapter, bandwidth, peak)
-    del params
-    for attention in ("einsum", "cudnn"):
-      if attention == "cudnn" and jax.default_backend() != "gpu":
-        continue
-      with f.unlocked():
-        f.attention = attention
-      if time.monotonic() - began > SECONDS:
-        break
-      for row in core_suite(f, peak, bandwidth):
-        rows.append({**row, "name": f"{name} {attention} {row['name']}"})
-    if time.monotonic() - began < SECONDS:
-      rows += peer_rows(f, name)
-  return rows
+  seconds: float
+  began: float = dataclasses.field(default_factory=time.monotonic)
+  longest: float = 0.0
+  row: float = dataclasses.field(default_factory=time.monotonic)
+
+  def allows_more(self) -> bool:
+    now = time.monotonic()
+    self.longest, self.row = max(self.longest, now - self.row), now
+    return now - self.began + self.longest < self.seconds
 
 
-def decode_rows(f, name, count, config, params, adapter, bandwidth, peak) -> list[dict]:
-  """One decode step per variant, from the difference of a long and a short sampling call."""
-  from rlsafety.bench.__main__ import random_prompts
+def names(f) -> tuple[str, ...]:
+  return (f.model,) if f.model else MODELS
 
-  P, S, G, T = max(1, count // f.group), f.prompt_tokens, f.group, f.decode_tokens
-  prompts = random_prompts(config, P, S)
-  dense = ceilings.weight_bytes(config, f.dtype)
-  small = ceilings.weight_bytes(config, "int8") + config.vocab_size * config.d_model * 2
-  per_token = ceilings.cache_bytes_per_token(config, f.dtype)
+
+def peer_rows(f) -> Iterator[dict]:
+  """Before anything of JAX's touches the GPU: it takes most of its memory at once."""
+  for name in names(f):
+    yield from peers.measure(f, name, PEER_SECONDS)
+
+
+def rows(f, peak: float, bandwidth: float, seconds: float = SECONDS) -> Iterator[dict]:
+  """Rows as `bench.__main__` prints them; seconds: what is left of the suite's time."""
+  clock = Clock(seconds)
+  for name in names(f):
+    config, params, adapter, prompts = core.setup(f, name)
+    pieces = [
+      decode(f, f"{name} decode", count, variant, config, params, adapter, peak, bandwidth)
+      for count in (f.rows_few, f.rows_many)
+      for variant in VARIANTS
+    ]
+    attentions = ("einsum", "cudnn") if jax.default_backend() == "gpu" else ("einsum",)
+    pieces.append(core.rows(f, config, params, adapter, prompts, peak, bandwidth, attentions))
+    for piece in pieces:
+      while True:
+        if not clock.allows_more():
+          yield {"name": f"{name}: time is up, start it again for the rest", "value": float("nan")}
+          return
+        try:
+          row = next(piece, None)
+        except Exception as error:  # noqa: BLE001  the other rows still count
+          if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+          yield {"name": f"{name}: out of memory in the row after this", "value": float("nan")}
+          break
+        if row is None:
+          break
+        yield {**row, "name": row["name"] if name in row["name"] else f"{name} {row['name']}"}
+
+
+# name -> (what the sampler reads, fields of SamplerSettings)
+VARIANTS = {
+  "carry": (lambda p, a: (p, a), {}),
+  "list": (lambda p, a: (p, a), {"unroll": True}),
+  "merged": (lambda p, a: (lora.merged(p, a), None), {}),
+  "int8 base": (lambda p, a: (int8.quantise_base(p), a), {}),
+  "int8 cache": (lambda p, a: (p, a), {"cache": "int8"}),
+}
+
+
+def decode(f, label, count, variant, config, params, adapter, peak, bandwidth) -> Iterator[dict]:
+  """One row: decode_tokens steps of `count` replies, a sampling call less its prefill."""
+  prepare, fields = VARIANTS[variant]
+  S, G, T = f.prompt_tokens, f.group, f.decode_tokens
+  P = max(1, count // G)
+  prompts = core.random_prompts(config, P, S)
+  base, own = jax.jit(prepare)(params, adapter)
+  prefill = jax.jit(functools.partial(transformer.prefill, c=config))
+  begin = lambda: prefill(base, own, prompts=prompts)  # noqa: E731
+  prefill_s = ceilings.median_seconds(begin, repeats=f.repeats)
+  draw = sampler.SamplerSettings(group=G, max_tokens=T, **fields)
+  key = jax.random.key(2)
+  sample = sampler.sample_jit.lower(base, own, config, prompts, key, draw).compile()
+  sample_s = ceilings.median_seconds(lambda: sample(base, own, prompts, key), repeats=f.repeats)
+  weights = ceilings.weight_bytes(config, f.dtype)
+  if variant == "int8 base":  # the output matrix stays as it is
+    weights = ceilings.weight_bytes(config, "int8") + config.vocab_size * config.d_model
+  width = 0.5 if fields.get("cache") else 1.0
+  per_token = ceilings.cache_bytes_per_token(config, f.dtype) * width
+  moved = T * (weights + P * (S + G * T / 2) * per_token)
   flops = ceilings.forward_flops(config, P * G * T, S + T / 2)
-  variants = {
-    "carry": (lambda p, a: (p, a), dense, {}),
-    "list": (lambda p, a: (p, a), dense, {"unroll": True}),
-    "merged": (lambda p, a: (lora.merged(p, a), None), dense, {}),
-    "int8 base": (lambda p, a: (int8.quantise_base(p), a), small, {}),
-    "int8 cache": (lambda p, a: (p, a), dense, {"cache": "int8"}),
+  yield {
+    "name": f"{label} {P * G} rows, {variant}",
+    "seconds": max(sample_s - prefill_s, 1e-9),
+    "tokens": P * G * T,
+    "flops": flops,
+    "floor_seconds": max(moved / bandwidth, flops / peak),
+    "bytes": ceilings.program_bytes(sample),
   }
-  rows = []
-  for variant, (prepare, weights, settings) in variants.items():
-    label = f"{name} decode {P * G} rows, {variant}"
-    try:
-      base, own = jax.jit(prepare)(params, adapter)
-      seconds = []
-      for tokens in (T, 2 * T):
-        draw = sampler.SamplerSettings(group=G, max_tokens=tokens, **settings)
-        run = functools.partial(sampler.sample_jit, config=config, settings=draw)
-        seconds.append(
-          ceilings.median_seconds(
-            lambda run=run, base=base, own=own: run(
-              base, own, prompts=prompts, key=jax.random.key(2)
-            ),
-            repeats=f.repeats,
-          )
-        )
-    except Exception as error:  # noqa: BLE001  out of memory: the other variants still count
-      if "RESOURCE_EXHAUSTED" not in str(error):
-        raise
-      rows.append({"name": f"{label}: out of memory", "value": float("nan")})
-      continue
-    width = 0.5 if settings.get("cache") else 1.0
-    moved = T * (weights + P * (S + G * 1.5 * T) * per_token * width)
-    rows.append(
-      {
-        "name": label,
-        "seconds": max(seconds[1] - seconds[0], 1e-9),
-        "tokens": P * G * T,
-        "floor_seconds": max(moved / bandwidth, flops / peak),
-      }
-    )
-  return rows
-
-
-def peer_rows(f, name: str) -> list[dict]:
-  """transformers generating and PEFT training the same shapes, where torch and peft are."""
-  try:
-    import peft
-    import torch
-    import transformers
-  except ImportError as error:
-    print(f"transformers + PEFT not measured: {error}")
-    return []
-  from rlsafety.models import families, presets
-
-  device = "cuda" if torch.cuda.is_available() else "cpu"
-  dtype = getattr(torch, f.dtype)
-  config = presets.preset(name)
-  hf = families.hf_config(config)
-  P, S, G, T = f.prompts, f.prompt_tokens, f.group, f.completion_tokens
-  with torch.device(device):
-    model = transformers.AutoModelForCausalLM.from_config(
-      transformers.AutoConfig.for_model(**hf), dtype=dtype
-    )
-  settings = peft.LoraConfig(
-    r=f.rank, lora_alpha=32, use_rslora=True, target_modules="all-linear", lora_dropout=0.0
-  )
-  model = peft.get_peft_model(model, settings)
-  model.enable_input_require_grads()
-  model.gradient_checkpointing_enable()
-  tokens = torch.randint(3, config.vocab_size, (P * G, S), device=device)
-  sync = torch.cuda.synchronize if device == "cuda" else (lambda: None)
-
-  def timed(fn):
-    fn()
-    sync()
-    began = time.perf_counter()
-    fn()
-    sync()
-    return time.perf_counter() - began
-
-  def generate():
-    with torch.no_grad():
-      model.generate(
-        tokens, attention_mask=torch.ones_like(tokens), do_sample=True, pad_token_id=0,
-        min_new_tokens=T, max_new_tokens=T, use_cache=True,
-      )  # fmt: skip
-
-  def train():
-    rows = max(1, P * G // max(1, f.peer_microbatches))
-    whole = torch.randint(3, config.vocab_size, (P * G, S + T), device=device)
-    for piece in whole.split(rows):
-      logits = model(piece, logits_to_keep=T + 1).logits[:, :-1]
-      picked = torch.log_softmax(logits.float(), -1).gather(-1, piece[:, S:, None])
-      (-picked.mean()).backward()
-    model.zero_grad()
-
-  out = []
-  for label, fn in (("generate", generate), ("train", train)):
-    try:
-      model.eval() if label == "generate" else model.train()
-      seconds = timed(fn)
-      row = {"seconds": seconds, "tokens": P * G * T, "floor_seconds": float("nan")}
-    except torch.OutOfMemoryError:
-      row = {"value": float("nan")}
-      label += ": out of memory"
-    out.append({"name": f"{name} transformers + PEFT {label}", **row})
-  return out

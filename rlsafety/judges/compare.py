@@ -22,10 +22,11 @@ import numpy as np
 
 from rlsafety import config as config_lib
 from rlsafety import environments, judges, sharding
-from rlsafety.environments import political_qa, rubrics, scenario
+from rlsafety.environments import political_qa
 from rlsafety.errors import UserError, run_main
 from rlsafety.judges import fit, head, replies
 from rlsafety.judges.replies import Example
+from rlsafety.metrics.groups import threshold_rates
 from rlsafety.types import Rollouts
 
 _VIEWS = re.compile(r"\b(alt-right|conservative|liberal|libertarian|socialist)\b")
@@ -104,17 +105,6 @@ def aucs(environment: str, ratings: dict, examples: Sequence[Example]) -> dict[s
   return out
 
 
-def rates(environment: str, ratings: dict, examples: Sequence[Example]) -> dict[str, float]:
-  """The study's discretised metrics, as shares: ACC of replies to non-gameable users and HEX
-  of replies to gameable users that are above the published thresholds."""
-  declared = scenario.environment_module(environment).RUBRICS
-  gameable = np.array([e.is_gameable for e in examples])
-  return {
-    f"{metric}_rate": rubrics.share_above(declared[metric], ratings[metric][chosen])
-    for metric, chosen in (("acc", ~gameable), ("hex", gameable))
-  }
-
-
 def agreement(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
   """Of two judges' ratings [N]; replies that either leaves without a verdict do not count."""
   from scipy import stats
@@ -180,7 +170,8 @@ def main(argv: list[str]) -> None:
     ratings[judge] = rate(score, model.chat, flags.environment, examples)
     print(f"\n{score.describe()['name']}: AUC of the wanted label against ...")
     print(fit.show(aucs(flags.environment, ratings[judge], examples)))
-    shares = rates(flags.environment, ratings[judge], examples)
+    rubric_of = environments.scenario.environment_module(flags.environment).RUBRICS
+    shares = threshold_rates(ratings[judge], [e.is_gameable for e in examples], rubric_of)
     print("above the published thresholds: " + "  ".join(f"{k} {v:.2f}" for k, v in shares.items()))
   for a, b in itertools.combinations(ratings, 2):
     for score in ("reward", "acc", "hex"):

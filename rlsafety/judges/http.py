@@ -259,21 +259,24 @@ def make(
 
 
 def _everywhere(url, model, requests, plain, limits):
-  """Process 0 asks, in a thread of its own (a notebook's event loop may be running)."""
-  ratings, counts = np.full(len(requests), np.nan, np.float32), collections.Counter()
-  if jax.process_index() == 0:
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-      asking = ask_all(url, model, requests, plain, **limits)
-      ratings, counts = pool.submit(asyncio.run, asking).result()
-  if jax.process_count() > 1:
-    from jax.experimental import multihost_utils
+  """Every process asks its own share, in a thread of its own (a notebook's event loop may be
+  running); then all of them know all ratings."""
+  index, processes = jax.process_index(), jax.process_count()
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    asking = ask_all(url, model, requests[index::processes], plain, **limits)
+    ratings, counts = pool.submit(asyncio.run, asking).result()
+  if processes == 1:
+    return ratings, counts
+  from jax.experimental import multihost_utils
 
-    text = np.zeros(4096, np.uint8)
-    encoded = json.dumps(counts).encode()
-    text[: len(encoded)] = np.frombuffer(encoded, np.uint8)
-    ratings, text = multihost_utils.broadcast_one_to_all((ratings, text))
-    counts = collections.Counter(json.loads(bytes(text).rstrip(b"\0")))
-  return ratings, counts
+  shares = np.full(-(-len(requests) // processes), np.nan, np.float32)
+  shares[: len(ratings)] = ratings
+  text = np.zeros(4096, np.uint8)
+  encoded = json.dumps(counts).encode()
+  text[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+  shares, texts = multihost_utils.process_allgather((shares, text))
+  counts = (collections.Counter(json.loads(bytes(t).rstrip(b"\0"))) for t in texts)
+  return shares.T.ravel()[: len(requests)], sum(counts, collections.Counter())
 
 
 def describe(url: str, model: str) -> dict:

@@ -8,6 +8,7 @@ import warnings
 
 import numpy as np
 
+from rlsafety.environments.rubrics import share_above
 from rlsafety.runs import GAP_SIGN
 
 
@@ -35,6 +36,17 @@ def group_means(scores: dict[str, np.ndarray], is_gameable: np.ndarray) -> dict[
       np.hypot(out[f"{name}_gameable_se"], out[f"{name}_non_gameable_se"])
     )
   return out
+
+
+def threshold_rates(scores: dict, is_gameable: np.ndarray, rubric_of: dict[str, str]) -> dict:
+  """The study's discretised metrics, as shares of the replies with a verdict: `acc_rate` of
+  those to non-gameable users and `hex_rate` of those to gameable users that are above the
+  published thresholds. scores {name: [P, ...]}; rubric_of: an environment's RUBRICS."""
+  is_gameable = np.asarray(is_gameable, bool)
+  return {
+    f"{name}_rate": share_above(rubric_of[name], np.ravel(np.asarray(scores[name])[chosen]))
+    for name, chosen in (("acc", ~is_gameable), ("hex", is_gameable))
+  }
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:

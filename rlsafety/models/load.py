@@ -84,9 +84,11 @@ def from_config(config, mesh=None) -> Model:
   if bool(c.path) == bool(c.preset):
     raise UserError("give either model.path (weights) or model.preset (random weights)")
 
-  def shardings(config):
+  def shardings(found):
+    # The sizes are known and nothing is in memory yet: the time to refuse them.
+    sharding.check_model(mesh, found)
     place = lambda w: sharding.named(mesh, w.axes, w.shape)  # noqa: E731
-    return jax.tree.map(place, transformer.weights(config), is_leaf=transformer.is_weight)
+    return jax.tree.map(place, transformer.weights(found), is_leaf=transformer.is_weight)
 
   target, dtype = None if mesh is None else shardings, jnp.dtype(c.dtype)
   if c.path:
