@@ -45,7 +45,7 @@ def plan(model: str, device: str, folder: pathlib.Path) -> dict:
 def cells(p: dict) -> list[str]:
   """Memory per chip, seconds per step, hours and price of one plan."""
   memory = f"{p['bytes'] / 2**30:.1f}" + ("" if p["fits"] else " (does not fit)")
-  return [memory, f"{p['step_seconds']:.2f}", f"{p['run_hours']:.1f} h, ${p['run_dollars']:.0f}"]
+  return [memory, f"{p['step_seconds']:.2f}", f"{p['run_hours']:.1f} h, ${p['run_dollars']:.1f}"]
 
 
 def table(folder: pathlib.Path) -> str:
