@@ -61,6 +61,7 @@ setup(
       "pytest>=8",
       "pytest-xdist>=3.7",
       "hypothesis>=6.100",
+      "kubeflow-trainer-api>=2.0",  # JobSet's types
       "kubernetes-validate>=1.30",
       "pyyaml>=6",
       "selenium>=4.20",

@@ -65,7 +65,7 @@ def job_spec(name: str, target: Device, options: argparse.Namespace, flags: list
     "image": options.image,
     "command": ["python", "-m", "rlsafety.train", *flags],
     "env": environment(name, target),
-    "ports": [{"containerPort": PORT}],
+    "ports": [{"containerPort": PORT, "protocol": "TCP"}],
     "resources": {"requests": amount, "limits": amount},
     "volumeMounts": [{"name": "bucket", "mountPath": MOUNT}],
   }
