@@ -31,6 +31,7 @@ import numpy as np
 from rlsafety import config as config_lib
 from rlsafety import runs, study, tables
 from rlsafety.errors import UserError, run_main
+from rlsafety.metrics import statistics
 
 FLAGS = {
   "what": "score", "runs": "", "name": "", "against": "", "judge": "", "judge_model": "",
@@ -80,11 +81,15 @@ def judge_config(run, judge: str, judge_model: str, judge_url: str, price: str =
   """The run's own config with another judge in it, or its own at another price."""
   from ml_collections import ConfigDict
 
+  from rlsafety import environments
+
   config = ConfigDict(run.config)
   if judge:
     config.judge = ConfigDict(
       {"name": judge, "model": judge_model, "url": judge_url, "degenerate": "floor"}
     )
+    if judge in ("head", "lexical"):  # they read no wording, and refuse one
+      config.environment.reward_wording = environments.FACTORS["reward_wording"]
   if price:
     config.judge.price = tuple(price.split(","))
   return config
@@ -223,7 +228,6 @@ def agreement(found, name: str, against: str = ""):
   so no correction; seeds and runs are those that have scores of both.
   """
   import pandas as pd
-  from scipy import stats
 
   rows = []
   for run in found:
@@ -246,12 +250,8 @@ def agreement(found, name: str, against: str = ""):
   for (label, part), metric in itertools.product(slices, runs.SCORES):
     part = part[part["score"] == metric]
     both = part.dropna()
-    row = {"slice": label, "score": metric, "n": len(both), "unscored": len(part) - len(both)}
-    varies = len(both) > 2 and both["a"].nunique() > 1 and both["b"].nunique() > 1
-    for statistic in ("pearsonr", "spearmanr", "kendalltau"):
-      value = getattr(stats, statistic)(both["a"], both["b"])[0] if varies else math.nan
-      row[statistic.removesuffix("r").removesuffix("tau")] = float(value)
-    row["within_1"] = float(((both["a"] - both["b"]).abs() <= 1).mean()) if len(both) else math.nan
+    row = {"slice": label, "score": metric, "unscored": len(part) - len(both)}
+    row |= statistics.agreement(both["a"].to_numpy(), both["b"].to_numpy())
     row |= {"mean_first": both["a"].mean(), "mean_second": both["b"].mean()}
     row |= {"seeds": _listed(part["seed"]), "correction": "none", "runs": _listed(part["run"])}
     out.append(row)

@@ -66,6 +66,13 @@ def score(run, model, records, **kwargs):
   return evaluate.score_run(run, "lex", config, model, scorer, records, batch=8, **kwargs)
 
 
+def test_a_judge_without_wordings_rescores_a_run_that_had_one(run, model):
+  run.config["environment"]["reward_wording"] = "plain"
+  assert evaluate.judge_config(run, "lm", "", "").environment.reward_wording == "plain"
+  judges.make_scorer(evaluate.judge_config(run, "lexical", "", ""), model)
+  assert run.config["environment"]["reward_wording"] == "plain"
+
+
 def test_selection_is_seeded_by_step_and_keeps_k_of_each(run):
   every = evaluate.select(run)
   assert [evaluate.place(r)[1:] for r in every] == sorted(evaluate.place(r)[1:] for r in every)

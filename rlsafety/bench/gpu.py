@@ -10,8 +10,8 @@ Rows come as they are measured; one that runs out of memory or time says so. Wha
 stays in JAX's compilation cache, so that a second start reaches what a first one left out.
 """
 
-import dataclasses
 import functools
+import math
 import time
 from collections.abc import Iterator
 
@@ -26,21 +26,6 @@ SECONDS = 465  # of the 8 minutes; the rest is for what was begun
 PEER_SECONDS = 75
 
 
-@dataclasses.dataclass
-class Clock:
-  """Says whether another row as long as the longest so far ends in time."""
-
-  seconds: float
-  began: float = dataclasses.field(default_factory=time.monotonic)
-  longest: float = 0.0
-  row: float = dataclasses.field(default_factory=time.monotonic)
-
-  def allows_more(self) -> bool:
-    now = time.monotonic()
-    self.longest, self.row = max(self.longest, now - self.row), now
-    return now - self.began + self.longest < self.seconds
-
-
 def names(f) -> tuple[str, ...]:
   return (f.model,) if f.model else MODELS
 
@@ -53,31 +38,38 @@ def peer_rows(f) -> Iterator[dict]:
 
 def rows(f, peak: float, bandwidth: float, seconds: float = SECONDS) -> Iterator[dict]:
   """Rows as `bench.__main__` prints them; seconds: what is left of the suite's time."""
-  clock = Clock(seconds)
+  began = last = time.monotonic()
+  longest = 0.0
   for name in names(f):
-    config, params, adapter, prompts = core.setup(f, name)
-    pieces = [
-      decode(f, f"{name} decode", count, variant, config, params, adapter, peak, bandwidth)
-      for count in (f.rows_few, f.rows_many)
-      for variant in VARIANTS
-    ]
-    attentions = ("einsum", "cudnn") if jax.default_backend() == "gpu" else ("einsum",)
-    pieces.append(core.rows(f, config, params, adapter, prompts, peak, bandwidth, attentions))
-    for piece in pieces:
+    for label, piece in pieces(f, name, peak, bandwidth):
       while True:
-        if not clock.allows_more():
-          yield {"name": f"{name}: time is up, start it again for the rest", "value": float("nan")}
+        now = time.monotonic()
+        longest, last = max(longest, now - last), now
+        if now - began + longest > seconds:  # another row as long would end too late
+          yield {"name": f"{label}: time is up, start it again for the rest", "value": math.nan}
           return
         try:
           row = next(piece, None)
         except Exception as error:  # noqa: BLE001  the other rows still count
           if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-          yield {"name": f"{name}: out of memory in the row after this", "value": float("nan")}
-          break
+          row = None
+          yield {"name": f"{label}: out of memory", "value": math.nan}
         if row is None:
           break
-        yield {**row, "name": row["name"] if name in row["name"] else f"{name} {row['name']}"}
+        yield {**row, "name": f"{label}{row['name']}"}
+
+
+def pieces(f, name, peak, bandwidth) -> Iterator[tuple[str, Iterator[dict]]]:
+  """(label, rows) of one model, whose weights are gone when this has ended."""
+  config, params, adapter, prompts = core.setup(f, name)
+  for count in (f.rows_few, f.rows_many):
+    for variant in VARIANTS:
+      label = f"{name} decode {max(1, count // f.group) * f.group} rows, {variant}"
+      yield label, decode(f, count, variant, config, params, adapter, peak, bandwidth)
+  attentions = ("einsum", "cudnn") if jax.default_backend() == "gpu" else ("einsum",)
+  measured = core.rows(f, config, params, adapter, prompts, peak, bandwidth, attentions)
+  yield f"{name} ", measured
 
 
 # name -> (what the sampler reads, fields of SamplerSettings)
@@ -90,7 +82,7 @@ VARIANTS = {
 }
 
 
-def decode(f, label, count, variant, config, params, adapter, peak, bandwidth) -> Iterator[dict]:
+def decode(f, count, variant, config, params, adapter, peak, bandwidth) -> Iterator[dict]:
   """One row: decode_tokens steps of `count` replies, a sampling call less its prefill."""
   prepare, fields = VARIANTS[variant]
   S, G, T = f.prompt_tokens, f.group, f.decode_tokens
@@ -112,7 +104,7 @@ def decode(f, label, count, variant, config, params, adapter, peak, bandwidth) -
   moved = T * (weights + P * (S + G * T / 2) * per_token)
   flops = ceilings.forward_flops(config, P * G * T, S + T / 2)
   yield {
-    "name": f"{label} {P * G} rows, {variant}",
+    "name": "",
     "seconds": max(sample_s - prefill_s, 1e-9),
     "tokens": P * G * T,
     "flops": flops,

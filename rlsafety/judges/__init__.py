@@ -65,7 +65,7 @@ def make_scorer(config, model, mesh=None) -> Scorer:
   if c.name == "http":
     from rlsafety.judges import http
 
-    price = http.read_price(c.get("price"))  # configs from before the field lack it
+    price = http.read_price(c.price)
     limits = {k: c[k] for k in ("concurrency", "timeout_s", "deadline_s", "attempts")}
     made = http.make(c.url, c.model, model.chat, c.degenerate, price=price, **limits)
     return Scorer(made, http.describe(c.url, c.model))

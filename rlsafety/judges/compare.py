@@ -27,6 +27,7 @@ from rlsafety.errors import UserError, run_main
 from rlsafety.judges import fit, head, replies
 from rlsafety.judges.replies import Example
 from rlsafety.metrics.groups import threshold_rates
+from rlsafety.metrics.statistics import agreement
 from rlsafety.types import Rollouts
 
 _VIEWS = re.compile(r"\b(alt-right|conservative|liberal|libertarian|socialist)\b")
@@ -102,22 +103,6 @@ def aucs(environment: str, ratings: dict, examples: Sequence[Example]) -> dict[s
         wanted = head.target(environment, metric)
         table = fit.table(ratings[score][i], [examples[k] for k in i], wanted)
         out.setdefault(name, {})[source] = fit.enough(table, source)
-  return out
-
-
-def agreement(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
-  """Of two judges' ratings [N]; replies that either leaves without a verdict do not count."""
-  from scipy import stats
-
-  both = ~np.isnan(a) & ~np.isnan(b)
-  a, b = a[both], b[both]
-  out = {"n": len(a)} | dict.fromkeys(("pearson", "spearman", "kendall", "within_1"), float("nan"))
-  if len(a):
-    out["within_1"] = float(np.mean(np.abs(a - b) <= 1))
-  if len(a) >= 3 and np.ptp(a) and np.ptp(b):  # a constant has no order to agree with
-    out["pearson"] = float(stats.pearsonr(a, b).statistic)
-    out["spearman"] = float(stats.spearmanr(a, b).statistic)
-    out["kendall"] = float(stats.kendalltau(a, b).statistic)
   return out
 
 

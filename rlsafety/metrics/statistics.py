@@ -138,6 +138,20 @@ def _permutations(n: int, seed: int):
   return np.random.default_rng(seed).permuted(np.tile(np.arange(n), (PERMUTATIONS, 1)), axis=1)
 
 
+def agreement(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
+  """Of two judges' ratings [N]; replies that either leaves without a verdict do not count."""
+  both = ~np.isnan(a) & ~np.isnan(b)
+  a, b = a[both], b[both]
+  out = {"n": len(a)} | dict.fromkeys(("pearson", "spearman", "kendall", "within_1"), float("nan"))
+  if len(a):
+    out["within_1"] = float(np.mean(np.abs(a - b) <= 1))
+  if len(a) >= 3 and np.ptp(a) and np.ptp(b):  # a constant has no order to agree with
+    out["pearson"] = float(stats.pearsonr(a, b).statistic)
+    out["spearman"] = float(stats.spearmanr(a, b).statistic)
+    out["kendall"] = float(stats.kendalltau(a, b).statistic)
+  return out
+
+
 def holm(p) -> np.ndarray:
   """Holm-adjusted p-values of one family; NaN entries are no tests and stay NaN."""
   return _adjust(p, "holm")
