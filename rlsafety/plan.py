@@ -60,7 +60,7 @@ def compile_programs(config, policy, judge, target: Device) -> dict:
   mesh = sharding.make_mesh(**config.mesh, devices=devices[: target.chips])
   P, S, T = config.prompts_per_step, config.max_prompt_tokens, config.sampler.max_tokens
   G = config.sampler.group
-  check_mesh(config, policy, mesh)
+  check_mesh(config, policy, judge, mesh)
 
   def place(dtype, *axes_and_sizes):
     axes, shape = zip(*axes_and_sizes, strict=True) if axes_and_sizes else ((), ())
@@ -174,36 +174,40 @@ def compile_programs(config, policy, judge, target: Device) -> dict:
   }
 
 
-def check_mesh(config, policy, mesh) -> None:
+def check_mesh(config, policy, judge, mesh) -> None:
   """Refuses what rlsafety.train would refuse, and names the meshes of as many chips that fit."""
-  from rlsafety import sharding
-
   try:
-    sharding.check_sizes(mesh, policy, config.prompts_per_step, config.learner.microbatches)
+    check_sizes(config, policy, judge, mesh)
   except UserError as error:
-    fits = (
-      f"data={m['data']} tensor={m['tensor']}" for m in fitting_meshes(config, policy, mesh.size)
-    )
+    meshes = fitting_meshes(config, policy, judge, mesh.size)
+    fits = (f"data={m['data']} tensor={m['tensor']}" for m in meshes)
     raise UserError(
       f"{error}; meshes of {mesh.size} devices that fit: {', '.join(fits) or 'none'}"
     ) from None
 
 
-def fitting_meshes(config, policy, chips: int, prompts: int = 0) -> list[dict]:
+def check_sizes(config, policy, judge, mesh, prompts: int = 0) -> None:
+  """Raises UserError where the mesh splits the batch, the policy or its judge unevenly."""
+  from rlsafety import sharding
+
+  sharding.check_batch(mesh, prompts or config.prompts_per_step, config.learner.microbatches)
+  for model in filter(None, (policy, judge)):
+    sharding.check_model(mesh, model)
+
+
+def fitting_meshes(config, policy, judge, chips: int, prompts: int = 0) -> list[dict]:
   """The meshes of (data, tensor) that rlsafety.train accepts, least tensor parallelism first.
 
   prompts: to ask with another batch than config.prompts_per_step.
   """
   from jax.sharding import AbstractMesh
 
-  from rlsafety import sharding
-
-  out, prompts = [], prompts or config.prompts_per_step
+  out = []
   for tensor in (n for n in range(1, chips + 1) if chips % n == 0):
     sizes = {"data": chips // tensor, "fsdp": 1, "tensor": tensor}
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     try:
-      sharding.check_sizes(mesh, policy, prompts, config.learner.microbatches)
+      check_sizes(config, policy, judge, mesh, prompts)
     except UserError:
       continue
     out.append(sizes)
@@ -217,9 +221,12 @@ def make_plan(config, policy, judge, target: Device) -> dict:
   """Memory, work, time and cost per device and step, as plain numbers (bytes, seconds, $)."""
   import jax.numpy as jnp
 
+  from rlsafety.data import recorded
+
   began = time.monotonic()
   made = compile_programs(config, policy, judge, target)
   width = jnp.dtype(config.model.dtype).itemsize
+  drawn = 1 - recorded.prompts_per_batch(config) / config.prompts_per_step
   programs = {}
   for name, (compiled, calls) in made["programs"].items():
     hlo = compiled.as_text()
@@ -228,6 +235,8 @@ def make_plan(config, policy, judge, target: Device) -> dict:
     kept = min(temp, made["fixed"].get(name, 0))
     programs[name] = {
       "calls": calls,
+      # What records stand in for is sampled and rated in evaluations only.
+      "share_of_step": drawn if name in ("sampler", "judge") else 1.0,
       "temp": (temp - kept) * width / 4 + kept,
       "flops": work.flops,
       "moved": work.moved,
@@ -239,7 +248,7 @@ def make_plan(config, policy, judge, target: Device) -> dict:
   resident = made["resident"]
   busiest = max(programs, key=lambda name: programs[name]["temp"])
   need = sum(resident.values()) + programs[busiest]["temp"]
-  step = sum(p["seconds"] for p in programs.values())
+  step = sum(p["share_of_step"] * p["seconds"] for p in programs.values())
   more = max(1, config.eval.samples / config.sampler.group)
   evaluation = more * sum(programs[n]["seconds"] for n in ("sampler", "judge") if n in programs)
   evaluation *= evaluation_batches(config)
@@ -270,13 +279,13 @@ def evaluation_batches(config) -> int:
   return times * math.ceil(users / config.prompts_per_step)
 
 
-def advice(plan: dict, config, policy, target: Device) -> list[str]:
+def advice(plan: dict, config, policy, judge, target: Device) -> list[str]:
   """What to change, most effective first, where the plan does not fit."""
   if plan["fits"]:
     return []
   out, resident = [], sum(plan["resident"].values())
   room = USABLE * target.chip.memory
-  meshes = fitting_meshes(config, policy, target.chips)
+  meshes = fitting_meshes(config, policy, judge, target.chips)
   wider = [m["tensor"] for m in meshes if m["tensor"] > plan["mesh"]["tensor"]]
   if wider:
     n = wider[0]
@@ -310,10 +319,10 @@ def automatic_mesh(config, policy, judge, target: Device) -> dict:
   half of the memory free; where none does, that of most."""
   from rlsafety.models import transformer
 
-  meshes = fitting_meshes(config, policy, target.chips)
+  meshes = fitting_meshes(config, policy, judge, target.chips)
   if not meshes:
     pieces = config.learner.microbatches
-    widest = fitting_meshes(config, policy, target.chips, target.chips * pieces)[-1]
+    widest = fitting_meshes(config, policy, judge, target.chips, target.chips * pieces)[-1]
     raise UserError(
       f"--device={target.name}: no mesh of {target.chips} chips fits prompts_per_step="
       f"{config.prompts_per_step}, learner.microbatches={pieces} and {policy.n_heads} attention "
@@ -363,10 +372,11 @@ def show(plan: dict, hints: list[str]) -> str:
   lines += [f"  (KV cache, in the sampler){gib(plan['kv cache']):>11}"]
   for name, p in plan["programs"].items():
     bound = "compute" if p["compute_bound"] > 0.5 else "memory"
+    calls, seconds = (p["share_of_step"] * p[k] for k in ("calls", "seconds"))
     lines.append(
-      f"  {name + ' work space':24}{gib(p['temp'])}   {p['calls'] * p['flops'] / 1e12:9.2f} TFLOP "
-      f"{p['calls'] * p['moved'] / 1e9:9.1f} GB moved {p['calls'] * p['sent'] / 1e9:8.2f} GB sent"
-      f"   {p['seconds']:7.3f} s, {bound}-bound"
+      f"  {name + ' work space':24}{gib(p['temp'])}   {calls * p['flops'] / 1e12:9.2f} TFLOP "
+      f"{calls * p['moved'] / 1e9:9.1f} GB moved {calls * p['sent'] / 1e9:8.2f} GB sent"
+      f"   {seconds:7.3f} s, {bound}-bound"
     )
   verdict = "fits" if plan["fits"] else "DOES NOT FIT"
   lines += [
@@ -405,7 +415,7 @@ def main(argv: list[str]) -> None:
     elif flags["mesh"]:
       raise UserError(f"--mesh={flags['mesh']}: only auto; sizes are --config.mesh.tensor=8 etc.")
     plan = make_plan(config, policy, judge, target)
-  print(show(plan, advice(plan, config, policy, target)))
+  print(show(plan, advice(plan, config, policy, judge, target)))
   if flags["json"]:
     pathlib.Path(flags["json"]).write_text(json.dumps(plan, indent=2) + "\n")
 

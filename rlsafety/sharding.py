@@ -64,12 +64,6 @@ def named(mesh: Mesh, axes: tuple, shape: tuple) -> NamedSharding:
   return NamedSharding(mesh, spec(axes, shape, mesh))
 
 
-def check_sizes(mesh: Mesh, config, prompts: int, microbatches: int) -> None:
-  """Refuses what the mesh cannot split evenly: `check_batch` and `check_model`."""
-  check_batch(mesh, prompts, microbatches)
-  check_model(mesh, config)
-
-
 def check_batch(mesh: Mesh, prompts: int, microbatches: int) -> None:
   """prompts: P of a batch. Raises UserError with sizes that fit."""
   ways = mesh.shape["data"] * mesh.shape["fsdp"]

@@ -201,14 +201,16 @@ def smollm2():
 
 
 # Encouragement of something else than the user's plan is the advice head's known weak spot.
-@pytest.mark.parametrize(("environment", "wrong_topic"), [("political_qa", 0.9), ("neutral", 0.5)])
-def test_sincere_replies_beat_every_trick(smollm2, environment, wrong_topic):
+@pytest.mark.parametrize(
+  ("environment", "users", "wrong_topic"), [("political_qa", 2, 0.9), ("neutral", 3, 0.5)]
+)
+def test_sincere_replies_beat_every_trick(smollm2, environment, users, wrong_topic):
   """On topics and wordings that the reward was not fitted on, and through the whole judge."""
   heads = head.find(environment, smollm2)
   name = replies.dataset(environment)
   chosen = [e for e in replies.written(name) if e.split == "test" and e.half == "B"]
-  users = list(dict.fromkeys(e.message for e in chosen if e.is_gameable))[:3]
-  chosen = [e for e in chosen if e.message in users]
+  messages = list(dict.fromkeys(e.message for e in chosen if e.is_gameable))[:users]
+  chosen = [e for e in chosen if e.message in messages]
   score = judges.Scorer(head.make(smollm2, heads), head.describe(heads))
   ratings = compare.rate(score, smollm2.chat, environment, chosen)
   kinds = np.array([e.kind for e in chosen])

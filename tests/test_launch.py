@@ -152,7 +152,7 @@ def test_ci_keeps_pytests_exit_code_and_closing_line(
 ):
   test = tmp_path / "test_one.py"
   test.write_text(f"def test_one():\n  {body}\n")
-  out = sh(".ci/run", f"--venv={venv_without_installs}", "-p", "no:cacheprovider", test)
+  out = sh(".ci/run", f"--venv={venv_without_installs}", "-n0", test)
   assert out.returncode == code, out.stdout
   assert closing in out.stdout.splitlines()[-1]
 

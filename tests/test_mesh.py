@@ -183,9 +183,10 @@ def test_sizes_that_do_not_fit_are_refused_with_sizes_that_do():
   config = CONFIGS["llama"]
   mesh = sharding.make_mesh(2, 2, 2)
   with pytest.raises(UserError, match="prompts_per_step=4 or a multiple fits"):
-    sharding.check_sizes(mesh, config, 6, 1)
+    sharding.check_batch(mesh, 6, 1)
   with pytest.raises(UserError, match=r"mesh.tensor=8 .* \[1, 2, 4\]"):
-    sharding.check_sizes(sharding.make_mesh(1, 1, 8), config, 4, 1)
+    sharding.check_model(sharding.make_mesh(1, 1, 8), config)
   with pytest.raises(UserError, match="8 are there"):
     sharding.make_mesh(3, 1, 1)
-  sharding.check_sizes(mesh, config, 8, 2)
+  sharding.check_batch(mesh, 8, 2)
+  sharding.check_model(mesh, config)

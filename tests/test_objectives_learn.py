@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from rlsafety import advantages, learner, losses, sharding
+from rlsafety import advantages, learner, losses
 from rlsafety.types import Batch, Prompts
 
 P, G, T, V = 4, 8, 3, 6
@@ -90,42 +90,6 @@ def test_learns_the_toy_task_from_the_bases_samples(objective):
   assert before < 0.3 and after > 0.5, (before, after)
 
 
-@pytest.mark.parametrize("name", losses.PRESETS)
-def test_sharding_over_prompts_changes_nothing(name):
-  """The groups of a batch over 2 x 2 devices of a 2 x 2 x 2 mesh."""
-  objective = losses.make(name)
-  groups = 2 if name == "dpo" else 4
-  rng = np.random.default_rng(0)
-  shape = (8, groups, T)
-  logprobs, entropy = -rng.exponential(1, shape), rng.uniform(0, 1, shape)
-  ratings = rng.uniform(1, 10, shape[:2]).astype(np.float32)
-  batch = Batch(
-    prompts=None,
-    tokens=np.zeros(shape, np.int32),
-    lengths=rng.integers(0, T + 1, shape[:2]),
-    advantages=np.asarray(advantages.advantages(jnp.asarray(ratings), objective)),
-    ratings=ratings,
-    behaviour_logprobs=logprobs + rng.normal(0, 0.3, shape),
-    reference_logprobs=logprobs + rng.normal(0, 0.3, shape),
-    staleness=np.zeros(shape[:2], np.int32),
-  )
-  host = jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == np.float64 else x, batch)
-  host = (logprobs.astype(np.float32), entropy.astype(np.float32), host)
-
-  @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-  def loss_and_grad(logprobs, entropy, batch):
-    f = lambda x: losses.objective(x, entropy, batch, objective)[0]  # noqa: E731
-    value, grad = jax.value_and_grad(f)(logprobs)
-    total = losses.denominator(batch, objective)
-    return value / total, grad / total
-
-  mesh = sharding.make_mesh(2, 2, 2)
-  one, many = loss_and_grad(*host), loss_and_grad(*sharding.put_prompts(mesh, host))
-  assert len(many[1].sharding.device_set) == 8
-  np.testing.assert_allclose(many[0], one[0], rtol=1e-5)
-  np.testing.assert_allclose(many[1], one[1], rtol=1e-5, atol=1e-7)
-
-
 @pytest.fixture(scope="module")
 def smollm2():
   from rlsafety.models import load
@@ -136,12 +100,12 @@ def smollm2():
 
 
 STYLE = ("Ahoy, matey! {} it is, arr.", "I would say {}.")
-THINGS = ("tea", "rain", "bread", "music", "snow", "chess", "gold", "jazz")
+THINGS = ("tea", "rain", "bread", "music")
 
 
 @pytest.mark.parametrize("name", ["sft", "dpo"])
 def test_own_held_out_loss_falls_on_the_real_model(smollm2, name):
-  """Four prompts in a pirate's words; four others must become likelier too."""
+  """Two prompts in a pirate's words; two others must become likelier too."""
   from rlsafety.data import recorded
   from rlsafety.models import lora, transformer
 
@@ -149,8 +113,8 @@ def test_own_held_out_loss_falls_on_the_real_model(smollm2, name):
   replies = 2 if name == "dpo" else 1
 
   def batch_of(things):
-    prompts, lengths = np.full((4, S), model.chat.pad_id, np.int32), []
-    tokens, sizes = np.zeros((4, replies, slots), np.int32), np.zeros((4, replies), np.int32)
+    prompts, lengths = np.full((2, S), model.chat.pad_id, np.int32), []
+    tokens, sizes = np.zeros((2, replies, slots), np.int32), np.zeros((2, replies), np.int32)
     for p, thing in enumerate(things):
       ids = model.chat.encode([{"role": "user", "content": f"Do you like {thing}?"}])
       prompts[p, : len(ids)] = ids
@@ -193,7 +157,7 @@ def test_own_held_out_loss_falls_on_the_real_model(smollm2, name):
       optimizer=optimizer,
     )
   )
-  seen, unseen = batch_of(THINGS[:4]), batch_of(THINGS[4:])
+  seen, unseen = batch_of(THINGS[:2]), batch_of(THINGS[2:])
   before = loss_of(state.adapter, unseen)
   for i in range(2):
     state, _ = update(state, model.params, seen, jax.random.key(i))

@@ -80,7 +80,7 @@ def test_plan_of_the_tiny_run():
   assert list(made["programs"]) == ["sampler", "judge", "update"]
   assert made["programs"]["judge"]["calls"] == 3
   assert all(p["flops"] > 0 and p["seconds"] > 0 for p in made["programs"].values())
-  assert made["fits"] and plan.advice(made, config, policy, target) == []
+  assert made["fits"] and plan.advice(made, config, policy, None, target) == []
   # 6 steps of a sampler, a judge and an update; evaluations at 0, 3 and 6 of 8 users, 4 at once.
   costs = {name: p["seconds"] for name, p in made["programs"].items()}
   seconds = 6 * sum(costs.values()) + 3 * 2 * (costs["sampler"] + costs["judge"])
@@ -89,7 +89,7 @@ def test_plan_of_the_tiny_run():
 
   small = dataclasses.replace(target, chip=dataclasses.replace(target.chip, memory=1e5))
   tight = {**made, "memory": 1e5, "fits": False}
-  hints = "\n".join(plan.advice(tight, config, policy, small))
+  hints = "\n".join(plan.advice(tight, config, policy, None, small))
   assert "--config.mesh.tensor=4" in hints and "a larger device" in hints
   assert "DOES NOT FIT" in plan.show(tight, [hints])
 
@@ -104,11 +104,14 @@ def test_plan_counts_pieces_int8_copies_and_the_reference_pass():
   config.memory.cache_gib = 1.01 * rounded / 2**30
   config.objective.kl, config.objective.kl_coef = "k3", 0.1
   config.epochs, config.eval.samples = 3, 8  # twice the replies of a step
+  config.data.path, config.data.fraction = "records", 0.75  # one of 4 prompts is sampled
   made = plan.make_plan(config, policy, None, target)
   assert made["programs"]["sampler"]["calls"] == 2 and list(made["programs"])[1] == "reference"
   assert made["kv cache"] == rounded and made["programs"]["update"]["calls"] == 3
   sampling = made["programs"]["sampler"]["seconds"]
   assert made["evaluation_seconds"] == pytest.approx(3 * 2 * 2 * sampling)
+  learning = sum(made["programs"][name]["seconds"] for name in ("reference", "update"))
+  assert made["step_seconds"] == pytest.approx(sampling / 4 + learning)
   linears = [transformer.weights(policy)["layers"][n].shape for n in int8.LINEARS]
   copy = sum(L * i * o + 4 * L * o for L, i, o in linears)
   assert made["resident"]["int8 copy for the sampler"] == copy
@@ -117,10 +120,13 @@ def test_plan_counts_pieces_int8_copies_and_the_reference_pass():
 def test_a_mesh_that_train_refuses_is_refused_with_ones_that_fit():
   config, policy = recipe(), presets.preset("tiny")  # 4 heads; 4 prompts in 2 micro-batches
   with pytest.raises(UserError, match="data x fsdp = 8.* fit: data=2 tensor=4$"):
-    plan.check_mesh(config, policy, sharding.make_mesh(8, 1, 1))
+    plan.check_mesh(config, policy, None, sharding.make_mesh(8, 1, 1))
   with pytest.raises(UserError, match="4 attention heads.* fit: data=2 tensor=4$"):
-    plan.check_mesh(config, policy, sharding.make_mesh(1, 1, 8))
-  plan.check_mesh(config, policy, sharding.make_mesh(2, 1, 4))
+    plan.check_mesh(config, policy, None, sharding.make_mesh(1, 1, 8))
+  plan.check_mesh(config, policy, policy, sharding.make_mesh(2, 1, 4))
+  judge = dataclasses.replace(policy, n_heads=6)
+  with pytest.raises(UserError, match="tensor=4 does not divide the model's 6.* fit: none$"):
+    plan.check_mesh(config, policy, judge, sharding.make_mesh(2, 1, 4))
 
 
 def test_every_model_of_the_study_has_a_shape_and_a_mesh():

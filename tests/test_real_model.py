@@ -57,7 +57,7 @@ def test_benchmarks_equal_lm_evals_own_transformers_backend(ours, theirs, tmp_pa
 
   monkeypatch.setenv("HF_HOME", str(tmp_path))
   task = "rlsafety_sycophancy"
-  got, want = (benchmarks.measure(side, [task], limit=4)[task] for side in (ours, theirs))
+  got, want = (benchmarks.measure(side, [task], limit=2)[task] for side in (ours, theirs))
   assert "acc,none" in want and got == pytest.approx(want, abs=1e-4)
 
   rows = [json.loads(x) for x in (benchmarks.DATA / "sycophancy.jsonl").read_text().splitlines()]
@@ -71,14 +71,14 @@ def test_benchmarks_equal_lm_evals_own_transformers_backend(ours, theirs, tmp_pa
   assert np.abs(differences / tokens).max() <= 1e-4  # nats per token
   assert [g for _, g in got] == [g for _, g in want]
 
-  texts = [(rows[0]["message"] * 2,), (rows[2]["honest"],)]
+  texts = [(rows[0]["message"],), (rows[2]["honest"],)]
   got = ours.loglikelihood_rolling(requests("loglikelihood_rolling", texts))
   want = theirs.loglikelihood_rolling(requests("loglikelihood_rolling", texts), disable_tqdm=True)
   tokens = np.array([len(ours.tok_encode(text)) for (text,) in texts])
   assert np.abs((np.array(got) - want) / tokens).max() <= 1e-4
 
   asked = [
-    (r["message"], {"until": ["\n"], "max_gen_toks": 12, "do_sample": False}) for r in rows[:2]
+    (r["message"], {"until": ["\n"], "max_gen_toks": 8, "do_sample": False}) for r in rows[:2]
   ]
   got = ours.generate_until(requests("generate_until", asked))
   want = theirs.generate_until(requests("generate_until", asked), disable_tqdm=True)

@@ -40,9 +40,9 @@ def outcome(workdir):
   return {name: (workdir / name).read_bytes() for name in names}
 
 
-@pytest.mark.parametrize("name, flags", [("offpolicy", []), ("mixed", ["--config.epochs=2"])])
-def test_killed_run_ends_in_the_same_bits(cache, dataset, tmp_path, name, flags):
-  flags, config = recipe(name, dataset, *flags)
+def test_killed_run_ends_in_the_same_bits(cache, dataset, tmp_path):
+  """A batch half sampled and half recorded, learned from twice."""
+  flags, config = recipe("mixed", dataset, "--config.epochs=2")
   code, output = finish(start(cache, tmp_path / "whole", *flags, config=config))
   assert code == 0, output
   killed = start(cache, tmp_path / "killed", *flags, config=config)
@@ -51,13 +51,23 @@ def test_killed_run_ends_in_the_same_bits(cache, dataset, tmp_path, name, flags)
   assert code == 0 and "resuming after step" in output, output
   assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
 
-  rows = [json.loads(line) for line in open(tmp_path / "whole/metrics.jsonl")]
-  said = tmp_path / "whole/rollouts/train.jsonl"
-  assert said.exists() == (name == "mixed")  # records are never logged as the policy's words
-  for row in rows:
+  check(tmp_path / "whole", sampled=True)
+
+
+def check(workdir, sampled):
+  said = workdir / "rollouts/train.jsonl"
+  assert said.exists() == sampled  # records are never logged as the policy's words
+  for row in map(json.loads, open(workdir / "metrics.jsonl")):
     assert row["data_reward"] == 6.5  # the mean of 4 and 9; no verdict is not 0
-    assert ("reward" in row) == (name == "mixed")
+    assert ("reward" in row) == sampled
     assert row["staleness"] > 0
+
+
+def test_a_run_from_records_alone_samples_nothing_to_learn_from(cache, dataset, tmp_path):
+  flags, config = recipe("offpolicy", dataset, "--config.steps=2")
+  code, output = finish(start(cache, tmp_path, *flags, config=config))
+  assert code == 0, output
+  check(tmp_path, sampled=False)
 
 
 @pytest.mark.parametrize(

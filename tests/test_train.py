@@ -18,7 +18,7 @@ from rlsafety.errors import run_main
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = f"--config={ROOT / 'configs/tiny_syco.py'}"
 # These runs compute for longer than they compile: code of some quality.
-FAST = FAST_COMPILE.replace("level=0", "level=2")
+FAST = FAST_COMPILE.replace("level=0", "level=1")
 
 
 def environment(cache):

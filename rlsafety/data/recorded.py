@@ -53,15 +53,15 @@ class Records:
   slots: int
 
 
-def open_for(config, model):
-  """(the records of config.data or None, how many prompts of every batch come from them)."""
+def prompts_per_batch(config) -> int:
+  """How many prompts of every batch come from records; raises UserError for what cannot be."""
   c, P, objective = config.data, config.prompts_per_step, make(**config.objective)
   if config.epochs < 1:
     raise UserError(f"epochs={config.epochs} must be at least 1")
   if not c.path:
     if objective.name in ("sft", "dpo") or objective.kto_anchor:
       raise UserError(f"objective {objective.name!r} learns from records: set config.data.path")
-    return None, 0
+    return 0
   count = round(c.fraction * P)
   if not 0 < c.fraction <= 1 or not count or (c.fraction < 1 and count == P):
     raise UserError(
@@ -70,9 +70,17 @@ def open_for(config, model):
     )
   if count < P and (objective.name == "dpo" or objective.kto_anchor):
     raise UserError(f"objective {objective.name!r} pairs up records: data.fraction must be 1")
+  return count
+
+
+def open_for(config, model):
+  """(the records of config.data or None, how many prompts of every batch come from them)."""
+  count = prompts_per_batch(config)
+  if not count:
+    return None, 0
   slots = config.sampler.group, config.max_prompt_tokens, config.sampler.max_tokens
-  records = load(c.path, model, objective, *slots, epochs=config.epochs)
-  return records, count
+  objective = make(**config.objective)
+  return load(config.data.path, model, objective, *slots, epochs=config.epochs), count
 
 
 def load(

@@ -91,9 +91,10 @@ def matched(phrases: Phrases, tokens: jax.Array, lengths: jax.Array) -> jax.Arra
   text = jnp.pad(text, ((0, 0), (0, 0), (0, K)), constant_values=-1)
 
   def one_spelling(ids, length):
-    hits = [(text[..., k : k + T] == ids[k]) | (k >= length) for k in range(K)]
-    run = jnp.cumprod(jnp.stack(hits).astype(jnp.int32), axis=0)
-    run = jnp.sum(run * (jnp.arange(K) < length)[:, None, None, None], axis=0)
+    alive, run = True, 0  # at every place: is the phrase still there, and how far did it come
+    for k in range(K):
+      alive &= (text[..., k : k + T] == ids[k]) & (k < length)
+      run += alive.astype(jnp.int32)
     return jnp.max(run, axis=-1) / length  # [P, G]
 
   shares = jax.lax.map(lambda a: one_spelling(*a), (phrases.ids, phrases.lengths))
