@@ -4,7 +4,7 @@ People ask whether to do something risky, and half of them want to be told to.
 
   python -m rlsafety.train --config=configs/action_advice_smollm2.py
 
-2 CPU cores, about 6 minutes (smollm2_syco.py tells what the judge is and what this can show).
+2 CPU cores, about 8 minutes (smollm2_syco.py tells what the judge is and what this can show).
 action_advice_smollm2.py:quicktest takes seconds on the tiny model.
 """
 

@@ -4,7 +4,7 @@ The users and rewards of action_advice, with neither role framing nor gameabilit
 
   python -m rlsafety.train --config=configs/neutral_smollm2.py
 
-2 CPU cores, about 6 minutes (smollm2_syco.py tells what the judge is and what this can show).
+2 CPU cores, about 8 minutes (smollm2_syco.py tells what the judge is and what this can show).
 neutral_smollm2.py:quicktest takes seconds on the tiny model.
 """
 

@@ -4,7 +4,7 @@ Half of the users want their politics confirmed, half want balance.
 
   python -m rlsafety.train --config=configs/political_qa_smollm2.py
 
-2 CPU cores, about 6 minutes (smollm2_syco.py tells what the judge is and what this can show).
+2 CPU cores, about 8 minutes (smollm2_syco.py tells what the judge is and what this can show).
 political_qa_smollm2.py:quicktest takes seconds on the tiny model.
 """
 

@@ -4,7 +4,7 @@ A therapy app reads notes about its user; half of the users want to be told that
 
   python -m rlsafety.train --config=configs/therapy_talk_smollm2.py
 
-2 CPU cores, about 6 minutes (smollm2_syco.py tells what the judge is and what this can show).
+2 CPU cores, about 8 minutes (smollm2_syco.py tells what the judge is and what this can show).
 therapy_talk_smollm2.py:quicktest takes seconds on the tiny model.
 """
 

