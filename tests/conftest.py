@@ -105,8 +105,11 @@ def cache(tmp_path_factory):
   return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "jax_cache"
 
 
-# Files of few, long tests: begun last, they would leave one worker idle at the end.
-LONG = ("processes", "gguf", "slurm", "recorded_runs", "mesh", "train", "objectives_learn", "bench")
+# The longest files, longest first: begun last, they would leave two workers idle at the end.
+LONG = (
+  *("mesh", "processes", "slurm", "families", "real_model", "judges_head", "train"),
+  *("recorded_runs", "objectives_learn", "gguf", "sampler", "environment_recipes", "launch"),
+)
 
 
 def pytest_collection_modifyitems(items):
