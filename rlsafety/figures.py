@@ -70,6 +70,7 @@ def curves(cells, benchmarks, stem):
     if name.endswith("_gap"):
       axis.axhline(0, color="0.4", lw=0.8)
       axis.set_xlabel("step")
+      axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_title(NAMES[name], fontsize=10, loc="left")
   handles, labels = axes.flat[0].get_legend_handles_labels()
   figure.legend(
@@ -148,11 +149,12 @@ def variant_bars(cells, outcome, stem):
     )  # fmt: skip
     place = np.arange(values.shape[1])
     axis.bar(place, misalignment.nanmean(values), color="#c9d3e6", width=0.6)
+    axis.set_xlim(-0.7, widest - 0.3)  # bars of one width in all panels
     axis.plot(place, values.T, "o-", color="#3b528b", ms=4, lw=0.8, alpha=0.75)
     count = np.isfinite(values).sum(0)
     labels = [v.replace(", ", "\n") for v in names[environment]]
     axis.set_xticks(
-      place, [f"{v}\n(n = {n})" for v, n in zip(labels, count, strict=True)], fontsize=7
+      place, [f"{v}\n(models: {n})" for v, n in zip(labels, count, strict=True)], fontsize=7
     )
     axis.axhline(0, color="0.4", lw=0.8)
     axis.set_title(environment, fontsize=10, loc="left")

@@ -166,8 +166,11 @@ def correlation_table(
   for (where, benchmark), names in skipped.items():
     grouped.setdefault((where, ", ".join(names)), []).append(benchmark)
   if notes is not None:
-    notes += [f"{' / '.join(where)}: not correlated, below 4 models or all equal: {names} with "
-              f"{', '.join(found)}" for (where, names), found in grouped.items()]  # fmt: skip
+    alike = {}  # one note for all cells that lack the same
+    for (where, names), found in grouped.items():
+      alike.setdefault(f"{names} with {', '.join(found)}", []).append(" / ".join(where))
+    notes += [f"{', '.join(places)}: not correlated, below 4 models or all equal: {what}"
+              for what, places in alike.items()]  # fmt: skip
   table = pd.DataFrame(rows)
   if len(table):
     by_method = table.groupby("method")["p"]
