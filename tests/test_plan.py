@@ -203,7 +203,9 @@ print(json.dumps({"planned": planned, "measured": peak[0] - before}))
 def test_planned_memory_is_what_an_update_takes():
   # 50 M parameters on one CPU device: weights, state and work space against the process's own
   # growth while it runs.
-  env = dict(os.environ, PYTHONPATH=str(REPO), XLA_FLAGS="", MALLOC_TRIM_THRESHOLD_="0")
+  env = dict(
+    os.environ, PYTHONPATH=str(REPO), XLA_FLAGS=conftest.FAST_COMPILE, MALLOC_TRIM_THRESHOLD_="0"
+  )
   command = [sys.executable, "-c", MEASURE, f"{REPO}/configs/tiny_syco.py"]
   out = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
   assert out.returncode == 0, out.stderr
