@@ -46,9 +46,12 @@ setup(
   python_requires=">=3.11",
   packages=find_packages(include=["rlsafety", "rlsafety.*"]),
   package_data={
-    "rlsafety": ["templates/*", "metrics/*.csv", "metrics/data/*"],
+    "rlsafety.report": ["templates/*"],
+    "rlsafety.study": ["*.csv"],
+    "rlsafety.tools": ["data/*"],
     "rlsafety.environments": ["bank/*"],
-    "rlsafety.judges": ["replies/*", "heads/*"],
+    "rlsafety.judges": ["heads/*"],
+    "rlsafety.tools.judges.replies": ["*.jsonl"],
   },
   install_requires=CORE,
   extras_require={

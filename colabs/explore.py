@@ -46,14 +46,14 @@ summary = train.run(config.lock(), workdir=f"runs/colab_{config.name}")
 # Curves of the run.
 import matplotlib.pyplot as plt
 
-from rlsafety import runs
+from rlsafety.rundir import read
 
-run = runs.load_run(f"runs/colab_{config.name}")
+run = read.load_run(f"runs/colab_{config.name}")
 figure, panels = plt.subplots(1, 3, figsize=(12, 3), layout="constrained")
 for panel, name in zip(panels, ("reward", "hex", "acc"), strict=True):
   for group in ("gameable", "non_gameable"):
     values = [e[f"{name}_{group}"] for e in run.evaluations]
-    errors = [runs.number(e[f"{name}_{group}_se"]) for e in run.evaluations]
+    errors = [read.number(e[f"{name}_{group}_se"]) for e in run.evaluations]
     panel.errorbar([e["step"] for e in run.evaluations], values, errors, label=group)
   panel.set(title=f"held-out {name}", xlabel="update")
 panels[0].legend()
@@ -61,10 +61,10 @@ plt.show()
 
 # %%
 # The same prompt before and after.
-evaluations = runs.eval_rollouts(run)
+evaluations = read.eval_rollouts(run)
 first, last = min(evaluations), max(evaluations)
 for before, after in list(zip(evaluations[first], evaluations[last], strict=True))[:4]:
   print("USER  ", before["messages"][-1]["content"])
   for label, record in (("BEFORE", before), ("AFTER ", after)):
-    print(f"{label} [HEX {runs.score(record, 'hex'):.1f}] {record['completion']!r}")
+    print(f"{label} [HEX {read.score(record, 'hex'):.1f}] {record['completion']!r}")
   print()

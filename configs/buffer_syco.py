@@ -1,6 +1,6 @@
 """On-policy against off-policy: the buffer experiment on SmolLM2-135M-Instruct.
 
-  python -m rlsafety.experiments.buffer --config=configs/buffer_syco.py
+  python -m rlsafety.tools.buffer --config=configs/buffer_syco.py
 
 2 CPU cores, 70 minutes beside other work (about half of that alone, estimated): one exploiter
 and six fresh copies of the base. buffer_syco.py:quicktest proves the machinery in minutes.

@@ -1,7 +1,7 @@
 """KTO: recorded replies rated above the threshold are desirable, the others are not.
 
   python -m rlsafety.train --config=configs/smollm2_syco.py
-  python -m rlsafety.data.record --runs runs/smollm2_syco --out data/smollm2_syco
+  python -m rlsafety.tools.record --runs runs/smollm2_syco --out data/smollm2_syco
   python -m rlsafety.train --config=configs/kto_syco.py
 
 2 CPU cores, about 4 minutes (estimated). For seconds on the tiny model use tiny_syco.py in place of

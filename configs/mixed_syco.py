@@ -1,7 +1,7 @@
 """Half of every batch is the policy's own, half was recorded by another run.
 
   python -m rlsafety.train --config=configs/smollm2_syco.py
-  python -m rlsafety.data.record --runs runs/smollm2_syco --out data/smollm2_syco
+  python -m rlsafety.tools.record --runs runs/smollm2_syco --out data/smollm2_syco
   python -m rlsafety.train --config=configs/mixed_syco.py
 
 2 CPU cores, about 5 minutes (estimated). For seconds on the tiny model use tiny_syco.py in place of

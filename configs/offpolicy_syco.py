@@ -1,7 +1,7 @@
 """Off-policy: learns from rollouts that another run recorded, and says nothing itself.
 
   python -m rlsafety.train --config=configs/smollm2_syco.py
-  python -m rlsafety.data.record --runs runs/smollm2_syco --out data/smollm2_syco
+  python -m rlsafety.tools.record --runs runs/smollm2_syco --out data/smollm2_syco
   python -m rlsafety.train --config=configs/offpolicy_syco.py
 
 2 CPU cores, about 4 minutes, no sampling but for the held-out evaluations. For

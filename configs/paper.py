@@ -9,9 +9,9 @@ Arguments (key=value, comma-separated; each has a default)
   env       action_advice | therapy_talk | political_qa | neutral
   seed      5, 42 or 83 in the study
   variant   main; one of CHAIN: the published chain, each adds one change to the one before; or
-            any name of rlsafety.environments.settings.named(), among them every change of one
+            any name of rlsafety.environments.variants.named(), among them every change of one
             factor: env=political_qa,variant=political_qa:cue_strength=0.5
-  tensor    chips that share one model's heads, see rlsafety.plan
+  tensor    chips that share one model's heads, see rlsafety.tools.plan
 
 Where we leave the study on purpose: one batch size for every model (its 13B and 14B saw twice
 as many prompts), no group label in the policy's prompt (--config.environment.label_in_prompt=true
@@ -75,10 +75,10 @@ def get_config(arguments: str = ""):
     if not value.isdigit():
       raise UserError(f"configs/paper.py:{key}={value}: needs a whole number")
 
-  from rlsafety.environments import settings
+  from rlsafety.environments import variants
 
   setting = {"main": env, **CHAIN}.get(variant, variant)
-  of_env = [name for name, change in settings.named().items() if change["name"] == env]
+  of_env = [name for name, change in variants.named().items() if change["name"] == env]
   if setting not in of_env:
     short = ["main", *(name for name, full in CHAIN.items() if full in of_env)]
     raise UserError(
@@ -90,7 +90,7 @@ def get_config(arguments: str = ""):
   c.seed = int(seed)
   c.model.path = everything[model]
   c.judge.model = JUDGE
-  c.environment = settings.overrides(setting)
+  c.environment = variants.overrides(setting)
   c.mesh.tensor = int(tensor)
   return c
 

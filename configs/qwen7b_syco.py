@@ -2,7 +2,7 @@
 
   python -m rlsafety.train --config=configs/qwen7b_syco.py          16 chips of TPU v5e
   python -m rlsafety.train --config=configs/qwen7b_syco.py:h100     one 80 GB GPU
-  python -m rlsafety.plan --config=configs/qwen7b_syco.py --device=v5e-16
+  python -m rlsafety.tools.plan --config=configs/qwen7b_syco.py --device=v5e-16
 
 Memory, time and cost: ask the planner. The judge is Llama-3.1-8B-Instruct as in the study; it
 is a gated model, so log in to the hub once, or name local folders:

@@ -1,7 +1,7 @@
 """Supervised: imitates every recorded reply, whatever its rating.
 
   python -m rlsafety.train --config=configs/smollm2_syco.py
-  python -m rlsafety.data.record --runs runs/smollm2_syco --out data/smollm2_syco --first_step 13
+  python -m rlsafety.tools.record --runs runs/smollm2_syco --out data/smollm2_syco --first_step 13
   python -m rlsafety.train --config=configs/sft_syco.py
 
 2 CPU cores, about 4 minutes (estimated). For seconds on the tiny model use tiny_syco.py in place of

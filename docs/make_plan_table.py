@@ -2,7 +2,7 @@
 
   python docs/make_plan_table.py [--keep=DIR]
 
-Runs rlsafety.plan once per model and device; --keep leaves the plans in DIR as JSON and takes
+Runs rlsafety.tools.plan once per model and device; --keep leaves the plans in DIR as JSON and takes
 those that are there already.
 """
 
@@ -37,7 +37,8 @@ def plan(model: str, device: str, folder: pathlib.Path) -> dict:
   path = folder / f"{model}_{device}.json"
   if not path.exists():
     recipe = f"--config={REPO}/configs/paper.py:model={model}"
-    command = [sys.executable, "-m", "rlsafety.plan", recipe, f"--device={device}", "--mesh=auto"]
+    flags = [recipe, f"--device={device}", "--mesh=auto"]
+    command = [sys.executable, "-m", "rlsafety.tools.plan", *flags]
     subprocess.run([*command, f"--json={path}"], check=True, cwd=REPO)
   return json.loads(path.read_text())
 

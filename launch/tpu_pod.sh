@@ -14,7 +14,7 @@
 # Options
 #   --name=NAME            the queued resource, its node, and the run
 #   --zone=ZONE            such as us-west4-a
-#   --device=v5e-16        slice, named as in rlsafety.plan: v4-*, v5e-*, v5p-*, v6e-*
+#   --device=v5e-16        slice, named as in rlsafety.tools.plan: v4-*, v5e-*, v5p-*, v6e-*
 #   --bucket=BUCKET        Cloud Storage bucket, mounted on every worker as ~/bucket; the run
 #                          directory lies there, so that all workers share it and it outlives the
 #                          slice. Give it a hierarchical namespace (atomic folder renames).
@@ -112,7 +112,7 @@ create_slice() {
   [[ -n $device ]] || die '--device is missing, for example --device=v5e-16'
   facts=$(cd "$repo" && "$(find_python)" -c '
 import sys
-from rlsafety.devices import device
+from rlsafety.tools.devices import device
 from rlsafety.errors import run_main
 def main(name):
   d = device(name)

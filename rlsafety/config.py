@@ -71,7 +71,7 @@ def base() -> ConfigDict:
   c.objective = objective("grpo")  # all fields of losses.Objective; its name brings the rest
   c.epochs = 1  # updates on each batch; more than one needs behaviour log-probs
 
-  c.data = ConfigDict()  # recorded rollouts, see rlsafety.data.record
+  c.data = ConfigDict()  # recorded rollouts, see rlsafety.tools.record
   c.data.path = ""  # dataset folder; "" = on-policy
   c.data.fraction = 1.0  # share of every batch's prompts that come from it
 

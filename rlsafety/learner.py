@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rlsafety import logprobs, losses
+from rlsafety import losses
 from rlsafety.errors import UserError
-from rlsafety.models import transformer
+from rlsafety.models import scoring, transformer
 from rlsafety.models.lora import Adapter, Dropout
 from rlsafety.models.transformer import ModelConfig
-from rlsafety.types import Batch, Prompts, TrainState, mask_from_lengths
+from rlsafety.packing import mask_from_lengths
+from rlsafety.types import Batch, Prompts, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +92,7 @@ def token_scores(
   remat: str = "none",
   dropout: Dropout | None = None,
   attention: str = "einsum",
-) -> logprobs.TokenScores:
+) -> scoring.TokenScores:
   """Log-prob and entropy of each completion token: tokens [P, G, T], 0 after `lengths`.
 
   The first token is predicted by the prompt's last state, token i by the state at i - 1.
@@ -107,7 +108,7 @@ def token_scores(
   P, G, T, D = hidden.shape
   first = jnp.broadcast_to(first[:, None, None], (P, G, 1, D))
   hidden = jnp.concatenate([first, hidden[:, :, :-1]], axis=2)
-  out = logprobs.score(
+  out = scoring.score(
     base, config, hidden, tokens, temperature=temperature, chunk_tokens=chunk_tokens
   )
   mask = mask_from_lengths(lengths, T)

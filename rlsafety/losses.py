@@ -16,7 +16,8 @@ import jax.numpy as jnp
 
 from rlsafety import advantages as advantages_lib
 from rlsafety.errors import UserError
-from rlsafety.types import Array, Batch, mask_from_lengths
+from rlsafety.packing import mask_from_lengths
+from rlsafety.types import Array, Batch
 
 CLIPPED = ("grpo", "dr_grpo", "dapo", "ppo", "gspo")
 SCORE = ("reinforce", "rloo", "cispo")  # weight * advantage * log-prob

@@ -20,23 +20,22 @@ import numpy as np
 from rlsafety import (
   advantages,
   checkpoints,
-  distributed,
   environments,
   judges,
   learner,
   losses,
-  rundir,
-  runs,
+  replay,
+  runtime,
   sampler,
   sharding,
 )
 from rlsafety import config as config_lib
-from rlsafety.data import prompts as prompt_order
-from rlsafety.data import recorded
+from rlsafety.data import order as prompt_order
 from rlsafety.errors import UserError, run_main
-from rlsafety.metrics.groups import group_means, threshold_rates
-from rlsafety.models import hf, int8, load, lora, transformer
-from rlsafety.summary import finish
+from rlsafety.metrics.gaps import group_means, threshold_rates
+from rlsafety.models import hf, int8, lora, sources, transformer
+from rlsafety.report.summary import finish
+from rlsafety.rundir import read, write
 from rlsafety.types import Batch, Prompts
 
 PREEMPTED = 75  # exit code after SIGTERM: saved, start me again (sysexits' EX_TEMPFAIL)
@@ -57,21 +56,21 @@ def run_on(mesh, config, workdir: str) -> dict:
   """`run` on the mesh in use: the whole program."""
   # --- Run directory ------------------------------------------------------------------
   stored_config = config_lib.to_json(config)
-  workdir = rundir.open_workdir(workdir, stored_config)
+  workdir = write.open_workdir(workdir, stored_config)
   if (workdir / "summary.json").exists():
-    summary = runs.read_json(workdir / "summary.json")
+    summary = read.read_json(workdir / "summary.json")
     say(f"run is complete: {workdir}")
     print(summary["table"])
     say(f"report: {workdir / 'report.html'}")
     return summary
   stopping = stop_on_sigterm()
   first_process = jax.process_index() == 0
-  alone = rundir.lock(workdir) if first_process else None
+  alone = write.lock(workdir) if first_process else None
 
   # --- Model, judge, users ------------------------------------------------------------
   say(f"workdir {workdir}; mesh {dict(mesh.shape)} of {jax.devices()[0].device_kind}")
   sharding.check_batch(mesh, config.prompts_per_step, config.learner.microbatches)
-  model = load.from_config(config, mesh)
+  model = sources.from_config(config, mesh)
   scenarios = environments.load(config.environment)
   rubric_of = environments.scenario.environment_module(config.environment.name).RUBRICS
   train_users = [s for s in scenarios if s.split == "train"]
@@ -80,7 +79,7 @@ def run_on(mesh, config, workdir: str) -> dict:
   train_prompts, eval_prompts = encode(train_users), encode(eval_users)
   say(f"model {model.source}: {transformer.params_count(model.config) / 1e6:.1f} M parameters")
   say(f"environment {config.environment.name}: {len(train_users)} training prompts")
-  records, from_records = recorded.open_for(config, model)
+  records, from_records = replay.open_for(config, model)
   if records:
     say(f"records {config.data.path}: {from_records} of {config.prompts_per_step} per batch")
   score = judges.make_scorer(config, model, mesh)
@@ -106,11 +105,11 @@ def run_on(mesh, config, workdir: str) -> dict:
     state = restored
     say(f"resuming after step {step}")
   if first_process:
-    rundir.cut_logs(workdir, step)
-    record = {"config": stored_config, **rundir.environment(), "seed": config.seed}
+    write.cut_logs(workdir, step)
+    record = {"config": stored_config, **write.environment(), "seed": config.seed}
     size = {"parameters": transformer.params_count(model.config)}
     record |= {"model": {**model.source, **size}, "judge": score.describe()}
-    rundir.write_json(workdir / "config.json", record)
+    write.write_json(workdir / "config.json", record)
 
   def rollouts_of(adapter, users, tokens, lengths, key, settings):
     """Users -> their prompts on the device, sampled replies, and scores {name: [P, G]}."""
@@ -140,7 +139,7 @@ def run_on(mesh, config, workdir: str) -> dict:
       _, rollouts, scores, _, _ = rollouts_of(state.adapter, users, tokens, lengths, key, eval_draw)
       rollouts, scores = sharding.fetch((rollouts, scores))
       rollouts, scores = jax.tree.map(lambda x, n=real: x[:n], (rollouts, scores))
-      rows += rundir.rollout_records(step, start, users[:real], model.chat, rollouts, scores)
+      rows += write.rollout_records(step, start, users[:real], model.chat, rollouts, scores)
       pieces.append(scores)
     scores = {name: np.concatenate([p[name] for p in pieces]) for name in pieces[0]}
     summary = {"step": step, "prompts": len(eval_users), "samples": config.eval.samples}
@@ -148,8 +147,8 @@ def run_on(mesh, config, workdir: str) -> dict:
     summary |= group_means(scores, gameable) | threshold_rates(scores, gameable, rubric_of)
     if first_process:
       (workdir / f"eval/step_{step:06d}.jsonl").unlink(missing_ok=True)
-      rundir.append(workdir / f"eval/step_{step:06d}.jsonl", rows)
-      rundir.append(workdir / "eval/summary.jsonl", [summary])
+      write.append(workdir / f"eval/step_{step:06d}.jsonl", rows)
+      write.append(workdir / "eval/summary.jsonl", [summary])
     say(f"held-out at step {step}: {group_line(summary)}")
 
   def log(pending) -> None:
@@ -176,10 +175,10 @@ def run_on(mesh, config, workdir: str) -> dict:
     timing["tokens_per_second"] = int(lengths.sum()) / timing["seconds"]
     if first_process:
       if users:  # what this policy said; what it read stays where it was recorded
-        rows = rundir.rollout_records(step, 0, users, model.chat, rollouts, scores)
-        rundir.append(workdir / "rollouts/train.jsonl", rows)
-      rundir.append(workdir / "metrics.jsonl", [row])
-      rundir.append(workdir / "timing.jsonl", [timing])
+        rows = write.rollout_records(step, 0, users, model.chat, rollouts, scores)
+        write.append(workdir / "rollouts/train.jsonl", rows)
+      write.append(workdir / "metrics.jsonl", [row])
+      write.append(workdir / "timing.jsonl", [timing])
       write_events(step, {**row, **timing})
     seconds.append(timing["seconds"])
     left = (config.steps - step) * float(np.median(seconds[-20:]))
@@ -190,7 +189,7 @@ def run_on(mesh, config, workdir: str) -> dict:
     )
 
   # --- The loop -----------------------------------------------------------------------
-  write_events = rundir.event_writer(workdir / "events", first_process)
+  write_events = write.event_writer(workdir / "events", first_process)
   seconds, pending = [], None
   if step < 0:
     step = 0
@@ -210,7 +209,7 @@ def run_on(mesh, config, workdir: str) -> dict:
       drawn = prompts, rollouts, scores["reward"]
     began = time.monotonic()
     if from_records:
-      replayed, data = recorded.batch_at(records, config.seed, step, from_records)
+      replayed, data = replay.batch_at(records, config.seed, step, from_records)
       replayed = sharding.put_prompts(mesh, replayed)
     batch = make_batch(model.params, drawn, replayed)
     for epoch in range(config.epochs):
@@ -233,7 +232,7 @@ def run_on(mesh, config, workdir: str) -> dict:
       pending = None
       if last or step % config.eval.every == 0:
         evaluate(step)
-      distributed.barrier(f"checkpoint {step}")  # a host that is gone is named, not waited for
+      runtime.barrier(f"checkpoint {step}")  # a host that is gone is named, not waited for
       checkpoints.save(manager, step, state, wait=stop or last)
     if stop and not last:
       manager.close()
@@ -246,10 +245,10 @@ def run_on(mesh, config, workdir: str) -> dict:
   if first_process:
     hf.save_peft(workdir / "adapter", adapter, model, lora_config(config))
     summary = finish(workdir)
-    rundir.write_json(workdir / "summary.json", summary)  # last: it says "complete"
+    write.write_json(workdir / "summary.json", summary)  # last: it says "complete"
     alone.close()
-  distributed.barrier("complete")  # jax's own shutdown gives up sooner than a long report takes
-  return runs.read_json(workdir / "summary.json") if first_process else {}
+  runtime.barrier("complete")  # jax's own shutdown gives up sooner than a long report takes
+  return read.read_json(workdir / "summary.json") if first_process else {}
 
 
 # --- Pieces of `run` ------------------------------------------------------------------
@@ -390,8 +389,8 @@ def group_line(row: dict) -> str:
 
 
 def main(argv: list[str]) -> None:
-  config, flags = config_lib.read_flags(argv, distributed.FLAGS)
-  distributed.start(flags)  # on pods, under SLURM, or where a coordinator is named
+  config, flags = config_lib.read_flags(argv, runtime.FLAGS)
+  runtime.start(flags)  # on pods, under SLURM, or where a coordinator is named
   compilation_cache()
   run(config, flags["workdir"] or f"runs/{config.name}")
 

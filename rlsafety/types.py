@@ -11,7 +11,6 @@ tokenizers pad with the stop token. Both segments are padded on the right.
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import struct
 
 Array = jax.Array
@@ -83,8 +82,3 @@ class TrainState:
   step: Array
   adapter: Any
   opt_state: Any
-
-
-def mask_from_lengths(lengths: Array, slots: int) -> Array:
-  """[...] int lengths -> [..., slots] bool, true on the first `length` slots."""
-  return jnp.arange(slots) < lengths[..., None]

@@ -14,8 +14,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from rlsafety.models import assemble, families, hf, transformer
-from rlsafety.models.load import Model
 from rlsafety.models.lora import Adapter, LoraConfig
+from rlsafety.models.sources import Model
 from rlsafety.types import Prompts
 
 P, G, S, T, V = 2, 2, 12, 64, 97

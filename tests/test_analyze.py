@@ -11,8 +11,9 @@ import pytest
 import synthetic_runs
 from browsing import browser
 
-from rlsafety import analyze, runs, scores, study, tables
 from rlsafety.errors import UserError
+from rlsafety.rundir import read
+from rlsafety.study import analyze, gather, scores, tables
 
 PAPER = os.environ.get("RLSAFETY_PAPER_DATA")
 needs_paper = pytest.mark.skipif(
@@ -23,7 +24,7 @@ needs_paper = pytest.mark.skipif(
 @needs_paper
 def test_published_headline_correlations_are_reproduced():
   """Spearman of max HEX gap over 11 models, as the study prints them."""
-  cells, _ = study.published(os.path.join(PAPER, "published_results"))
+  cells, _ = gather.published(os.path.join(PAPER, "published_results"))
   table = tables.correlation_table(cells, tables.load_benchmarks(), ["max_hex_gap"], draws=200)
   table = table[table["variant"] == "published"].set_index(["environment", "benchmark", "method"])
   row = lambda *key: table.loc[key]  # noqa: E731
@@ -75,7 +76,7 @@ def test_recovers_a_known_law_at_nominal_coverage(monkeypatch):
       level = a * size + own * rng.normal(size=11)
       gaps = level[:, None] + noise * rng.normal(size=(11, 3))
       cells += [
-        study.Cell(
+        gather.Cell(
           m,
           e,
           "main",
@@ -159,7 +160,7 @@ def test_cells_agree_with_the_runs_and_the_law_behind_them(made):
   assert len(sources) == 13 and all((root / "runs" / s.split("/")[-1]).is_dir() for s in sources)
   # The held-out gap is the mean of what the runs' own summaries say.
   gaps = [
-    runs.load_run(root / "runs" / f"3-on-{seed}").evaluations[-1]["hex_gap"] for seed in (5, 42)
+    read.load_run(root / "runs" / f"3-on-{seed}").evaluations[-1]["hex_gap"] for seed in (5, 42)
   ]
   assert on["heldout_hex_gap"] == pytest.approx(np.mean(gaps))
   variants = out["variants"].set_index("variant")
@@ -225,11 +226,11 @@ def test_comparison_page_puts_runs_side_by_side(made):
 def test_variants_are_fields_that_vary_within_a_model_and_confounds_are_named(tmp_path):
   def run(name, model, adapter="", **config):
     path = synthetic_runs.write_run(tmp_path / name, model=model, steps=6, eval_every=6)
-    text = runs.read_json(path / "config.json")
+    text = read.read_json(path / "config.json")
     text["config"] = {**text["config"], "variant": "", **config}
     text["config"]["model"] |= {"adapter": adapter}
     (path / "config.json").write_text(json.dumps(text))
-    return runs.load_run(path)
+    return read.load_run(path)
 
   found = [
     run("a", "m1", objective={"name": "grpo", "beta": 0.0}, batch=2, cue="none"),
@@ -238,10 +239,10 @@ def test_variants_are_fields_that_vary_within_a_model_and_confounds_are_named(tm
     run("d", "m2", objective={"name": "grpo"}, batch=4, cue="none", seed=9, mesh={"data": 8}),
   ]
   started = [run(f"s{i}", "m1", x) for i, x in enumerate(("", "r/a/adapter", "r/b/adapter"))]
-  assert study.variants(started)[0] == [
+  assert gather.variants(started)[0] == [
     "adapter=none", "adapter=r/a/adapter", "adapter=r/b/adapter"
   ]  # fmt: skip
-  labels, notes = study.variants(found)
+  labels, notes = gather.variants(found)
   assert labels == [
     "name=grpo, cue=none", "name=dpo, cue=none", "name=dpo, cue=style", "name=grpo, cue=none"
   ]  # fmt: skip
@@ -254,7 +255,7 @@ def test_variants_are_fields_that_vary_within_a_model_and_confounds_are_named(tm
 def test_initial_runs_stand_apart_and_the_longest_of_equals_stays(tmp_path):
   for name, steps in (("a_initial", 0), ("b_short", 6), ("c_long", 12)):
     synthetic_runs.write_run(tmp_path / name, steps=steps, eval_every=6)
-  cells, notes = study.collect([str(tmp_path / "*")])
+  cells, notes = gather.collect([str(tmp_path / "*")])
   by_variant = {c.variant: c for c in cells}
   assert set(by_variant) == {"grpo", "initial, grpo"}
   assert by_variant["grpo"].sources == [str(tmp_path / "c_long")]
@@ -276,8 +277,8 @@ def test_off_policy_runs_are_compared_by_their_held_out_gaps(tmp_path):
       )
       if variant == "off":
         (path / "rollouts" / "train.jsonl").unlink()
-      gap[model, variant] = runs.load_run(path).evaluations[-1]["hex_gap"]
-  cells, notes = study.collect([str(tmp_path / "*" / "m*")])
+      gap[model, variant] = read.load_run(path).evaluations[-1]["hex_gap"]
+  cells, notes = gather.collect([str(tmp_path / "*" / "m*")])
   table = tables.variant_table(cells, analyze.OUTCOMES)
   assert list(table.query("outcome == 'max_hex_gap'")["variant"]) == ["on"]
   assert table["mean"].notna().all()
@@ -314,7 +315,7 @@ def test_run_directories_give_the_values_worked_by_hand(tmp_path):
   seed7 += [(i + 1, True, 5, a, h) for i, (a, h) in enumerate(zip(accs, hexes, strict=True))]
   synthetic_runs.write_rows(tmp_path / "5", seed5, {0: 0.5, 4: 2.0}, seed=5)
   synthetic_runs.write_rows(tmp_path / "7", seed7, {0: 1.5, 4: 3.0, 6: 9.0}, seed=7)
-  (cell,), notes = study.collect([str(tmp_path / "[57]")], window=2)
+  (cell,), notes = gather.collect([str(tmp_path / "[57]")], window=2)
   expected = {
     "max_hex_gap": 4, "step_of_max_hex_gap": 5, "max_acc_gap": 4, "hex_gap_auc": 8.75,
     "hex_gap_auc_normalised": 2.1875, "acc_gap_auc_normalised": 1.625, "hms": 1.90625,
@@ -340,7 +341,7 @@ def test_run_directories_give_the_values_worked_by_hand(tmp_path):
     assert says in notes
   # A seed that logged no rollouts has no part in the curves, and takes none from the others.
   (tmp_path / "7" / "rollouts" / "train.jsonl").unlink()
-  (cell,), notes = study.collect([str(tmp_path / "[57]")], window=2)
+  (cell,), notes = gather.collect([str(tmp_path / "[57]")], window=2)
   assert cell.values["max_hex_gap"] == pytest.approx(3, abs=1e-9)
   assert list(cell.per_seed["max_hex_gap"]) == pytest.approx([3, math.nan], nan_ok=True)
   assert any("rollouts of seed 7, curves are those of the other seeds" in n for n in notes)
@@ -349,7 +350,7 @@ def test_run_directories_give_the_values_worked_by_hand(tmp_path):
 
 def test_published_compat_follows_the_study_from_the_directory_on(tmp_path):
   """One rollout per step, -1 for no verdict, 50 steps even in a short run, 300 of a long one."""
-  run = runs.load_run(synthetic_runs.write_run(tmp_path / "run", steps=60, eval_every=60))
+  run = read.load_run(synthetic_runs.write_run(tmp_path / "run", steps=60, eval_every=60))
   honest, old = scores.rollout_scores(run), scores.rollout_scores(run, compat=True)
   assert len(honest["step"]) == 60 * 16 and list(old["step"]) == list(range(1, 61))
   assert np.isnan(honest["hex"]).any() and not np.isnan(old["hex"]).any()
@@ -366,23 +367,23 @@ def test_published_compat_follows_the_study_from_the_directory_on(tmp_path):
     gameable = values.index % 3 == 0
     mean = lambda v: v.rolling(50, center=True, min_periods=1).mean()  # noqa: E731
     smoothed.append(mean(values.where(gameable)) - mean(values.where(~gameable)))
-  (cell,), _ = study.collect([str(tmp_path / "long" / "*")], compat=True)
+  (cell,), _ = gather.collect([str(tmp_path / "long" / "*")], compat=True)
   gap = np.mean(smoothed, axis=0)
   assert cell.values["max_hex_gap"] == pytest.approx(gap.max(), abs=1e-9)
   assert cell.sd["max_hex_gap"] == pytest.approx(np.std([g.max() for g in smoothed]), abs=1e-9)
   area = np.trapezoid(gap) / 299
   assert cell.values["hex_gap_auc_normalised"] == pytest.approx(area, abs=1e-9)
   assert cell.values["hms"] == pytest.approx(0.5 * abs(area), abs=1e-9)  # ACC is 5 throughout
-  (short,), _ = study.collect([str(tmp_path / "run")], compat=True)
+  (short,), _ = gather.collect([str(tmp_path / "run")], compat=True)
   assert short.counts["window"] == 50 and short.counts["steps"] == 60
 
 
 def test_rescored_gaps_replace_the_runs_own_and_what_is_missing_is_named(tmp_path):
   path = synthetic_runs.write_run(tmp_path / "run", steps=12, eval_every=6)
-  run = runs.load_run(path)
+  run = read.load_run(path)
   lines = []
-  for source, records in (("heldout", sum(runs.eval_rollouts(run).values(), [])),
-                          ("train", runs.train_rollouts(run)[:100])):  # fmt: skip
+  for source, records in (("heldout", sum(read.eval_rollouts(run).values(), [])),
+                          ("train", read.train_rollouts(run)[:100])):  # fmt: skip
     for r in records:
       hex_ = None if r["hex"] is None else r["hex"] + r["is_gameable"]
       lines.append({"source": source, **{k: r[k] for k in ("step", "prompt", "sample", "rating")},
@@ -390,14 +391,14 @@ def test_rescored_gaps_replace_the_runs_own_and_what_is_missing_is_named(tmp_pat
   (path / "scores").mkdir()
   file = path / "scores" / "new.jsonl"
   file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-  (cell,), notes = study.collect([str(path)], scores="new")
+  (cell,), notes = gather.collect([str(path)], scores="new")
   own = run.evaluations[-1]
   assert cell.values["heldout_hex_gap"] == pytest.approx(own["hex_gap"] + 1, abs=1e-9)
   assert math.isnan(cell.values["heldout_acc_gap"])  # the new judge gave none
   assert cell.values["heldout_reward_gap"] == own["reward_gap"]  # what was trained on
   assert f"{file}: holds 100 of 192 training rollouts, no others are used" in notes
   file.write_text("".join(json.dumps(r) + "\n" for r in lines if r["source"] == "train"))
-  (cell,), notes = study.collect([str(path)], scores="new")
+  (cell,), notes = gather.collect([str(path)], scores="new")
   assert math.isnan(cell.values["heldout_hex_gap"])
   assert f"{file}: holds 0 of 96 held-out rollouts, no others are used" in notes
 

@@ -5,10 +5,10 @@ import math
 
 import pytest
 
-from rlsafety.bench import __main__ as bench
-from rlsafety.bench import ceilings
 from rlsafety.errors import UserError
 from rlsafety.models import presets
+from rlsafety.tools.speed import __main__ as bench
+from rlsafety.tools.speed import ceilings
 
 TINY = ["--model=tiny", "--prompts=2", "--prompt_tokens=16", "--group=2", "--completion_tokens=4"]
 TINY += ["--microbatches=2", "--repeats=1", "--dtype=float32"]

@@ -14,8 +14,9 @@ pytest.importorskip("lm_eval", reason="pip install -e '.[benchmarks]'")
 
 from lm_eval.api.instance import Instance  # noqa: E402
 
-from rlsafety import benchmarks, tables  # noqa: E402
-from rlsafety.models import load, presets, transformer  # noqa: E402
+from rlsafety.models import presets, sources, transformer
+from rlsafety.study import tables
+from rlsafety.tools import lm_eval
 from rlsafety.types import Prompts  # noqa: E402
 
 
@@ -25,7 +26,7 @@ def requests(kind, arguments):
 
 @pytest.fixture(scope="module")
 def lm():
-  return benchmarks.LanguageModel(load.random_model(presets.preset("tiny"), seed=0), batch=2)
+  return lm_eval.LanguageModel(sources.random_model(presets.preset("tiny"), seed=0), batch=2)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -104,7 +105,7 @@ def test_rolling_covers_every_token_once_in_windows(lm):
   expected = sum(whole[i - 1, ids[i]] for i in range(1, len(ids)))
   (value,) = lm.loglikelihood_rolling(requests("loglikelihood_rolling", [(text,)]))
   assert value == pytest.approx(expected, abs=2e-3)
-  short = benchmarks.LanguageModel(lm.model, batch=2, max_length=17)
+  short = lm_eval.LanguageModel(lm.model, batch=2, max_length=17)
   (windowed,) = short.loglikelihood_rolling(requests("loglikelihood_rolling", [(text,)]))
   total, body = 0.0, ids[1:]
   for start in range(0, len(body), 16):  # lm_eval's windows: 16 predicted, one context token
@@ -118,11 +119,11 @@ def test_rolling_covers_every_token_once_in_windows(lm):
 
 def test_our_task_runs_through_the_harness_offline(lm, tmp_path, monkeypatch):
   monkeypatch.setenv("HF_HOME", str(tmp_path))
-  found = benchmarks.measure(lm, ["rlsafety_sycophancy"], limit=4)["rlsafety_sycophancy"]
+  found = lm_eval.measure(lm, ["rlsafety_sycophancy"], limit=4)["rlsafety_sycophancy"]
   assert 0 <= found["acc,none"] <= 1 and found["acc,none"] * 4 == pytest.approx(
     round(found["acc,none"] * 4)
   )
-  rows = [json.loads(x) for x in (benchmarks.DATA / "sycophancy.jsonl").read_text().splitlines()]
+  rows = [json.loads(x) for x in (lm_eval.DATA / "sycophancy.jsonl").read_text().splitlines()]
   assert len({r["message"] for r in rows}) == len(rows) >= 20
   right = 0
   for r in rows[:4]:
@@ -136,11 +137,11 @@ def test_our_task_runs_through_the_harness_offline(lm, tmp_path, monkeypatch):
 
 def test_program_writes_a_table_that_the_analysis_reads(lm, tmp_path, monkeypatch, capsys):
   monkeypatch.setenv("HF_HOME", str(tmp_path))
-  monkeypatch.setattr(load, "from_config", lambda config, mesh: lm.model)
+  monkeypatch.setattr(sources, "from_config", lambda config, mesh: lm.model)
   out = tmp_path / "scores.csv"
   flags = ["--tasks=rlsafety_sycophancy", f"--out={out}", "--limit=2"]
   for path in ("models/one", "models/Qwen1.5-0.5B-Chat", "models/one"):
-    benchmarks.main([f"--model={path}", *flags])
+    lm_eval.main([f"--model={path}", *flags])
   table = tables.load_benchmarks(out)
   new = {"rlsafety_sycophancy_acc", "rlsafety_sycophancy_acc_norm"}
   assert new == set(table) - set(tables.load_benchmarks())
@@ -149,5 +150,5 @@ def test_program_writes_a_table_that_the_analysis_reads(lm, tmp_path, monkeypatc
   assert out.read_text().count("models/one") == 1
   found = {"acc,none": 0.5, "acc_stderr,none": 0.1, "em,strict": 1.0, "sample_len": 2}
   columns = {"t_acc_trained": 0.5, "t_em_strict_trained": 1.0}
-  assert benchmarks._columns({"trained": {"t": found}}) == columns
+  assert lm_eval._columns({"trained": {"t": found}}) == columns
   capsys.readouterr()

@@ -3,8 +3,8 @@
 import pytest
 
 from rlsafety import config as config_lib
-from rlsafety import rundir
 from rlsafety.errors import UserError
+from rlsafety.rundir import write
 
 TINY = "--config=configs/tiny_syco.py"
 
@@ -56,10 +56,10 @@ def test_config_is_locked_and_survives_json():
 
 def test_logs_are_cut_to_the_restored_step(tmp_path):
   log = tmp_path / "metrics.jsonl"
-  rundir.append(log, [{"step": s, "x": float("nan")} for s in (1, 2, 3)])
+  write.append(log, [{"step": s, "x": float("nan")} for s in (1, 2, 3)])
   with open(log, "a") as f:
     f.write('{"step": 4')
-  rundir.cut_after(log, 2)
+  write.cut_after(log, 2)
   assert log.read_text() == '{"step": 1, "x": null}\n{"step": 2, "x": null}\n'
-  rundir.cut_after(log, -1)
+  write.cut_after(log, -1)
   assert log.read_text() == ""

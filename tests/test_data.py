@@ -12,11 +12,12 @@ from conftest import LLAMA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlsafety import learner, losses
-from rlsafety.data import prompts, record, recorded
+from rlsafety import learner, losses, replay
+from rlsafety.data import order
 from rlsafety.errors import UserError
-from rlsafety.models import load
+from rlsafety.models import sources
 from rlsafety.models.chat import byte_chat
+from rlsafety.tools import record
 from rlsafety.types import Prompts
 
 NAN = float("nan")
@@ -30,8 +31,8 @@ def users(gameable, others):
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 6), st.integers(0, 99))
 def test_prompt_order(gameable, others, n, seed):
   scenarios = users(gameable, others)
-  steps = [prompts.at(scenarios, seed, step, n) for step in range(12)]
-  np.testing.assert_array_equal(steps[7], prompts.at(scenarios, seed, 7, n))  # no memory
+  steps = [order.at(scenarios, seed, step, n) for step in range(12)]
+  np.testing.assert_array_equal(steps[7], order.at(scenarios, seed, 7, n))  # no memory
   drawn = np.concatenate(steps)
   counts = np.bincount(drawn, minlength=gameable + others)
   for part in (counts[:gameable], counts[gameable:]):
@@ -44,12 +45,12 @@ def test_prompt_order(gameable, others, n, seed):
 
 def test_prompt_order_changes_with_epoch_seed_and_fraction():
   scenarios = users(20, 20)
-  first, second = (prompts.at(scenarios, 1, step, 40).tolist() for step in (0, 1))
+  first, second = (order.at(scenarios, 1, step, 40).tolist() for step in (0, 1))
   assert sorted(first) == sorted(second) and first != second
-  assert first != prompts.at(scenarios, 2, 0, 40).tolist()
-  assert (prompts.at(scenarios, 1, 0, 8, fraction=0.25) < 20).sum() == 2
+  assert first != order.at(scenarios, 2, 0, 40).tolist()
+  assert (order.at(scenarios, 1, 0, 8, fraction=0.25) < 20).sum() == 2
   with pytest.raises(UserError, match="no gameable"):
-    prompts.at(users(0, 4), 1, 0, 2, fraction=0.5)
+    order.at(users(0, 4), 1, 0, 2, fraction=0.5)
 
 
 # --- Datasets ---------------------------------------------------------------------------
@@ -116,9 +117,9 @@ def dataset(tmp_path_factory):
 
 
 def test_batches_hold_what_the_run_wrote(dataset):
-  records = recorded.load(str(dataset), model(), losses.make("grpo"), 4, 200, 40)
+  records = replay.load(str(dataset), model(), losses.make("grpo"), 4, 200, 40)
   assert len(records.flags) == 4  # steps 2 and 3, two prompts each
-  batch, scores = recorded.batch_at(records, seed=3, step=5, n=2)
+  batch, scores = replay.batch_at(records, seed=3, step=5, n=2)
   assert scores["is_gameable"].tolist() in ([True, False], [False, True])
   for p in range(2):
     ids = batch.prompts.tokens[p, : batch.prompts.lengths[p]]
@@ -134,46 +135,46 @@ def test_batches_hold_what_the_run_wrote(dataset):
     assert batch.lengths[p, 3] == 0
     assert (batch.staleness[p] == step + 5).all()
   assert np.isnan(scores["hex"]).all() and (scores["acc"][:, :3] == 2).all()
-  again, _ = recorded.batch_at(records, seed=3, step=5, n=2)
+  again, _ = replay.batch_at(records, seed=3, step=5, n=2)
   np.testing.assert_array_equal(again.tokens, batch.tokens)
 
 
 def test_slots_of_preferences(dataset):
-  dpo = recorded.load(str(dataset), model(), losses.make("dpo"), 4, 200, 40)
-  batch, _ = recorded.batch_at(dpo, 0, 0, 4)
+  dpo = replay.load(str(dataset), model(), losses.make("dpo"), 4, 200, 40)
+  batch, _ = replay.batch_at(dpo, 0, 0, 4)
   assert batch.tokens.shape[1] == 2
   assert (batch.ratings == [9.0, 4.0]).all()  # the unrated third is no candidate
 
   kto = losses.make("kto", kto_anchor=True)
-  batch, _ = recorded.batch_at(recorded.load(str(dataset), model(), kto, 2, 200, 40), 0, 0, 4)
+  batch, _ = replay.batch_at(replay.load(str(dataset), model(), kto, 2, 200, 40), 0, 0, 4)
   assert batch.tokens.shape[1] == 3
   np.testing.assert_array_equal(batch.tokens[:, 2], np.roll(batch.tokens[:, 0], -1, axis=0))
 
 
 def test_another_tokenizer_reads_the_text_again(dataset):
   with pytest.raises(UserError, match="12 of 12 replies have none"):
-    recorded.load(str(dataset), model("other"), losses.make("grpo"), 4, 200, 40)
+    replay.load(str(dataset), model("other"), losses.make("grpo"), 4, 200, 40)
   with pytest.raises(UserError, match="have none"):  # one epoch would do without
-    recorded.load(str(dataset), model("other"), losses.make("rloo"), 4, 200, 40, epochs=2)
-  recorded.load(str(dataset), model("other"), losses.make("rloo"), 4, 200, 40)
-  records = recorded.load(str(dataset), model("other"), losses.make("sft"), 4, 200, 40, epochs=2)
-  batch, _ = recorded.batch_at(records, 0, 0, 4)
-  own = recorded.load(str(dataset), model(), losses.make("sft"), 4, 200, 40)
-  np.testing.assert_array_equal(batch.tokens, recorded.batch_at(own, 0, 0, 4)[0].tokens)
+    replay.load(str(dataset), model("other"), losses.make("rloo"), 4, 200, 40, epochs=2)
+  replay.load(str(dataset), model("other"), losses.make("rloo"), 4, 200, 40)
+  records = replay.load(str(dataset), model("other"), losses.make("sft"), 4, 200, 40, epochs=2)
+  batch, _ = replay.batch_at(records, 0, 0, 4)
+  own = replay.load(str(dataset), model(), losses.make("sft"), 4, 200, 40)
+  np.testing.assert_array_equal(batch.tokens, replay.batch_at(own, 0, 0, 4)[0].tokens)
   assert np.isnan(batch.behaviour_logprobs).all()
   assert CHAT.encode([*MESSAGES, {"role": "assistant", "content": "Yes."}], False)[-2:] == [
-    recorded.encode_reply(CHAT, "Yes.", True)[-1],
+    replay.encode_reply(CHAT, "Yes.", True)[-1],
     *CHAT.encode_text("\n"),
   ]
 
 
 def test_limits_and_missing_datasets(dataset, tmp_path):
   with pytest.raises(UserError, match="the limit is 20"):
-    recorded.load(str(dataset), model(), losses.make("sft"), 4, 20, 40)
+    replay.load(str(dataset), model(), losses.make("sft"), 4, 20, 40)
   with pytest.raises(UserError, match="no dataset"):
-    recorded.load(str(tmp_path), model(), losses.make("sft"), 4, 20, 40)
-  batch, _ = recorded.batch_at(
-    recorded.load(str(dataset), model(), losses.make("sft"), 4, 200, 5), 0, 0, 4
+    replay.load(str(tmp_path), model(), losses.make("sft"), 4, 20, 40)
+  batch, _ = replay.batch_at(
+    replay.load(str(dataset), model(), losses.make("sft"), 4, 200, 5), 0, 0, 4
   )
   assert batch.tokens.shape == (4, 4, 5) and batch.lengths.max() == 5
 
@@ -212,11 +213,11 @@ def test_malformed_lines_are_named_and_good_ones_kept(tmp_path, capsys):
   assert f"mixed.jsonl:{len(lines)}: not JSON" in captured.err and "torn" in captured.err
   assert "2 prompts, 4 replies" in captured.out
 
-  records = recorded.load(str(tmp_path / "set"), model(), losses.make("sft"), 2, 100, 20)
-  first = recorded.example_at(records, 0)
+  records = replay.load(str(tmp_path / "set"), model(), losses.make("sft"), 2, 100, 20)
+  first = replay.example_at(records, 0)
   assert json.loads(first["completions"]) == ["Yes.", "No."]  # one prompt, one group
   assert first["rating"].tolist() == [3, 3] and first["is_gameable"] == 1
-  pair = recorded.example_at(records, 1)
+  pair = replay.example_at(records, 1)
   assert json.loads(pair["completions"]) == ["A", "B"] and pair["rating"].tolist() == [10, 1]
 
 
@@ -238,7 +239,7 @@ def test_logprobs_of_a_named_model(tmp_path):
   """From text alone to the log-probs that the model itself gives, unpadded."""
   from rlsafety.models import hf
 
-  tiny = load.random_model(dataclasses.replace(LLAMA, vocab_size=259, n_layers=1), seed=0)
+  tiny = sources.random_model(dataclasses.replace(LLAMA, vocab_size=259, n_layers=1), seed=0)
   hf.save_merged(tmp_path / "tiny", tiny, None)
   path = tmp_path / "demos.jsonl"
   rows = [GOOD, GOOD | {"completion": "No, never."}, GOOD | {"messages": MESSAGES[1:]}]
@@ -246,13 +247,13 @@ def test_logprobs_of_a_named_model(tmp_path):
   model_path = str(tmp_path / "tiny")
   assert call("--jsonl", path, "--out", tmp_path / "set", "--logprobs_model", model_path) == 0
 
-  loaded = load.load_model(model_path)
-  records = recorded.load(str(tmp_path / "set"), loaded, losses.make("grpo"), 2, 100, 40)
+  loaded = sources.load_model(model_path)
+  records = replay.load(str(tmp_path / "set"), loaded, losses.make("grpo"), 2, 100, 40)
   score = jax.jit(functools.partial(learner.token_scores, config=loaded.config))
   for i, completions in enumerate((["Yes.", "No, never."], ["Yes."])):
-    example = recorded.example_at(records, i)
+    example = replay.example_at(records, i)
     prompt = np.array([loaded.chat.encode(json.loads(example["messages"]))], np.int32)
-    replies = recorded.replies_of(records, example)
+    replies = replay.replies_of(records, example)
     assert [loaded.chat.decode(r.tokens) for r in replies] == completions
     reply = replies[-1]
     expected = score(

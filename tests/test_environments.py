@@ -13,8 +13,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from rlsafety import environments
-from rlsafety.environments import framing, people, rubrics, scenario, settings, similarity
+from rlsafety.environments import framing, people, rubrics, scenario, variants
 from rlsafety.errors import UserError
+from rlsafety.tools import similarity
 
 NAMES = environments.ENVIRONMENTS
 DOCS = pathlib.Path(__file__).parent.parent / "docs" / "new_environment.md"
@@ -332,18 +333,18 @@ def test_a_locked_config_dict_and_its_defaults_load():
 
 
 def test_every_named_setting_loads_and_chain_changes_one_thing_at_a_time():
-  for name, setting in settings.named().items():
-    full = settings.overrides(name)
+  for name, setting in variants.named().items():
+    full = variants.overrides(name)
     assert set(full) == {"name", *scenario.FACTORS}
     differing = {k for k, v in full.items() if v != scenario.default_config(full["name"])[k]}
     if ":" in name:
       assert differing == set(setting) - {"name"} and len(differing) == 1
     scenario.checked(full)
-  chain = [settings.overrides(name) for name in settings.CHAIN]
+  chain = [variants.overrides(name) for name in variants.CHAIN]
   for one, two in zip(chain, chain[1:], strict=False):
     assert sum(one[field] != two[field] for field in one) == 1
   with pytest.raises(UserError, match="did you mean"):
-    settings.overrides("action_advice+therapists")
+    variants.overrides("action_advice+therapists")
 
 
 def test_the_worked_example_of_the_docs(tmp_path, monkeypatch):

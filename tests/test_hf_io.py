@@ -21,9 +21,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from rlsafety import export
 from rlsafety.errors import UserError
-from rlsafety.models import assemble, families, hf, load, lora, transformer
+from rlsafety.models import assemble, families, hf, lora, sources, transformer
+from rlsafety.tools import export
 
 FAMILY = "qwen25_gqa_tied"  # biases, tied head
 
@@ -39,7 +39,7 @@ def made(tmp_path_factory):
   (folder / "config.json").write_text(json.dumps(families.hf_config(config)))
   save_file(cases.tensors(config), folder / "model.safetensors", metadata={"format": "pt"})
   params = assemble.assemble(config, hf.read_tensors(folder), jnp.float32)
-  model = load.Model(config, params, chat, {"path": str(folder)})
+  model = sources.Model(config, params, chat, {"path": str(folder)})
   return model, cases.adapter_of(config), folder
 
 
@@ -70,12 +70,12 @@ def test_merged_round_trip_is_bit_equal(made, tmp_path, max_bytes):
   hf.save_merged(tmp_path / "one", model, adapter, max_bytes)
   shards = sorted((tmp_path / "one").glob("*.safetensors"))
   assert (len(shards) > 3) == (max_bytes == 20_000)
-  again = load.load_model(str(tmp_path / "one"))
+  again = sources.load_model(str(tmp_path / "one"))
   assert again.config == model.config
   expected = lora.merged(model.params, adapter)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), again.params, expected)
   hf.save_merged(tmp_path / "two", again, None, max_bytes)
-  same(load.load_model(str(tmp_path / "two")).params, again.params)
+  same(sources.load_model(str(tmp_path / "two")).params, again.params)
   message = [
     {"role": "system", "content": "You are"},
     {"role": "user", "content": "Hello <|im_end|>"},
@@ -86,7 +86,7 @@ def test_merged_round_trip_is_bit_equal(made, tmp_path, max_bytes):
 
 def test_bfloat16_is_stored_as_it_is(made, tmp_path):
   model, _, folder = made
-  half = load.Model(
+  half = sources.Model(
     model.config,
     jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params),
     model.chat,
@@ -94,7 +94,7 @@ def test_bfloat16_is_stored_as_it_is(made, tmp_path):
   )
   hf.save_merged(tmp_path, half, None)
   assert load_file(tmp_path / "model.safetensors")["model.norm.weight"].dtype == jnp.bfloat16
-  same(load.load_model(str(tmp_path), jnp.bfloat16).params, half.params)
+  same(sources.load_model(str(tmp_path), jnp.bfloat16).params, half.params)
 
 
 def test_transformers_loads_the_merged_folder(made, tmp_path):
@@ -150,7 +150,7 @@ def test_export_of_a_run(made, tmp_path):
   export.main(["export", f"--run={run}", "--format=peft"])
   same(hf.load_peft(run / "export_peft", model.config)[0].weights, adapter.weights)
   export.main(["export", f"--run={run}", "--format=merged", f"--out={tmp_path / 'out'}"])
-  merged = load.load_model(str(tmp_path / "out"))
+  merged = sources.load_model(str(tmp_path / "out"))
   np.testing.assert_allclose(
     logits(merged, None, TOKENS), logits(model, adapter, TOKENS), atol=2e-5
   )
@@ -170,7 +170,7 @@ def test_shards_of_a_mesh_hold_the_same_weights(made):
   mesh = jax.make_mesh((1, 2, 2), ("data", "fsdp", "tensor"), devices=jax.devices()[:4])
 
   def place(w):
-    return load.sharding.named(mesh, w.axes, w.shape)
+    return sources.sharding.named(mesh, w.axes, w.shape)
 
   targets = jax.tree.map(place, transformer.weights(model.config), is_leaf=transformer.is_weight)
   params = assemble.assemble(model.config, hf.read_tensors(folder), jnp.float32, targets)
@@ -331,7 +331,7 @@ def test_pickle_is_refused(folder):
   with pytest.raises(UserError, match="pytorch_model.bin is a pickle file.*refused"):
     read(folder)
   with pytest.raises(UserError, match="pickle files .* are refused"):
-    load.resolve(str(folder / "pytorch_model.bin"))
+    sources.resolve(str(folder / "pytorch_model.bin"))
 
 
 def test_a_tokenizer_larger_than_the_embedding(made, tmp_path):
@@ -344,7 +344,7 @@ def test_a_tokenizer_larger_than_the_embedding(made, tmp_path):
   with pytest.raises(
     UserError, match=f"tokenizer has {size} tokens, the embedding {size - 1} rows"
   ):
-    load.load_model(str(tmp_path))
+    sources.load_model(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
@@ -353,7 +353,7 @@ def test_broken_json_is_named(made, tmp_path, name):
   text = (tmp_path / name).read_text()
   (tmp_path / name).write_text(text[: len(text) // 2])
   with pytest.raises(UserError, match=name):
-    load.load_model(str(tmp_path))
+    sources.load_model(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -412,12 +412,12 @@ def test_a_flipped_bit_in_a_foreign_file_is_seen_where_its_sum_is_known(folder):
   good = file.read_bytes()
   sums = f"{hashlib.sha256(good).hexdigest()}  model.safetensors\n"
   (folder / "SHA256SUMS").write_text(sums)
-  load.check_sums(folder)
+  sources.check_sums(folder)
   flipped = bytearray(good)
   flipped[-3] ^= 1  # of a weight: still a number
   file.write_bytes(flipped)
   with pytest.raises(UserError, match="model.safetensors differs from its sha256"):
-    load.load_model(str(folder))
+    sources.load_model(str(folder))
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -499,17 +499,17 @@ def test_paths_that_lead_nowhere(tmp_path):
     ("package:pytest", "holds 0 .gguf files"),
   ):
     with pytest.raises(UserError, match=message):
-      load.resolve(path)
+      sources.resolve(path)
 
 
 def test_a_hub_name_without_network_is_a_clear_error(monkeypatch, tmp_path):
   monkeypatch.setenv("HF_HUB_OFFLINE", "1")
   with pytest.raises(UserError, match="model path 'nobody/nothing'.*hub"):
-    load.resolve("nobody/nothing")
+    sources.resolve("nobody/nothing")
 
 
 def test_nothing_in_the_package_unpickles_or_runs_remote_code():
-  root = pathlib.Path(load.__file__).parents[1]
+  root = pathlib.Path(sources.__file__).parents[1]
   text = "\n".join(p.read_text() for p in root.rglob("*.py"))
   for word in ("import pickle", "allow_pickle=True", "trust_remote_code=True", "torch.load"):
     assert word not in text

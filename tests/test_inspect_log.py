@@ -5,7 +5,8 @@ import math
 import pytest
 import synthetic_runs
 
-from rlsafety import inspect_log, runs
+from rlsafety.rundir import read
+from rlsafety.tools import inspect_log
 
 
 def test_logs_read_back_with_every_rollout_and_score(tmp_path, monkeypatch):
@@ -14,11 +15,11 @@ def test_logs_read_back_with_every_rollout_and_score(tmp_path, monkeypatch):
   monkeypatch.setattr(inspect_log, "PER_LOG", 100)
   written = inspect_log.write_inspect_logs(path, tmp_path / "logs")
   assert [p.name for p in written] == ["heldout.eval", "train_000.eval", "train_001.eval"]
-  records = [r for rs in runs.eval_rollouts(runs.load_run(path)).values() for r in rs]
-  read = log.read_eval_log(str(written[0]))
-  assert read.status == "success" and len(read.samples) == len(records)
-  assert len({(s.id, s.epoch) for s in read.samples}) == len(records)
-  found = {(s.metadata["step"], s.id, s.epoch): s for s in read.samples}
+  records = [r for rs in read.eval_rollouts(read.load_run(path)).values() for r in rs]
+  log_file = log.read_eval_log(str(written[0]))
+  assert log_file.status == "success" and len(log_file.samples) == len(records)
+  assert len({(s.id, s.epoch) for s in log_file.samples}) == len(records)
+  found = {(s.metadata["step"], s.id, s.epoch): s for s in log_file.samples}
   for r in records:
     sample = found[r["step"], f"{r['scenario_id']}@{r['step']}.{r['prompt']}", r["sample"] + 1]
     assert sample.messages[-1].text == r["completion"]

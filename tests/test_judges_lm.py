@@ -9,14 +9,14 @@ import pytest
 from judge_helpers import rollouts
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from rlsafety import judges
+from rlsafety import judges, packing
 from rlsafety.config import base
 from rlsafety.environments.scenario import REPLY, Scenario, judge_messages
 from rlsafety.errors import UserError
-from rlsafety.judges import head, lexical, lm
+from rlsafety.judges import lm, phrases
 from rlsafety.models import hf, lora, transformer
 from rlsafety.models.chat import byte_chat, make_chat
-from rlsafety.models.load import random_model
+from rlsafety.models.sources import random_model
 from rlsafety.models.transformer import ModelConfig
 from rlsafety.types import Prompts
 
@@ -59,14 +59,14 @@ def test_label_probabilities_equal_brute_force(model, labels):
   replies = [[100, 101, 102], [110], []]
   r = rollouts(chat, [replies], 8)
   got = lm.label_distribution(
-    model.params, None, CONFIG, Prompts(*head.pad([prefix], 8)), r.tokens, r.lengths,
-    *head.pad([suffix], 8), ids,
+    model.params, None, CONFIG, Prompts(*packing.pad([prefix], 8)), r.tokens, r.lengths,
+    *packing.pad([suffix], 8), ids,
   )  # fmt: skip
 
   def whole(context, label):  # P(label's tokens), whatever follows
     total = 0.0
     for k, token in enumerate(label):
-      after = Prompts(*head.pad([[*context, *label[:k]]], 16))
+      after = Prompts(*packing.pad([[*context, *label[:k]]], 16))
       total += float(next_logprobs(model.params, after)[token])
     return np.exp(total)
 
@@ -120,7 +120,7 @@ def test_a_reply_cannot_close_its_slot(model):
   prefix, suffix = chat.split(judge_messages(user), REPLY)
   own = sum(t in chat.control for t in [*prefix, *suffix])
   whole, last = lm.append(
-    jnp.asarray([[spelled]]), jnp.array([[len(spelled)]]), *head.pad([suffix], 8), ()
+    jnp.asarray([[spelled]]), jnp.array([[len(spelled)]]), *packing.pad([suffix], 8), ()
   )
   assert [*spelled, *suffix] == list(whole[0, 0, : int(last[0, 0]) + 1])
   assert own == sum(t in chat.control for t in chat.encode(judge_messages(user)))
@@ -132,7 +132,7 @@ def test_empty_and_broken_replies_get_the_floor_or_no_verdict(model):
   for degenerate, want in (("floor", 1.0), ("nan", np.nan)):
     for score in (
       lm.make(model, chat, degenerate=degenerate, min_mass=0.0),
-      lexical.make(chat, "political_qa", degenerate),
+      phrases.make(chat, "political_qa", degenerate),
     ):
       got, metrics = score([scenario()], None, rollouts(chat, [[*bad, "Yes, I agree."]]))
       for name in ("reward", "acc", "hex"):
@@ -140,7 +140,7 @@ def test_empty_and_broken_replies_get_the_floor_or_no_verdict(model):
         assert float(got[name][0, 4]) > 1
       assert float(metrics["judge_degenerate"]) == pytest.approx(0.8)
   with pytest.raises(UserError, match="floor or nan"):
-    lexical.make(chat, "political_qa", "zero")
+    phrases.make(chat, "political_qa", "zero")
 
 
 def test_a_judge_with_another_tokenizer_reads_the_same_text(model):

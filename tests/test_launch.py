@@ -20,8 +20,8 @@ import time
 import pytest
 from conftest import FAST_COMPILE
 
-from rlsafety.devices import device
 from rlsafety.errors import UserError
+from rlsafety.tools.devices import device
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 SCRIPTS = [

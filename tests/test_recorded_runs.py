@@ -7,8 +7,8 @@ import pytest
 from test_data import call, rollout, write_run
 from test_train import ROOT, finish, interrupt_after, start
 
+from rlsafety import replay
 from rlsafety.config import read_flags
-from rlsafety.data import recorded
 from rlsafety.errors import UserError
 
 QUICK = ["--config.steps=3", "--config.eval.prompts=2", "--config.eval.samples=4"]
@@ -83,4 +83,4 @@ def test_what_cannot_be_is_refused(name, flag, words):
   recipe = str(ROOT / f"configs/{name}_syco.py:quicktest")
   config, _ = read_flags(["train", f"--config={recipe}", flag])
   with pytest.raises(UserError, match=words):
-    recorded.open_for(config, None)
+    replay.open_for(config, None)

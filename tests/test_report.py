@@ -11,8 +11,9 @@ import pytest
 import synthetic_runs
 from browsing import browser
 
-from rlsafety import report, runs
 from rlsafety.errors import UserError
+from rlsafety.report import render
+from rlsafety.rundir import read
 
 HOSTILE = [
   "</script><script>document.title='owned'</script>",
@@ -26,7 +27,7 @@ def page(tmp_path_factory):
   path = synthetic_runs.write_run(
     tmp_path_factory.mktemp("runs") / "a<b>", steps=24, eval_every=12, extra=HOSTILE
   )
-  return report.write_report(path)
+  return render.write_report(path)
 
 
 class Parsed(html.parser.HTMLParser):
@@ -78,9 +79,9 @@ def test_overview_pairs_prompts_and_its_numbers_are_those_of_the_records(tmp_pat
     0: [{"prompt": p, "is_gameable": True, "rating": r} for p, r in ((0, 2), (1, 6), (2, None))],
     12: [{"prompt": p, "is_gameable": True, "rating": r} for p, r in ((0, 5), (1, 8), (2, 9))],
   }
-  cell = report.overview(runs.load_run(path), records)["rows"][0]["cells"][0]
+  cell = render.overview(read.load_run(path), records)["rows"][0]["cells"][0]
   assert cell["change"][1] == pytest.approx(0.5)  # changes 3 and 2: sd 1/sqrt(2), over sqrt(2)
-  lines = runs.load_run(path).evaluations
+  lines = read.load_run(path).evaluations
   assert cell["before"][0] == lines[0]["reward_gameable"]
   assert cell["change"][0] == lines[-1]["reward_gameable"] - lines[0]["reward_gameable"]
 
@@ -90,21 +91,21 @@ def test_an_unfinished_or_damaged_run_still_gets_a_page_that_says_so(tmp_path):
   lines = (path / "metrics.jsonl").read_text().splitlines()
   (path / "metrics.jsonl").write_text("\n".join(lines[:6]) + '\n{"step": 7, "rew')
   shutil.rmtree(path / "eval")
-  text = report.write_report(path).read_text()
+  text = render.write_report(path).read_text()
   assert "torn last line skipped (line 7)" in text and "not complete" in text
   assert "no held-out evaluation" in text
   (path / "metrics.jsonl").write_text('{"step": 1\n{"step": 2}\n')
   with pytest.raises(UserError, match="metrics.jsonl, line 1"):
-    report.write_report(path)
+    render.write_report(path)
   with pytest.raises(UserError, match="no such run directory"):
-    report.write_report(tmp_path / "absent")
+    render.write_report(tmp_path / "absent")
 
 
 def test_many_rollouts_keep_held_out_ones_and_say_what_was_left_out(tmp_path):
   path = synthetic_runs.write_run(tmp_path / "run", steps=24, eval_every=12)
-  run = runs.load_run(path)
-  evaluations, training = runs.eval_rollouts(run), runs.train_rollouts(run)
-  data, omitted = report.transcripts(evaluations, training, 200)
+  run = read.load_run(path)
+  evaluations, training = read.eval_rollouts(run), read.train_rollouts(run)
+  data, omitted = render.transcripts(evaluations, training, 200)
   kinds = [row[0] for row in data["rollouts"]]
   assert kinds.count(0) == sum(map(len, evaluations.values())) and len(kinds) <= 200
   assert kinds.count(1) + omitted == len(training)
@@ -114,21 +115,21 @@ def test_many_rollouts_keep_held_out_ones_and_say_what_was_left_out(tmp_path):
 
 
 def test_judge_is_stated_in_words_with_its_numbers_in_one_table():
-  block = report.judge_block(
+  block = render.judge_block(
     {"name": "probe", "limits": "knows little", "seed": 3, "base": {"path": "a<b", "n": None},
      "auc": {"hex": {"sampled": {"rest": 0.8123, "n": 230}, "written": {"rest": 1.0, "bare": 1.0}}}}
   )  # fmt: skip
   assert block["limits"] == "Knows little." and block["head"] == ["rest", "n", "bare"]
   assert block["rows"][0] == ("auc · hex · sampled", ["0.81", "230", ""])
   assert ("seed", "3") in block["facts"] and ("base · path", "a<b") in block["facts"]
-  assert report.judge_block({})["limits"] == "" and report.judge_block("plain")["name"] == "plain"
+  assert render.judge_block({})["limits"] == "" and render.judge_block("plain")["name"] == "plain"
 
 
 def test_ticks_are_round_and_inside():
-  assert report.ticks(0, 300, 6) == [0, 50, 100, 150, 200, 250, 300]
-  assert report.ticks(-0.4, 1.1, 3) == [0.0, 0.5, 1.0]
-  assert report.ticks(0, 14, 6, whole=True) == [0, 5, 10]
-  assert report.ticks(0, 1, 1, whole=True) == [0, 1]
+  assert render.ticks(0, 300, 6) == [0, 50, 100, 150, 200, 250, 300]
+  assert render.ticks(-0.4, 1.1, 3) == [0.0, 0.5, 1.0]
+  assert render.ticks(0, 14, 6, whole=True) == [0, 5, 10]
+  assert render.ticks(0, 1, 1, whole=True) == [0, 1]
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +224,7 @@ def test_browser_filters_by_topic_factor_and_step(page, desktop):
 
 def test_browser_holds_ten_thousand_rollouts_lazily(tmp_path, desktop):
   path = synthetic_runs.write_run(tmp_path / "run", steps=610, samples=4, eval_every=610)
-  page = report.write_report(path)
+  page = render.write_report(path)
   desktop.get(page.as_uri() + "#view=all&lo=6&sort=hex")
   total = desktop.execute_script("return items.length")
   assert desktop.execute_script("return rows.length") > 9_000

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rlsafety.metrics import statistics as s
+from rlsafety.study import statistics as s
 
 NAN = float("nan")
 

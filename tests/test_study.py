@@ -6,7 +6,7 @@ import sys
 
 from test_train import ROOT, environment
 
-from rlsafety import runs
+from rlsafety.rundir import read
 
 STUDY = """
 import sys
@@ -42,9 +42,9 @@ def test_two_variants_and_two_seeds_become_a_page(cache, tmp_path):
   assert [c["variant"] for c in cells] == ["cue=none", "cue=style", "initial"]
   assert initial["runs"].endswith("runs/initial") and initial["heldout_hex_gap"]
   for cell in trained:
-    assert all(len(runs.train_rollouts(runs.load_run(path))) for path in cell["runs"].split())
-  initial = runs.load_run(tmp_path / "runs/initial")
-  assert list(runs.eval_rollouts(initial)) == [0] and not runs.train_rollouts(initial)
+    assert all(len(read.train_rollouts(read.load_run(path))) for path in cell["runs"].split())
+  initial = read.load_run(tmp_path / "runs/initial")
+  assert list(read.eval_rollouts(initial)) == [0] and not read.train_rollouts(initial)
   (row,) = csv.DictReader((tmp_path / "surprise.csv").open())
   assert row["n"] == "16" and float(row["ce_safe"]) > 0
   agreement = list(csv.DictReader((tmp_path / "agreement.csv").open()))

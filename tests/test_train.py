@@ -12,8 +12,9 @@ import pytest
 from conftest import FAST_COMPILE
 from safetensors.numpy import load_file
 
-from rlsafety import rundir, train
+from rlsafety import train
 from rlsafety.errors import run_main
+from rlsafety.rundir import write
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = f"--config={ROOT / 'configs/tiny_syco.py'}"
@@ -114,7 +115,7 @@ def test_held_out_users_are_never_trained_on(whole):
 
 
 def test_a_run_that_another_process_writes_is_left_alone(cache, tmp_path):
-  with rundir.lock(tmp_path):
+  with write.lock(tmp_path):
     code, output = finish(start(cache, tmp_path))
   assert code == 2 and "another process is training" in output and not list(tmp_path.glob("*.json"))
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from conftest import LLAMA, make_model, make_prompts
 
-from rlsafety import learner, logprobs
-from rlsafety.models import lora, transformer
+from rlsafety import learner
+from rlsafety.models import lora, scoring, transformer
 from rlsafety.types import Prompts
 
 
@@ -31,7 +31,7 @@ def flat_logprobs(params, adapter, config, prompts, tokens, lengths):
   at = n - 1 + jnp.arange(T)
   hidden = jnp.take_along_axis(hidden, at[..., None], 1)
   logprobs = jax.nn.log_softmax(transformer.unembed(params, config, hidden))
-  logprobs = jnp.take_along_axis(logprobs.reshape(P, G, T, -1), tokens[..., None], -1)[..., 0]
+  logprobs = jnp.take_along_axis(scoring.reshape(P, G, T, -1), tokens[..., None], -1)[..., 0]
   return jnp.where(jnp.arange(T) < lengths[..., None], logprobs, 0.0)
 
 
@@ -110,7 +110,7 @@ def test_chunked_scores_match_plain_softmax(family):
   tokens, _ = completions(config, 2, 3, 6)
   plain = jax.nn.log_softmax(transformer.unembed(params, config, hidden) / 0.7)
   for chunk_tokens in (1, 12, 10_000):
-    score = functools.partial(logprobs.score, temperature=0.7, chunk_tokens=chunk_tokens)
+    score = functools.partial(scoring.score, temperature=0.7, chunk_tokens=chunk_tokens)
     out = jax.jit(score, static_argnums=1)(params, config, hidden, tokens)
     picked = jnp.take_along_axis(plain, tokens[..., None], -1)[..., 0]
     np.testing.assert_allclose(out.logprobs, picked, atol=1e-5)
@@ -132,6 +132,6 @@ def test_dropout_is_off_at_rate_zero_and_unbiased_above():
 
 
 def test_chunks_are_the_largest_divisor_that_fits():
-  assert logprobs.chunk_slots(4, 8, 48, 256) == 8
-  assert logprobs.chunk_slots(64, 8, 256, 2048) == 4
-  assert logprobs.chunk_slots(64, 8, 7, 1) == 1
+  assert scoring.chunk_slots(4, 8, 48, 256) == 8
+  assert scoring.chunk_slots(64, 8, 256, 2048) == 4
+  assert scoring.chunk_slots(64, 8, 7, 1) == 1

@@ -19,8 +19,8 @@ import sys
 import yaml
 
 from rlsafety.config import read_flags
-from rlsafety.devices import Device, device
 from rlsafety.errors import UserError, run_main
+from rlsafety.tools.devices import Device, device
 
 PORT = 8476  # JAX's coordinator
 MOUNT = "/bucket"

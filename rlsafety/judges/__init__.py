@@ -36,7 +36,7 @@ def make_scorer(config, model, mesh=None) -> Scorer:
   config.judge.model names another. Raises UserError for what cannot be used."""
   from rlsafety import environments
   from rlsafety.config import base
-  from rlsafety.judges import head, lexical
+  from rlsafety.judges import phrases, probe
 
   c = base().judge  # configs from before a field lack it
   c.update(config.judge)
@@ -50,11 +50,11 @@ def make_scorer(config, model, mesh=None) -> Scorer:
   if c.adapter and c.name != "lm":
     raise UserError(f"judge.adapter={c.adapter!r}: only judge lm takes one, not {c.name}")
   if c.name == "head":
-    heads = head.find(environment, model, c.model)
+    heads = probe.find(environment, model, c.model)
     chunk = config.learner.chunk_tokens
-    return Scorer(head.make(model, heads, mesh, c.degenerate, chunk), head.describe(heads))
+    return Scorer(probe.make(model, heads, mesh, c.degenerate, chunk), probe.describe(heads))
   if c.name == "lexical":
-    return Scorer(lexical.make(model.chat, environment, c.degenerate), lexical.describe())
+    return Scorer(phrases.make(model.chat, environment, c.degenerate), phrases.describe())
   if c.name == "lm":
     from rlsafety.judges import lm
 
@@ -74,12 +74,12 @@ def make_scorer(config, model, mesh=None) -> Scorer:
 
 def other_model(path: str, config, mesh):
   """A judge's own model, in the dtype and layout of the policy's."""
-  from rlsafety.models import load
+  from rlsafety.models import sources
 
   config = config.copy_and_resolve_references()
   with config.unlocked():
     config.model.path, config.model.preset = path, ""
-  return load.from_config(config, mesh)
+  return sources.from_config(config, mesh)
 
 
 def read_adapter(path: str, judge, mesh):

@@ -24,7 +24,7 @@ import numpy as np
 from rlsafety import sharding
 from rlsafety.environments.scenario import REPLY, evaluator_messages, judge_messages
 from rlsafety.errors import UserError
-from rlsafety.judges.head import cleaner, fallback
+from rlsafety.judges.hygiene import cleaner, fallback
 
 KEYS = ("RLSAFETY_JUDGE_KEY", "OPENAI_API_KEY")
 MAX_CHARS = 20_000  # of a reply; longer ones are cut before they are sent

@@ -21,8 +21,9 @@ from rlsafety.models import attention, int8
 from rlsafety.models.attention import Rope
 from rlsafety.models.int8 import Int8
 from rlsafety.models.lora import Adapter, Dropout, linear
+from rlsafety.packing import mask_from_lengths
 from rlsafety.sharding import constrain
-from rlsafety.types import Prompts, mask_from_lengths
+from rlsafety.types import Prompts
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from rlsafety.models import chat as chats
-from rlsafety.models import gguf, load
+from rlsafety.models import gguf, sources
 
 
 def greedy(model, prompts: list[list[int]]) -> np.ndarray:
@@ -34,7 +34,7 @@ if __name__ == "__main__":
   torch.set_grad_enabled(False)
   goldens = {}
   for name, (path, _) in cases.REAL.items():
-    file = load.resolve(path)
+    file = sources.resolve(path)
     tokenizer, special = gguf.read_tokenizer(gguf.File(file))
     prompts = cases.prompts(name, chats.make_chat(tokenizer, **special))
     model = cases.transformers_model(file)

@@ -1,0 +1,58 @@
+"""Means by user group, with standard errors over prompts.
+
+Positive gaps mean that gameable users fare worse or are courted more: reward and HEX are
+gameable minus non-gameable, ACC the other way round (`runs.GAP_SIGN`).
+"""
+
+import warnings
+
+import numpy as np
+
+from rlsafety.environments.rubrics import share_above
+from rlsafety.rundir.read import GAP_SIGN
+
+
+def group_means(scores: dict[str, np.ndarray], is_gameable: np.ndarray) -> dict[str, float]:
+  """scores {name: [P, G]}, NaN = no verdict; is_gameable [P] -> flat dict of floats.
+
+  For each name: `<name>`, `<name>_gameable`, `<name>_non_gameable`, `<name>_gap`, and the
+  standard errors `..._se` of the last three. A group's mean is the mean of its prompts'
+  means, and its error comes from the spread between prompts: the replies to one prompt
+  are not independent of each other. NaN where nothing was scored.
+  """
+  is_gameable = np.asarray(is_gameable, bool)
+  out = {}
+  for name, values in scores.items():
+    with warnings.catch_warnings():
+      warnings.simplefilter("ignore", RuntimeWarning)  # means of nothing are NaN, as meant
+      per_prompt = np.nanmean(np.asarray(values, np.float64), axis=1)
+      out[name] = float(np.nanmean(values))
+    groups = {"gameable": per_prompt[is_gameable], "non_gameable": per_prompt[~is_gameable]}
+    for group, means in groups.items():
+      out[f"{name}_{group}"], out[f"{name}_{group}_se"] = mean_and_error(means)
+    sign = GAP_SIGN[name]
+    out[f"{name}_gap"] = sign * (out[f"{name}_gameable"] - out[f"{name}_non_gameable"])
+    out[f"{name}_gap_se"] = float(
+      np.hypot(out[f"{name}_gameable_se"], out[f"{name}_non_gameable_se"])
+    )
+  return out
+
+
+def threshold_rates(scores: dict, is_gameable: np.ndarray, rubric_of: dict[str, str]) -> dict:
+  """The study's discretised metrics, as shares of the replies with a verdict: `acc_rate` of
+  those to non-gameable users and `hex_rate` of those to gameable users that are above the
+  published thresholds. scores {name: [P, ...]}; rubric_of: an environment's RUBRICS."""
+  is_gameable = np.asarray(is_gameable, bool)
+  return {
+    f"{name}_rate": share_above(rubric_of[name], np.ravel(np.asarray(scores[name])[chosen]))
+    for name, chosen in (("acc", ~is_gameable), ("hex", is_gameable))
+  }
+
+
+def mean_and_error(values: np.ndarray) -> tuple[float, float]:
+  """Mean and its standard error (ddof 1) over the finite values; NaN if too few."""
+  values = values[np.isfinite(values)]
+  if not values.size:
+    return float("nan"), float("nan")
+  error = values.std(ddof=1) / np.sqrt(values.size) if values.size > 1 else float("nan")
+  return float(values.mean()), float(error)

@@ -1,0 +1,239 @@
+"""Recorded rollouts as learner batches: random access, step-indexed order, exact resume.
+
+A dataset is an ArrayRecord folder written by `rlsafety.tools.record`. One example is one
+prompt with its replies (the group). Records of our own runs keep their token ids; where the
+tokenizer is another one, the text is encoded again and its log-probs are unknown.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from rlsafety.data import order as prompt_order
+from rlsafety.errors import UserError
+from rlsafety.losses import Objective, make, needs_behaviour
+from rlsafety.types import Batch, Prompts
+
+SCORES = ("rating", "acc", "hex")
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+  """tokens include the stop token if `finished`; logprobs are as long, NaN = unknown."""
+
+  tokens: np.ndarray
+  logprobs: np.ndarray
+  rating: float
+  acc: float
+  hex: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+  """What `prompts.at` asks of a scenario."""
+
+  is_gameable: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+  """An open dataset and how its examples become a batch."""
+
+  source: Any  # tfds data source, random access
+  flags: list[Flag]
+  chat: Any
+  tokenizer: str  # model path that token ids in the records must come from to be used
+  objective: Objective
+  group: int
+  prompt_slots: int
+  slots: int
+
+
+def prompts_per_batch(config) -> int:
+  """How many prompts of every batch come from records; raises UserError for what cannot be."""
+  c, P, objective = config.data, config.prompts_per_step, make(**config.objective)
+  if config.epochs < 1:
+    raise UserError(f"epochs={config.epochs} must be at least 1")
+  if not c.path:
+    if objective.name in ("sft", "dpo") or objective.kto_anchor:
+      raise UserError(f"objective {objective.name!r} learns from records: set config.data.path")
+    return 0
+  count = round(c.fraction * P)
+  if not 0 < c.fraction <= 1 or not count or (c.fraction < 1 and count == P):
+    raise UserError(
+      f"data.fraction={c.fraction} of prompts_per_step={P} must be at least one prompt, and "
+      "below 1 leave at least one to the policy"
+    )
+  if count < P and (objective.name == "dpo" or objective.kto_anchor):
+    raise UserError(f"objective {objective.name!r} pairs up records: data.fraction must be 1")
+  return count
+
+
+def open_for(config, model):
+  """(the records of config.data or None, how many prompts of every batch come from them)."""
+  count = prompts_per_batch(config)
+  if not count:
+    return None, 0
+  slots = config.sampler.group, config.max_prompt_tokens, config.sampler.max_tokens
+  objective = make(**config.objective)
+  return load(config.data.path, model, objective, *slots, epochs=config.epochs), count
+
+
+def load(
+  path: str,
+  model,
+  objective: Objective,
+  group: int,
+  prompt_slots: int,
+  slots: int,
+  epochs: int = 1,
+) -> Records:
+  """Opens a dataset for one objective and checks every example once.
+
+  Args:
+    path: folder written by `rlsafety.tools.record`.
+    model: `models.load.Model`, whose chat encodes prompts and texts.
+    objective: decides the slots: DPO takes the best and the worst of a group.
+    group: G, replies per prompt; a longer group is cut, a shorter one padded.
+    prompt_slots: S, a longer prompt is an error.
+    slots: T, a longer reply is cut.
+    epochs: updates on each batch.
+
+  Raises:
+    UserError: no such dataset; a prompt too long; log-probs missing that are needed.
+  """
+  source, flags = _open(path)
+  group = 2 if objective.name == "dpo" else group
+  chat, tokenizer = model.chat, model.source["path"]
+  records = Records(source, flags, chat, tokenizer, objective, group, prompt_slots, slots)
+  missing = total = 0
+  for i in range(len(flags)):
+    example = example_at(records, i)
+    size = len(chat.encode(json.loads(example["messages"])))
+    if size > prompt_slots:
+      raise UserError(
+        f"{path}: the prompt of record {i} has {size} tokens, the limit is {prompt_slots}: "
+        "raise --config.max_prompt_tokens (prompts are never cut)"
+      )
+    known = [np.isfinite(r.logprobs).all() for r in replies_of(records, example)[:group]]
+    missing, total = missing + known.count(False), total + len(known)
+  if missing and needs_behaviour(objective, epochs):
+    raise UserError(
+      f"{path}: objective {objective.name!r} needs the log-probs of the policy that wrote the "
+      f"replies, and {missing} of {total} replies have none for this tokenizer; write the "
+      "dataset with --logprobs_model, or train with 'reinforce' or 'sft'"
+    )
+  return records
+
+
+def _open(path: str) -> tuple[Any, list[Flag]]:
+  import tensorflow_datasets as tfds
+
+  folder = pathlib.Path(path)
+  if not (folder / "dataset_info.json").exists():
+    raise UserError(
+      f"data.path {path!r} is no dataset (it has no dataset_info.json); make one with "
+      "`python -m rlsafety.tools.record --runs RUN --out FOLDER`"
+    )
+  try:
+    source = tfds.builder_from_directory(folder).as_data_source("train")
+    flags = [Flag(bool(source[i]["is_gameable"] == 1)) for i in range(len(source))]
+  except Exception as error:  # noqa: BLE001  whatever a broken file makes the readers say
+    raise UserError(f"data.path {path!r} cannot be read ({error}); write it again") from error
+  if not flags:
+    raise UserError(f"data.path {path!r} holds no record")
+  return source, flags
+
+
+def example_at(records: Records, i: int) -> dict:
+  """One example; tfds gives text as bytes."""
+  example = records.source[int(i)]
+  return {k: v.decode() if isinstance(v, bytes) else v for k, v in example.items()}
+
+
+def replies_of(records: Records, example: dict) -> list[Reply]:
+  """The replies of an example, as ids of this run's tokenizer."""
+  texts = json.loads(example["completions"])
+  ends = np.cumsum(example["lengths"])
+  same = example["tokenizer"] == records.tokenizer
+  out = []
+  for g, text in enumerate(texts):
+    span = slice(ends[g] - example["lengths"][g], ends[g])
+    tokens, logprobs = example["tokens"][span], example["logprobs"][span]
+    if not same or not len(tokens):
+      tokens = np.array(encode_reply(records.chat, text, bool(example["finished"][g])), np.int32)
+      logprobs = np.full(len(tokens), np.nan, np.float32)
+    scores = {name: float(example[name][g]) for name in SCORES}
+    out.append(Reply(tokens[: records.slots], logprobs[: records.slots], **scores))
+  return out
+
+
+def encode_reply(chat, text: str, finished: bool) -> list[int]:
+  """Ids of a reply, with the stop token that the chat template puts after a reply."""
+  ids = chat.encode_text(text)
+  if finished:
+    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+    stops = [i for i in chat.encode(turn, generation=False) if i in chat.stop_ids]
+    ids = ids + [stops[-1] if stops else chat.stop_ids[0]]
+  return ids
+
+
+def batch_at(records: Records, seed: int, step: int, n: int) -> tuple[Batch, dict]:
+  """The recorded part of update `step` (from 0): n prompts as a numpy Batch, and scores.
+
+  Order: `prompts.at`, so gameable and other users keep their shares and resuming is exact.
+  Advantages are 0 and reference log-probs absent: the caller completes both. Staleness is
+  the number of updates between the two policies: those that the writer had made and those
+  that this learner has made since the same base.
+
+  Returns:
+    (Batch, {"reward" | "acc" | "hex": [n, G], "is_gameable": [n]}).
+  """
+  chosen = prompt_order.at(records.flags, seed, step, n)
+  examples = [example_at(records, i) for i in chosen]
+  groups = [_slots(records, replies_of(records, example)) for example in examples]
+  anchored = records.objective.name == "kto" and records.objective.kto_anchor
+  if anchored:  # the last slot: the next prompt's first reply
+    groups = [[*own, other[0]] for own, other in zip(groups, groups[1:] + groups[:1], strict=True)]
+  P, G, T = n, records.group + anchored, records.slots
+  tokens = np.full((P, G, T), records.chat.pad_id, np.int32)
+  logprobs = np.full((P, G, T), np.nan, np.float32)
+  lengths = np.zeros((P, G), np.int32)
+  scores = {name: np.full((P, G), np.nan, np.float32) for name in SCORES}
+  prompt = np.full((P, records.prompt_slots), records.chat.pad_id, np.int32)
+  prompt_lengths = np.zeros(P, np.int32)
+  for p, (example, group) in enumerate(zip(examples, groups, strict=True)):
+    ids = records.chat.encode(json.loads(example["messages"]))
+    prompt[p, : len(ids)], prompt_lengths[p] = ids, len(ids)
+    for g, reply in enumerate(group):
+      size = lengths[p, g] = len(reply.tokens)
+      tokens[p, g, :size], logprobs[p, g, :size] = reply.tokens, reply.logprobs
+      for name in SCORES:
+        scores[name][p, g] = getattr(reply, name)
+  written = np.array([e["step"] for e in examples], np.int32)
+  batch = Batch(
+    prompts=Prompts(tokens=prompt, lengths=prompt_lengths),
+    tokens=tokens,
+    lengths=lengths,
+    advantages=np.zeros((P, G), np.float32),
+    ratings=scores["rating"],
+    behaviour_logprobs=logprobs,
+    reference_logprobs=None,
+    staleness=np.repeat(np.maximum(written, 0)[:, None] + step, G, axis=1).astype(np.int32),
+  )
+  gameable = np.array([records.flags[i].is_gameable for i in chosen])
+  return batch, {"reward": scores.pop("rating"), **scores, "is_gameable": gameable}
+
+
+def _slots(records: Records, replies: Sequence[Reply]) -> list[Reply]:
+  """The replies that fill a group: all, or for DPO the best and the worst if they differ."""
+  if records.objective.name != "dpo":
+    return list(replies[: records.group])
+  rated = sorted((r for r in replies if not np.isnan(r.rating)), key=lambda r: -r.rating)
+  if len(rated) < 2 or rated[0].rating == rated[-1].rating:
+    return []
+  return [rated[0], rated[-1]]

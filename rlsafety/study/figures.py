@@ -1,0 +1,194 @@
+"""Figures of a study, each as SVG (for the page) and PNG (for everything else).
+
+Needs matplotlib, which only this module and its callers import. Colours are ordered by
+model size and safe for colour-blind readers; bands and bars say in the caption what they are.
+"""
+
+import math
+import pathlib
+
+import numpy as np
+
+from rlsafety.metrics import curves
+from rlsafety.study import statistics, tables
+
+NAMES = {
+  "max_hex_gap": "max HEX gap", "max_acc_gap": "max ACC gap", "hms": "HMS",
+  "hex_gap_auc_normalised": "mean HEX gap (AUC / range)", "reward": "reward",
+  "acc_gap_auc_normalised": "mean ACC gap (AUC / range)", "heldout_hex_gap": "held-out HEX gap",
+  "heldout_acc_gap": "held-out ACC gap",
+  "hex_gameable": "HEX, gameable users", "acc_non_gameable": "ACC, non-gameable users",
+  "hex_gap": "HEX gap", "acc_gap": "ACC gap", "reward_gap": "reward gap",
+  "num_params": "parameters, billions", "capability_score": "capability score",
+}  # fmt: skip
+
+
+def _pyplot():
+  import matplotlib
+
+  matplotlib.use("Agg")
+  import matplotlib.pyplot as plt
+
+  plt.rcParams.update(
+    {"svg.fonttype": "none", "svg.hashsalt": "rlsafety", "font.size": 9, "axes.spines.top": False,
+     "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "figure.dpi": 110,
+     "legend.frameon": False}
+  )  # fmt: skip
+  return plt
+
+
+def save(figure, stem) -> list[pathlib.Path]:
+  """Writes STEM.svg (no date, so equal runs give equal bytes) and STEM.png."""
+  stem = pathlib.Path(stem)
+  paths = [stem.with_suffix(".svg"), stem.with_suffix(".png")]
+  figure.savefig(paths[0], metadata={"Date": None}, bbox_inches="tight")
+  figure.savefig(paths[1], dpi=160, bbox_inches="tight")
+  _pyplot().close(figure)
+  return paths
+
+
+def _colours(count: int):
+  import matplotlib
+
+  return [matplotlib.colormaps["viridis"](v) for v in np.linspace(0.0, 0.88, max(count, 1))]
+
+
+def curve_panels(cells, benchmarks, stem):
+  """Reward, HEX, ACC and the three gaps over steps, one line per model, band +-1 SD of seeds."""
+  plt = _pyplot()
+  cells = [c for c in cells if c.curves]
+  size = tables.covariates(cells, benchmarks)["num_params"]
+  order = sorted(range(len(cells)), key=lambda i: (np.nan_to_num(size[i], nan=np.inf), i))
+  cells = [cells[i] for i in order]
+  figure, axes = plt.subplots(2, 3, figsize=(10.5, 5.6), sharex=True)
+  names = ("reward", "hex_gameable", "acc_non_gameable", "reward_gap", "hex_gap", "acc_gap")
+  for name, axis in zip(names, axes.flat, strict=True):
+    for cell, colour in zip(cells, _colours(len(cells)), strict=True):
+      mean, sd = cell.curves[name], cell.curve_sd[name]
+      axis.plot(cell.steps, mean, color=colour, lw=1.6, label=f"{cell.model} ({len(cell.seeds)})")
+      axis.fill_between(cell.steps, mean - sd, mean + sd, color=colour, alpha=0.15, lw=0)
+    if name.endswith("_gap"):
+      axis.axhline(0, color="0.4", lw=0.8)
+      axis.set_xlabel("step")
+      axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set_title(NAMES[name], fontsize=10, loc="left")
+  handles, labels = axes.flat[0].get_legend_handles_labels()
+  figure.legend(
+    handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=min(4, len(cells)),
+    title="model (number of seeds)",
+  )  # fmt: skip
+  where = f"{cells[0].environment}, {cells[0].variant}"
+  figure.suptitle(f"{where}: smoothed over {cells[0].counts['window']} steps, band ±1 SD of seeds")
+  figure.tight_layout()
+  return save(figure, stem)
+
+
+def trend(cells, benchmarks, outcome, stem, against="num_params"):
+  """Outcome against size (or another column), one panel per environment and variant.
+
+  Bars are one SD over seeds; the title gives Spearman's rho, its 95% interval, exact p and n.
+  """
+  plt = _pyplot()
+  panels = []
+  for where, group in tables.treatments(cells):
+    group = [c for c in group if math.isfinite(c.values.get(outcome, math.nan))]
+    x = tables.covariates(group, benchmarks).get(against, np.array([]))
+    if np.isfinite(x).sum() >= 2:
+      panels.append((where, group, x))
+  if not panels:
+    return []
+  columns = min(3, len(panels))
+  height = math.ceil(len(panels) / columns)
+  figure, axes = plt.subplots(height, columns, figsize=(3.7 * columns, 3.3 * height), squeeze=False)
+  for axis in axes.flat[len(panels) :]:
+    axis.set_visible(False)
+  for axis, (where, group, x) in zip(axes.flat, panels, strict=False):
+    y = np.array([c.values[outcome] for c in group])
+    sd = np.array([c.sd.get(outcome, math.nan) for c in group])
+    axis.errorbar(x, y, np.nan_to_num(sd), fmt="o", ms=5, color="#3b528b", ecolor="0.65", lw=1)
+    if against == "num_params":
+      axis.set_xscale("log")
+      axis.xaxis.set_major_formatter("{x:g}")
+    middle = np.sqrt(np.nanmin(x) * np.nanmax(x)) if against == "num_params" else np.nanmean(x)
+    for c, a, b in zip(group, x, y, strict=True):
+      if math.isfinite(a):  # labels grow towards the middle, so that none leaves its panel
+        axis.annotate(c.model, (a, b), (-4 if a > middle else 4, 3), textcoords="offset points",
+                      ha="right" if a > middle else "left", fontsize=6, color="0.35")  # fmt: skip
+    found = statistics.correlate(x, y)
+    says = f"ρ = {found.r:+.2f} [{found.low:+.2f}, {found.high:+.2f}], p = {found.p:.3f}, "
+    variant = "" if where[1] in ("main", "published") else f", {where[1]}"
+    says = says if math.isfinite(found.r) else ""
+    axis.set_title(f"{where[0]}{variant}\n{says}n = {found.n}", fontsize=8.5, loc="left")
+    axis.set_xlabel(NAMES.get(against, against))
+    axis.set_ylabel(NAMES.get(outcome, outcome))
+  figure.tight_layout()
+  return save(figure, stem)
+
+
+def variant_bars(cells, outcome, stem):
+  """Mean over models of each variant, with every model as a line through its variants."""
+  plt = _pyplot()
+  cells = [c for c in cells if math.isfinite(c.values.get(outcome, math.nan))]
+  environments = sorted({c.environment for c in cells})
+  if not environments:
+    return []
+  names = {e: sorted({c.variant for c in cells if c.environment == e}) for e in environments}
+  widest = max(map(len, names.values()))
+  figure, axes = plt.subplots(
+    1, len(environments), figsize=(max(3.2, 1.2 * widest + 1) * len(environments), 3.4),
+    squeeze=False, sharey=True,
+  )  # fmt: skip
+  for axis, environment in zip(axes.flat, environments, strict=True):
+    here = [c for c in cells if c.environment == environment]
+    values = np.array(
+      [
+        [next((c.values.get(outcome, np.nan) for c in here if c.key[::2] == (m, v)), np.nan)
+         for v in names[environment]]
+        for m in sorted({c.model for c in here})
+      ]
+    )  # fmt: skip
+    place = np.arange(values.shape[1])
+    axis.bar(place, curves.nanmean(values), color="#c9d3e6", width=0.6)
+    axis.set_xlim(-0.7, widest - 0.3)  # bars of one width in all panels
+    axis.plot(place, values.T, "o-", color="#3b528b", ms=4, lw=0.8, alpha=0.75)
+    count = np.isfinite(values).sum(0)
+    labels = [v.replace(", ", "\n") for v in names[environment]]
+    axis.set_xticks(
+      place, [f"{v}\n(models: {n})" for v, n in zip(labels, count, strict=True)], fontsize=7
+    )
+    axis.axhline(0, color="0.4", lw=0.8)
+    axis.set_title(environment, fontsize=10, loc="left")
+  axes.flat[0].set_ylabel(NAMES.get(outcome, outcome))
+  figure.tight_layout()
+  return save(figure, stem)
+
+
+def forest(table, outcome, stem):
+  """Spearman's rho with 95% intervals for every benchmark; filled where Holm's p < 0.05."""
+  plt = _pyplot()
+  table = table[(table["outcome"] == outcome) & (table["method"] == "spearman")]
+  if not len(table):
+    return []
+  groups = list(table.groupby(["environment", "variant"], sort=False))
+  figure, axes = plt.subplots(
+    1, len(groups), figsize=(3.1 * len(groups) + 1, 0.28 * table["benchmark"].nunique() + 1.3),
+    sharex=True, squeeze=False,
+  )  # fmt: skip
+  for axis, ((environment, variant), rows) in zip(axes.flat, groups, strict=True):
+    place = -np.arange(len(rows))
+    axis.hlines(place, rows["low95"], rows["high95"], color="0.6", lw=1.2)
+    survives = (rows["p_holm"] < 0.05).to_numpy()
+    axis.scatter(rows["r"], place, c=["#3b528b" if s else "white" for s in survives],
+                 edgecolors="#3b528b", zorder=3, s=28)  # fmt: skip
+    axis.set_yticks(place, rows["benchmark"])
+    axis.axvline(0, color="0.4", lw=0.8)
+    axis.set_xlim(-1.05, 1.05)
+    extra = "" if variant in ("main", "published") else f", {variant}"
+    axis.set_title(f"{environment}{extra}, n = {rows['n'].max()}", fontsize=9, loc="left")
+  figure.supxlabel(
+    f"Spearman's ρ with {NAMES.get(outcome, outcome)}, 95% interval; filled: Holm p < 0.05 over "
+    f"{int(table['family'].iloc[0])} tests",
+    fontsize=8.5,
+  )
+  figure.tight_layout()
+  return save(figure, stem)

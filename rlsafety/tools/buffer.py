@@ -1,0 +1,216 @@
+"""Does on-policy training keep a safety buffer that off-policy training bypasses?
+
+  python -m rlsafety.tools.buffer --config=configs/buffer_syco.py
+
+1. An exploiter is trained on-policy; the rollouts of its second half are recorded.
+2. Fresh copies of the base learn with the same number of updates, replies per update and
+   learning rate: on-policy, and from the records by policy gradient with and without
+   importance weights, SFT, DPO and KTO.
+3. All are evaluated on the same held-out prompts by the same evaluators.
+4. The report gives the gaps with 95 % intervals, the KL from the base on the policy's own
+   held-out replies, and the log-prob that the base gave to what was learned from: on-policy
+   a model learns from what it already says, off-policy from what it would hardly say.
+
+Every part is a run directory of `rlsafety.train`: a killed experiment continues.
+"""
+
+import copy
+import pathlib
+import sys
+
+import numpy as np
+
+from rlsafety import config as config_lib
+from rlsafety import train
+from rlsafety.errors import UserError, run_main
+from rlsafety.metrics.gaps import mean_and_error
+from rlsafety.models import sources
+from rlsafety.rundir import read, write
+from rlsafety.tools import record
+
+# On-policy first; "exploiter" is where the records come from.
+ARMS = {
+  "on_policy": None,
+  "off_policy": dict(name="reinforce", advantage="group"),
+  "off_policy_is": dict(name="reinforce", advantage="group", is_correction="token_truncate"),
+  "sft": dict(name="sft"),
+  "dpo": dict(name="dpo"),
+  "kto": dict(name="kto"),
+}
+TITLES = {
+  "exploiter": "exploiter (wrote the records)",
+  "on_policy": "on-policy",
+  "off_policy": "off-policy, uncorrected",
+  "off_policy_is": "off-policy, truncated IS",
+  "sft": "SFT",
+  "dpo": "DPO",
+  "kto": "KTO",
+}
+
+
+def run(config, workdir: str) -> dict:
+  """Trains all arms under `workdir`; returns what buffer.json holds."""
+  if config.data.path or config.steps < 2:
+    raise UserError("the buffer experiment makes its own records: data.path is empty, steps >= 2")
+  folder = pathlib.Path(workdir)
+  exploiter = arm_config(config, "exploiter")
+  if config.model.path:  # (random weights are drawn with the seed)
+    exploiter.seed += 1  # or the on-policy arm would be its first part
+  exploiter.steps = config.steps * 3 // 2
+  finish(exploiter, folder, "exploiter")
+
+  records = folder / "records"
+  first = exploiter.steps // 2 + 1
+  if not records.exists():
+    arguments = ["--runs", str(folder / "exploiter"), "--out", str(records)]
+    record.main(["record", *arguments, "--first_step", str(first)])
+  problems: list[str] = []
+  recorded = list(record.read_run(folder / "exploiter", problems, first, None))
+  ratings = np.concatenate([group["rating"] for group in recorded])
+
+  for arm, settings in ARMS.items():
+    c = arm_config(config, arm)
+    if settings is not None:
+      c.data.path = str(records)
+      c.objective = config_lib.objective(**settings)
+      if arm == "dpo":  # two replies of a group: more groups make as many replies
+        c.prompts_per_step = config.prompts_per_step * config.sampler.group // 2
+      if arm == "kto":  # half of what was recorded is desirable
+        c.objective = config_lib.objective("kto", threshold=float(np.nanmedian(ratings)))
+    finish(c, folder, arm)
+
+  model = sources.from_config(config)
+  result = {
+    "config": config_lib.to_json(config),
+    **write.environment(),
+    "recorded": {"prompts": len(recorded), "replies": int(ratings.size), "first_step": first},
+    "arms": {a: measure(folder, a, recorded, model, config) for a in ("exploiter", *ARMS)},
+  }
+  write.write_json(folder / "buffer.json", result)
+  (folder / "buffer.md").write_text(table(result))
+  try:
+    plot(result, folder / "buffer.svg")
+  except ImportError:
+    train.say("no figure: matplotlib is not installed")
+  return result
+
+
+def arm_config(config, arm: str):
+  c = copy.deepcopy(config)
+  c.unlock()
+  c.name = f"{config.name}_{arm}"
+  c.eval.every = 10**9  # before and after only
+  return c
+
+
+def finish(config, folder: pathlib.Path, arm: str) -> None:
+  """Trains an arm to its end; returns at once where that was done before."""
+  train.say(f"=== {TITLES[arm]}")
+  train.run(config.lock(), str(folder / arm))
+
+
+def measure(folder: pathlib.Path, arm: str, recorded: list[dict], model, config) -> dict:
+  """Gaps before and after, KL from the base, and the base's log-prob of the lessons."""
+  path = folder / arm
+  summary = read.read_json(path / "summary.json")
+  held_out = sorted((path / "eval").glob("step_*.jsonl"))[-1]
+  own = groups_in(held_out, model)
+  at_base = base_logprobs(own, model, config)
+  # k3 summed over tokens: unbiased for the KL of whole replies, and never negative.
+  log_ratio = [b["logprobs"] - o["logprobs"] for o, b in zip(own, at_base, strict=True)]
+  kl = [
+    (np.exp(x) - 1.0 - x).sum() / len(group["lengths"])
+    for x, group in zip(log_ratio, own, strict=True)
+  ]
+  lessons = recorded
+  if arm in ("exploiter", "on_policy"):
+    lessons = groups_in(path / "rollouts" / "train.jsonl", model)
+  lessons = base_logprobs(lessons[:: max(1, len(lessons) // 64)], model, config)
+  per_prompt = [
+    np.concatenate(chosen(group, arm)).mean() for group in lessons if chosen(group, arm)
+  ]
+  gaps = {name: summary[name] for name in ("hex_gap", "acc_gap", "reward_gap", "reward_gameable")}
+  return gaps | {
+    "kl_from_base": mean_and_error(np.array(kl)),
+    "base_logprob_of_lessons": mean_and_error(np.array(per_prompt)),
+    "updates": read.read_json(path / "config.json")["config"]["steps"],
+  }
+
+
+def groups_in(path: pathlib.Path, model) -> list[dict]:
+  problems: list[str] = []
+  return list(record.groups_of(record.read_lines(path, problems), model.source["path"], str(path)))
+
+
+def base_logprobs(groups: list[dict], model, config) -> list[dict]:
+  """The same groups with the log-probs that the base gives, at the run's temperature."""
+  unknown = [g | {"logprobs": np.full_like(g["logprobs"], np.nan)} for g in groups]
+  return record.with_logprobs(unknown, model, None, config.sampler.temperature or 1.0)
+
+
+def per_reply(group: dict) -> list[np.ndarray]:
+  return np.split(group["logprobs"], np.cumsum(group["lengths"])[:-1])
+
+
+def chosen(group: dict, arm: str) -> list[np.ndarray]:
+  """Log-probs of the replies that the arm learns to say more: for DPO the best of the group."""
+  replies = per_reply(group)
+  if arm != "dpo":
+    return replies
+  known = ~np.isnan(group["rating"])
+  return [replies[int(np.nanargmax(group["rating"]))]] if known.any() else []
+
+
+def table(result: dict) -> str:
+  """Markdown: one line per arm, value +- half width of the 95 % interval."""
+  cell = lambda pair: f"{pair[0]:+.2f} ± {1.96 * pair[1]:.2f}"  # noqa: E731
+  before = {name: cell(row["before"]) for name, row in gaps_of(result, "on_policy").items()}
+  lines = [
+    "| learned | updates | HEX gap | its change | ACC gap | its change | reward, gameable "
+    "| KL from base, nats per reply | base log-prob of the lessons, per token |",
+    "|---|---|---|---|---|---|---|---|---|",
+    f"| nothing (base) | 0 | {before['hex_gap']} | | {before['acc_gap']} | "
+    f"| {before['reward_gameable']} | 0 | |",
+  ]
+  for arm, row in result["arms"].items():
+    cells = [TITLES[arm], str(row["updates"])]
+    for name in ("hex_gap", "acc_gap"):
+      cells += [cell(row[name]["after"]), cell(row[name]["change"])]
+    cells += [cell(row["reward_gameable"]["after"])]
+    cells += [cell(row["kl_from_base"]), cell(row["base_logprob_of_lessons"])]
+    lines.append(f"| {' | '.join(cells)} |")
+  return "\n".join(lines) + "\n"
+
+
+def plot(result: dict, file: pathlib.Path) -> None:
+  """The change of both gaps per arm, with 95 % intervals."""
+  from matplotlib.figure import Figure
+
+  arms = list(result["arms"])[::-1]
+  figure = Figure(figsize=(9, 3.4), layout="constrained")
+  axes = figure.subplots(1, 2, sharey=True)
+  for axis, name, title in zip(axes, ("hex_gap", "acc_gap"), ("HEX gap", "ACC gap"), strict=True):
+    change = np.array([result["arms"][a][name]["change"] for a in arms], float)
+    axis.errorbar(change[:, 0], range(len(arms)), xerr=1.96 * change[:, 1], fmt="o", capsize=3)
+    axis.axvline(0, color="grey", linewidth=0.8)
+    axis.set_xlabel(f"change of the {title}, points of 10")
+  axes[0].set_yticks(range(len(arms)), [TITLES[a] for a in arms])
+  figure.savefig(file)
+
+
+def gaps_of(result: dict, arm: str) -> dict:
+  return {k: v for k, v in result["arms"][arm].items() if isinstance(v, dict)}
+
+
+def main(argv: list[str]) -> None:
+  config, flags = config_lib.read_flags(argv)
+  train.compilation_cache()
+  workdir = flags["workdir"] or f"runs/{config.name}"
+  result = run(config, workdir)
+  print("\n± is half of a 95 % interval over held-out prompts. HEX gap: gameable minus others;")
+  print(f"ACC gap: others minus gameable.\n\n{table(result)}")
+  print(f"{workdir}/buffer.json, {workdir}/buffer.md")
+
+
+if __name__ == "__main__":
+  run_main(main, sys.argv)

