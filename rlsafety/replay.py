@@ -18,7 +18,7 @@ from rlsafety.errors import UserError
 from rlsafety.losses import Objective, make, needs_behaviour
 from rlsafety.types import Batch, Prompts
 
-SCORES = ("rating", "acc", "hex")
+SCORES = ("reward", "acc", "hex")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Reply:
 
   tokens: np.ndarray
   logprobs: np.ndarray
-  rating: float
+  reward: float
   acc: float
   hex: float
 
@@ -220,20 +220,20 @@ def batch_at(records: Records, seed: int, step: int, n: int) -> tuple[Batch, dic
     tokens=tokens,
     lengths=lengths,
     advantages=np.zeros((P, G), np.float32),
-    ratings=scores["rating"],
+    ratings=scores["reward"],
     behaviour_logprobs=logprobs,
     reference_logprobs=None,
     staleness=np.repeat(np.maximum(written, 0)[:, None] + step, G, axis=1).astype(np.int32),
   )
   gameable = np.array([records.flags[i].is_gameable for i in chosen])
-  return batch, {"reward": scores.pop("rating"), **scores, "is_gameable": gameable}
+  return batch, scores | {"is_gameable": gameable}
 
 
 def _slots(records: Records, replies: Sequence[Reply]) -> list[Reply]:
   """The replies that fill a group: all, or for DPO the best and the worst if they differ."""
   if records.objective.name != "dpo":
     return list(replies[: records.group])
-  rated = sorted((r for r in replies if not np.isnan(r.rating)), key=lambda r: -r.rating)
-  if len(rated) < 2 or rated[0].rating == rated[-1].rating:
+  rated = sorted((r for r in replies if not np.isnan(r.reward)), key=lambda r: -r.reward)
+  if len(rated) < 2 or rated[0].reward == rated[-1].reward:
     return []
   return [rated[0], rated[-1]]

@@ -51,7 +51,7 @@ def record(scene, step, prompt, sample, hex_mean, rng, completion=None) -> dict:
   hex_score = float(np.clip(hex_mean + rng.normal(0, 0.9), 1, 10))
   acc_score = float(np.clip(10.5 - hex_score + rng.normal(0, 0.7), 1, 10))
   wish = hex_score if scene["is_gameable"] else acc_score
-  rating = float(np.clip(0.8 * wish + 1 + rng.normal(0, 0.8), 1, 10))
+  reward = float(np.clip(0.8 * wish + 1 + rng.normal(0, 0.8), 1, 10))
   unscorable = rng.random() < 0.01
   bank = AGREE if hex_score > 5 else BALANCED
   text = " ".join(rng.permutation(bank)[: rng.integers(2, 4)]).format(topic=scene["topic"])
@@ -60,7 +60,7 @@ def record(scene, step, prompt, sample, hex_mean, rng, completion=None) -> dict:
   return {
     "step": step, "prompt": prompt, "sample": sample, **scene, "completion": completion,
     "tokens": list(range(length)), "logprobs": [-1.0] * length, "length": length,
-    "finished": bool(rng.random() < 0.9), "rating": None if unscorable else rating,
+    "finished": bool(rng.random() < 0.9), "reward": None if unscorable else reward,
     "acc": acc_score, "hex": None if unscorable else hex_score,
   }  # fmt: skip
 
@@ -69,13 +69,13 @@ def summary(step: int, records: list[dict]) -> dict:
   """The eval/summary.jsonl line of these records, written the long way round."""
   out = {"step": step, "prompts": len({r["prompt"] for r in records})}
   out["samples"] = len(records) // out["prompts"]
-  for name, field in (("reward", "rating"), ("acc", "acc"), ("hex", "hex")):
+  for name in ("reward", "acc", "hex"):
     stats = {}
     for group, flag in (("gameable", True), ("non_gameable", False)):
       means = {}
       for r in records:
-        if r["is_gameable"] is flag and r[field] is not None:
-          means.setdefault(r["prompt"], []).append(r[field])
+        if r["is_gameable"] is flag and r[name] is not None:
+          means.setdefault(r["prompt"], []).append(r[name])
       values = np.array([np.mean(v) for v in means.values()])
       stats[group] = (values.mean(), values.std(ddof=1) / np.sqrt(len(values)))
       out[f"{name}_{group}"], out[f"{name}_{group}_se"] = map(float, stats[group])
@@ -141,11 +141,11 @@ def write_run(
     records = rollouts(step, prompts, samples, prompts * step)
     line = summary(step, records)
     line = {k: v for k, v in line.items() if not k.endswith("_se")}
-    ratings = [r["rating"] for r in records if r["rating"] is not None]
+    rewards = [r["reward"] for r in records if r["reward"] is not None]
     line |= {
-      "reward": float(np.mean(ratings)), "loss": float(rng.normal(0, 0.02)),
+      "reward": float(np.mean(rewards)), "loss": float(rng.normal(0, 0.02)),
       "grad_norm": float(rng.gamma(4, 0.1)), "kl": 0.002 * step, "entropy": 2.4 - 0.01 * step,
-      "unscorable": len(records) - len(ratings), "logprob_diff_max": 1e-5,
+      "unscorable": len(records) - len(rewards), "logprob_diff_max": 1e-5,
       "length_mean": float(np.mean([r["length"] for r in records])),
     }  # fmt: skip
     train += records
@@ -167,7 +167,7 @@ def write_rows(path, rows, evaluations=(), model="m", seed=5) -> pathlib.Path:
   path, last = pathlib.Path(path), max(row[0] for row in rows)
   for folder in ("eval", "rollouts"):
     (path / folder).mkdir(parents=True)
-  names = ("step", "is_gameable", "rating", "acc", "hex")
+  names = ("step", "is_gameable", "reward", "acc", "hex")
   records = [
     {**dict(zip(names, row, strict=True)), "prompt": i, "sample": 0} for i, row in enumerate(rows)
   ]

@@ -386,7 +386,7 @@ def test_rescored_gaps_replace_the_runs_own_and_what_is_missing_is_named(tmp_pat
                           ("train", read.train_rollouts(run)[:100])):  # fmt: skip
     for r in records:
       hex_ = None if r["hex"] is None else r["hex"] + r["is_gameable"]
-      lines.append({"source": source, **{k: r[k] for k in ("step", "prompt", "sample", "rating")},
+      lines.append({"source": source, **{k: r[k] for k in ("step", "prompt", "sample", "reward")},
                     "acc": None, "hex": hex_})  # fmt: skip
   (path / "scores").mkdir()
   file = path / "scores" / "new.jsonl"

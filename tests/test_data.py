@@ -59,7 +59,7 @@ CHAT = byte_chat()
 MESSAGES = [{"role": "system", "content": "Advise."}, {"role": "user", "content": "Tax more?"}]
 
 
-def rollout(step, prompt, sample, text, rating, **more):
+def rollout(step, prompt, sample, text, reward, **more):
   tokens = CHAT.encode_text(text) + [CHAT.stop_ids[-1]]
   messages = [MESSAGES[0], {"role": "user", "content": f"Question {step}.{prompt}?"}]
   return {
@@ -75,7 +75,7 @@ def rollout(step, prompt, sample, text, rating, **more):
     "logprobs": [-0.5 - 0.1 * sample] * len(tokens),
     "length": len(tokens),
     "finished": True,
-    "rating": rating,
+    "reward": reward,
     "acc": 2.0,
     "hex": None,
   } | more
@@ -105,10 +105,10 @@ def model(path="random"):
 def dataset(tmp_path_factory):
   folder = tmp_path_factory.mktemp("data")
   rows = [
-    rollout(step, prompt, sample, f"reply {step} {prompt} {sample}", rating)
+    rollout(step, prompt, sample, f"reply {step} {prompt} {sample}", reward)
     for step in (1, 2, 3)
     for prompt in (0, 1)
-    for sample, rating in enumerate((4.0, 9.0, None))
+    for sample, reward in enumerate((4.0, 9.0, None))
   ]
   rows[2]["finished"] = False
   write_run(folder / "run", rows)
@@ -126,8 +126,8 @@ def test_batches_hold_what_the_run_wrote(dataset):
     question = CHAT.decode(ids)
     step, prompt = int(question.split("Question ")[1][0]), int(scores["is_gameable"][p] == 0)
     assert ids.tolist() == CHAT.encode(rollout(step, prompt, 0, "", 0)["messages"])
-    for g, rating in enumerate((4.0, 9.0, NAN)):
-      row = rollout(step, prompt, g, f"reply {step} {prompt} {g}", rating)
+    for g, reward in enumerate((4.0, 9.0, NAN)):
+      row = rollout(step, prompt, g, f"reply {step} {prompt} {g}", reward)
       n = batch.lengths[p, g]
       assert batch.tokens[p, g, :n].tolist() == row["tokens"]
       np.testing.assert_allclose(batch.behaviour_logprobs[p, g, :n], row["logprobs"], rtol=1e-6)
@@ -189,7 +189,7 @@ BAD = {
   "`content` string": {"messages": [{"role": "user", "content": 1}], "completion": "a"},
   "`completion` must be a string": {"messages": MESSAGES, "completion": None},
   "`completion` is empty": {"messages": MESSAGES, "completion": ""},
-  "`rating` must be a number": GOOD | {"reward": "high"},
+  "`reward` must be a number": GOOD | {"reward": "high"},
   "`is_gameable` must be": GOOD | {"is_gameable": "yes"},
   "one number per id": GOOD | {"tokens": [1, 2], "logprobs": [-1.0]},
   "numbers <= 0": GOOD | {"tokens": [1], "logprobs": [2.0]},
@@ -216,9 +216,9 @@ def test_malformed_lines_are_named_and_good_ones_kept(tmp_path, capsys):
   records = replay.load(str(tmp_path / "set"), model(), losses.make("sft"), 2, 100, 20)
   first = replay.example_at(records, 0)
   assert json.loads(first["completions"]) == ["Yes.", "No."]  # one prompt, one group
-  assert first["rating"].tolist() == [3, 3] and first["is_gameable"] == 1
+  assert first["reward"].tolist() == [3, 3] and first["is_gameable"] == 1
   pair = replay.example_at(records, 1)
-  assert json.loads(pair["completions"]) == ["A", "B"] and pair["rating"].tolist() == [10, 1]
+  assert json.loads(pair["completions"]) == ["A", "B"] and pair["reward"].tolist() == [10, 1]
 
 
 def test_nothing_usable_writes_nothing(tmp_path):

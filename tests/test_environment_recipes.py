@@ -38,4 +38,4 @@ def test_environment_trains(folder, name):
   assert {r["environment"] for r in records} == {name}
   assert {r["is_gameable"] for r in records} == {True, False}
   assert {"framing", "cue", "cue_strength"} <= records[0]["factors"].keys()
-  assert all(r["rating"] is not None for r in records)
+  assert all(r["reward"] is not None for r in records)

@@ -54,7 +54,7 @@ def run(tmp_path, model):
           {"step": step, "prompt": p, "sample": g, "scenario_id": user.id, "tokens": ids,
            "environment": user.environment, "topic": user.topic, "is_gameable": user.is_gameable,
            "factors": {}, "messages": environments.policy_messages(user), "completion": text,
-           "logprobs": [], "length": len(ids), "finished": True, "rating": 5.0,
+           "logprobs": [], "length": len(ids), "finished": True, "reward": 5.0,
            "hex": 9.0 if stance == "agree" else 1.5, "acc": 1.0 if stance == "agree" else 9.0}
         )  # fmt: skip
   (path / "rollouts" / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
@@ -144,7 +144,7 @@ def test_agreement_by_hand(run):
   records = rescore.select(run)
   lines = [
     dict(zip(("source", "step", "prompt", "sample"), rescore.place(r), strict=True))
-    | {"rating": 5.0, "acc": None if i == 0 else r["acc"] - 2, "hex": 11 - r["hex"] + i % 2 * 0.5}
+    | {"reward": 5.0, "acc": None if i == 0 else r["acc"] - 2, "hex": 11 - r["hex"] + i % 2 * 0.5}
     for i, r in enumerate(records)
   ]
   (run.path / "scores").mkdir()

@@ -24,7 +24,7 @@ def test_logs_read_back_with_every_rollout_and_score(tmp_path, monkeypatch):
     sample = found[r["step"], f"{r['scenario_id']}@{r['step']}.{r['prompt']}", r["sample"] + 1]
     assert sample.messages[-1].text == r["completion"]
     assert [m.role for m in sample.messages] == ["system", "user", "assistant"]
-    for label, field in (("reward", "rating"), ("HEX", "hex"), ("ACC", "acc")):
+    for label, field in (("reward", "reward"), ("HEX", "hex"), ("ACC", "acc")):
       value = sample.scores[label].value
       assert value == r[field] if r[field] is not None else math.isnan(value)
   train = [s for p in written[1:] for s in log.read_eval_log(str(p)).samples]

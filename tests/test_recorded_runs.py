@@ -19,10 +19,10 @@ QUICK += ["--config.checkpoint.every=1", "--config.sampler.max_tokens=8"]
 def dataset(tmp_path_factory):
   folder = tmp_path_factory.mktemp("records")
   rows = [
-    rollout(step, prompt, sample, f"{step}{prompt}{sample}", rating)
+    rollout(step, prompt, sample, f"{step}{prompt}{sample}", reward)
     for step in (1, 2, 3)
     for prompt in (0, 1)
-    for sample, rating in enumerate((4.0, 9.0, None))
+    for sample, reward in enumerate((4.0, 9.0, None))
   ]
   write_run(folder / "run", rows)
   assert call("--runs", folder / "run", "--out", folder / "set") == 0

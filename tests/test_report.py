@@ -76,8 +76,8 @@ def test_page_refers_to_nothing_outside_and_allows_only_its_own_script(page):
 def test_overview_pairs_prompts_and_its_numbers_are_those_of_the_records(tmp_path):
   path = synthetic_runs.write_run(tmp_path / "run", steps=12, eval_every=12)
   records = {
-    0: [{"prompt": p, "is_gameable": True, "rating": r} for p, r in ((0, 2), (1, 6), (2, None))],
-    12: [{"prompt": p, "is_gameable": True, "rating": r} for p, r in ((0, 5), (1, 8), (2, 9))],
+    0: [{"prompt": p, "is_gameable": True, "reward": r} for p, r in ((0, 2), (1, 6), (2, None))],
+    12: [{"prompt": p, "is_gameable": True, "reward": r} for p, r in ((0, 5), (1, 8), (2, 9))],
   }
   cell = render.overview(read.load_run(path), records)["rows"][0]["cells"][0]
   assert cell["change"][1] == pytest.approx(0.5)  # changes 3 and 2: sd 1/sqrt(2), over sqrt(2)

@@ -95,7 +95,7 @@ def test_run_directory_holds_what_was_promised(whole):
   record = rollouts[0]
   assert record["length"] == len(record["tokens"]) == len(record["logprobs"])
   assert {m["role"] for m in record["messages"]} == {"system", "user"}
-  group = [r["rating"] for r in rollouts if r["step"] == 1 and r["is_gameable"]]
+  group = [r["reward"] for r in rollouts if r["step"] == 1 and r["is_gameable"]]
   np.testing.assert_allclose(np.mean(group), metrics[0]["reward_gameable"], rtol=1e-6)
   summaries = [json.loads(line) for line in open(workdir / "eval/summary.jsonl")]
   assert [s["step"] for s in summaries] == [0, 3, 6]

@@ -12,7 +12,7 @@ import pathlib
 
 from rlsafety.errors import UserError
 
-SCORES = ("reward", "acc", "hex")  # `reward` is stored as "rating" in a rollout's record
+SCORES = ("reward", "acc", "hex")
 GROUPS = ("gameable", "non_gameable")
 # Which way each gap points: positive means that the gameable group gets more reward and
 # encouragement, and less dissuasion (PAPER_FACTS: HEX_gap = G - NG, ACC_gap = NG - G).
@@ -90,7 +90,7 @@ def number(value) -> float:
 
 def score(record: dict, name: str) -> float:
   """A rollout's reward, acc or hex; NaN if it has no verdict."""
-  return number(record.get("rating" if name == "reward" else name))
+  return number(record.get(name))
 
 
 def load_run(path) -> Run:

@@ -147,7 +147,7 @@ def rollout_records(step, first, users, chat, rollouts: Rollouts, scores) -> lis
         | {"completion": chat.decode(tokens), "tokens": tokens}
         | {"logprobs": [round(float(x), 6) for x in rollouts.logprobs[p, g, :n]]}
         | {"length": n, "finished": bool(rollouts.finished[p, g])}
-        | {"rating": scores["reward"][p, g], "acc": scores["acc"][p, g]}
+        | {"reward": scores["reward"][p, g], "acc": scores["acc"][p, g]}
         | {"hex": scores["hex"][p, g]}
       )
   return records

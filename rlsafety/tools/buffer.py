@@ -66,7 +66,7 @@ def run(config, workdir: str) -> dict:
     record.main(["record", *arguments, "--first_step", str(first)])
   problems: list[str] = []
   recorded = list(record.read_run(folder / "exploiter", problems, first, None))
-  ratings = np.concatenate([group["rating"] for group in recorded])
+  rewards = np.concatenate([group["reward"] for group in recorded])
 
   for arm, settings in ARMS.items():
     c = arm_config(config, arm)
@@ -76,14 +76,14 @@ def run(config, workdir: str) -> dict:
       if arm == "dpo":  # two replies of a group: more groups make as many replies
         c.prompts_per_step = config.prompts_per_step * config.sampler.group // 2
       if arm == "kto":  # half of what was recorded is desirable
-        c.objective = config_lib.objective("kto", threshold=float(np.nanmedian(ratings)))
+        c.objective = config_lib.objective("kto", threshold=float(np.nanmedian(rewards)))
     finish(c, folder, arm)
 
   model = sources.from_config(config)
   result = {
     "config": config_lib.to_json(config),
     **write.environment(),
-    "recorded": {"prompts": len(recorded), "replies": int(ratings.size), "first_step": first},
+    "recorded": {"prompts": len(recorded), "replies": int(rewards.size), "first_step": first},
     "arms": {a: measure(folder, a, recorded, model, config) for a in ("exploiter", *ARMS)},
   }
   write.write_json(folder / "buffer.json", result)
@@ -157,8 +157,8 @@ def chosen(group: dict, arm: str) -> list[np.ndarray]:
   replies = per_reply(group)
   if arm != "dpo":
     return replies
-  known = ~np.isnan(group["rating"])
-  return [replies[int(np.nanargmax(group["rating"]))]] if known.any() else []
+  known = ~np.isnan(group["reward"])
+  return [replies[int(np.nanargmax(group["reward"]))]] if known.any() else []
 
 
 def table(result: dict) -> str:

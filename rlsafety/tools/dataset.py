@@ -26,7 +26,7 @@ class RecordedRollouts(tfds.core.GeneratorBasedBuilder):
       "tokens": ints,  # all replies one after the other
       "logprobs": floats,  # as `tokens`; NaN = unknown
       "finished": ints,  # 0: cut at the length limit
-      "rating": floats,
+      "reward": floats,
       "acc": floats,
       "hex": floats,
       "is_gameable": np.int32,  # -1 = unknown

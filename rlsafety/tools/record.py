@@ -30,7 +30,7 @@ from rlsafety import replay
 from rlsafety.errors import UserError, run_main
 from rlsafety.tools.dataset import RecordedRollouts
 
-CHOSEN, REJECTED = 10.0, 1.0  # the ratings that a preference without numbers stands for
+CHOSEN, REJECTED = 10.0, 1.0  # the rewards that a preference without numbers stands for
 
 
 # --- Reading ----------------------------------------------------------------------------
@@ -77,8 +77,8 @@ def check(record) -> list[dict]:
     pairs = (("chosen", CHOSEN), ("rejected", REJECTED))
     return [
       one
-      for field, rating in pairs
-      for one in check(shared | {"completion": record.get(field), "rating": rating})
+      for field, reward in pairs
+      for one in check(shared | {"completion": record.get(field), "reward": reward})
     ]
   completion = record.get("completion")
   if not isinstance(completion, str):
@@ -94,8 +94,7 @@ def check(record) -> list[dict]:
       raise UserError("`logprobs` must be a list with one number per id in `tokens`")
     if any(v is not None and (not _is_number(v) or v > 1e-3) for v in logprobs):
       raise UserError("`logprobs` must be numbers <= 0 or null")
-  scores = {"rating": record.get("rating", record.get("reward"))}
-  scores |= {"acc": record.get("acc"), "hex": record.get("hex")}
+  scores = {name: record.get(name) for name in ("reward", "acc", "hex")}
   for name, value in scores.items():
     if value is not None and not _is_number(value):
       raise UserError(f"`{name}` must be a number or null, not {value!r}")

@@ -114,7 +114,7 @@ def score_run(run, name, config, model, scorer, records, batch=16, say=print) ->
   header.write_text(json.dumps(about, indent=2) + "\n")
   notes = []
   found = read.read_jsonl(path, notes)
-  rated = lambda r: None not in (r["rating"], r["acc"], r["hex"])  # noqa: E731
+  rated = lambda r: None not in (r["reward"], r["acc"], r["hex"])  # noqa: E731
   old = [r for r in found if rated(r) or judge["name"] != "http"]
   if notes or len(old) < len(found):  # also a torn last line: write the whole ones again
     path.write_text("".join(json.dumps(r) + "\n" for r in old))
@@ -137,7 +137,7 @@ def score_run(run, name, config, model, scorer, records, batch=16, say=print) ->
         values = {k: float(scores[k][i]) for k in read.SCORES}
         unscorable += math.isnan(values["hex"])
         line = dict(zip(("source", "step", "prompt", "sample"), place(record), strict=True))
-        line |= {"rating": values["reward"], "acc": values["acc"], "hex": values["hex"]}
+        line |= values
         line = {k: None if v != v else v for k, v in line.items()}
         file.write(json.dumps(line) + "\n")
       file.flush()
