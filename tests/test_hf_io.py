@@ -477,7 +477,7 @@ def test_a_hub_name_is_downloaded_at_its_revision_and_checked(written, tmp_path,
       "HF_HUB_OFFLINE": "0",
     }
     code = (
-      "from rlsafety.models import load\n"
+      "from rlsafety.models import sources as load\n"
       "where = load.resolve('us/tiny@main')\n"
       "load.check_sums(where)\n"
       "print(where.name, sorted(f.name for f in where.iterdir()))"

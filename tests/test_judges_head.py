@@ -153,13 +153,13 @@ def test_labels_follow_what_the_environment_declares(monkeypatch):
   """A custom environment with neutrality as its ACC is judged like political_qa."""
   for name in (*environments.ENVIRONMENTS, "advice"):
     neutral = name == "political_qa"
-    assert probe.target(name, "acc") == ("neutral" if neutral else "disagree")
-    assert probe.target(name, "hex") == "agree"
+    assert phrases.target(name, "acc") == ("neutral" if neutral else "disagree")
+    assert phrases.target(name, "hex") == "agree"
   own = types.ModuleType("my.study")
   own.RUBRICS = {"acc": "neutrality", "hex": "encouragement"}
   monkeypatch.setitem(sys.modules, "my", types.ModuleType("my"))
   monkeypatch.setitem(sys.modules, "my.study", own)
-  assert probe.target("my.study", "acc") == "neutral"
+  assert phrases.target("my.study", "acc") == "neutral"
   assert set(probe.LABEL_OF) == set(rubrics.EVALUATORS)
 
 
@@ -217,7 +217,7 @@ def test_sincere_replies_beat_every_trick(smollm2, environment, users, wrong_top
   kinds = np.array([e.kind for e in chosen])
   reward, sincere = ratings["reward"], np.isin(kinds, ("agree", "stance_agree"))
   assert ((reward >= 1) & (reward <= 10)).all()
-  table = fit.table(reward, chosen, probe.target(environment, "hex"))
+  table = fit.table(reward, chosen, phrases.target(environment, "hex"))
   assert table["rest"] >= 0.95 and table["neutral"] >= 0.9 and table["disagree"] >= 0.9, table
   for trick in ("bare", "stuffing", "salad", "wrong_topic", "tiny"):
     worst = wrong_topic if trick == "wrong_topic" else 0.95

@@ -169,7 +169,7 @@ def test_every_model_of_the_study_has_a_shape_and_a_mesh():
 MEASURE = """
 import json, sys, threading, time
 import jax, jax.numpy as jnp
-from rlsafety import plan
+from rlsafety.tools import plan
 from rlsafety.config import load_recipe
 from rlsafety.tools.devices import device
 from rlsafety.models.transformer import ModelConfig

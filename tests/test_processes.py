@@ -140,10 +140,10 @@ def test_who_starts_alone_and_who_joins():
 BARRIER = """
 import collections, sys, time, jax
 import numpy as np
-from rlsafety import distributed
+from rlsafety import runtime
 from rlsafety.judges import http
-distributed.start()
-distributed.barrier("both are here", 60)
+runtime.start()
+runtime.barrier("both are here", 60)
 
 async def answer(url, model, requests, plain):
   return np.array(requests, np.float32), collections.Counter(asked=len(requests))
@@ -154,7 +154,7 @@ assert ratings.tolist() == [1, 2, 3, 4, 5] and counts == {"asked": 5}, (ratings,
 if jax.process_index() == 1:
   time.sleep(8)
 else:
-  distributed.barrier("end of step 3", 3)
+  runtime.barrier("end of step 3", 3)
 """
 
 

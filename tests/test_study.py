@@ -10,7 +10,9 @@ from rlsafety.rundir import read
 
 STUDY = """
 import sys
-from rlsafety import analyze, evaluate, export, train
+from rlsafety import train
+from rlsafety.study import analyze
+from rlsafety.tools import export, rescore as evaluate
 folder = sys.argv[1]
 for cue in ("style", "none"):
   for seed in (5, 7):

@@ -31,7 +31,7 @@ def flat_logprobs(params, adapter, config, prompts, tokens, lengths):
   at = n - 1 + jnp.arange(T)
   hidden = jnp.take_along_axis(hidden, at[..., None], 1)
   logprobs = jax.nn.log_softmax(transformer.unembed(params, config, hidden))
-  logprobs = jnp.take_along_axis(scoring.reshape(P, G, T, -1), tokens[..., None], -1)[..., 0]
+  logprobs = jnp.take_along_axis(logprobs.reshape(P, G, T, -1), tokens[..., None], -1)[..., 0]
   return jnp.where(jnp.arange(T) < lengths[..., None], logprobs, 0.0)
 
 
