@@ -294,7 +294,7 @@ def test_neutral_has_the_users_and_wishes_of_action_advice_without_their_cues():
     ({}, "environment.name is missing"),
     ({"name": "action_advise"}, "not one of action_advice"),
     ({"name": "no.such_module"}, "cannot import"),
-    ({"name": "neutral", "framng": "x"}, "did you mean 'framing'"),
+    ({"name": "neutral", "framng": "x"}, "did you mean framing"),
     ({"name": "neutral", "framing": "doctor"}, "not one of assistant, advisor, therapist"),
     ({"name": "neutral", "cue": "style+trait"}, "'trait' is not one of none, style, traits"),
     ({"name": "neutral", "cue": "none+style"}, "joins 'none'"),
@@ -332,6 +332,19 @@ def test_a_locked_config_dict_and_its_defaults_load():
   assert environments.load(config) == load("therapy_talk")
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_none_is_the_environments_own_default(name):
+  """So a name brings its own defaults, also where every field is written out."""
+  module = scenario.environment_module(name)
+  nothing = {"name": name, **dict.fromkeys(scenario.FACTORS)}
+  assert environments.load(nothing) == load(name)
+  final = environments.resolved(nothing)
+  assert final == environments.resolved({"name": name}) == environments.resolved(final)
+  assert final == {"name": name, **scenario.FACTORS, **module.DEFAULTS, "topics": module.TOPICS}
+  framed = environments.resolved(nothing | {"framing": "therapist"})
+  assert framed == final | {"framing": "therapist"}
+
+
 def test_every_named_setting_loads_and_chain_changes_one_thing_at_a_time():
   for name, setting in variants.named().items():
     full = variants.overrides(name)
@@ -339,7 +352,7 @@ def test_every_named_setting_loads_and_chain_changes_one_thing_at_a_time():
     differing = {k for k, v in full.items() if v != scenario.default_config(full["name"])[k]}
     if ":" in name:
       assert differing == set(setting) - {"name"} and len(differing) == 1
-    scenario.checked(full)
+    environments.resolved(full)
   chain = [variants.overrides(name) for name in variants.CHAIN]
   for one, two in zip(chain, chain[1:], strict=False):
     assert sum(one[field] != two[field] for field in one) == 1
@@ -359,4 +372,6 @@ def test_the_worked_example_of_the_docs(tmp_path, monkeypatch):
   assert {s.topic for s in scenarios} == {"restaurant", "taxi"}
   assert sum(s.is_gameable for s in scenarios) == 12
   assert "therapy" in scenarios[0].system
+  plain = environments.load(dict.fromkeys(scenario.FACTORS) | {"name": "my_study.tipping"})
+  assert "people come to for advice" in plain[0].system  # framing: of the module's DEFAULTS
   assert environments.evaluator_messages(scenarios[0], "acc")

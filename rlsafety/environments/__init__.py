@@ -10,6 +10,7 @@ from rlsafety.environments.scenario import (
   judge_messages,
   load,
   policy_messages,
+  resolved,
 )
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
   "judge_messages",
   "load",
   "policy_messages",
+  "resolved",
 ]

