@@ -21,6 +21,7 @@ from rlsafety import (
   advantages,
   checkpoints,
   environments,
+  files,
   judges,
   learner,
   losses,
@@ -35,7 +36,7 @@ from rlsafety.errors import UserError, run_main
 from rlsafety.metrics.gaps import group_means, threshold_rates
 from rlsafety.models import hf, int8, lora, sources, transformer
 from rlsafety.report.summary import finish
-from rlsafety.rundir import read, write
+from rlsafety.rundir import write
 from rlsafety.types import Batch, Prompts
 
 PREEMPTED = 75  # exit code after SIGTERM: saved, start me again (sysexits' EX_TEMPFAIL)
@@ -58,7 +59,7 @@ def run_on(mesh, config, workdir: str) -> dict:
   stored_config = config_lib.to_json(config)
   workdir = write.open_workdir(workdir, stored_config)
   if (workdir / "summary.json").exists():
-    summary = read.read_json(workdir / "summary.json")
+    summary = files.read_json(workdir / "summary.json")
     say(f"run is complete: {workdir}")
     print(summary["table"])
     say(f"report: {workdir / 'report.html'}")
@@ -109,7 +110,7 @@ def run_on(mesh, config, workdir: str) -> dict:
     record = {"config": stored_config, **write.environment(), "seed": config.seed}
     size = {"parameters": transformer.params_count(model.config)}
     record |= {"model": {**model.source, **size}, "judge": score.describe()}
-    write.write_json(workdir / "config.json", record)
+    files.write_json(workdir / "config.json", record)
 
   def rollouts_of(adapter, users, tokens, lengths, key, settings):
     """Users -> their prompts on the device, sampled replies, and scores {name: [P, G]}."""
@@ -147,8 +148,8 @@ def run_on(mesh, config, workdir: str) -> dict:
     summary |= group_means(scores, gameable) | threshold_rates(scores, gameable, rubric_of)
     if first_process:
       (workdir / f"eval/step_{step:06d}.jsonl").unlink(missing_ok=True)
-      write.append(workdir / f"eval/step_{step:06d}.jsonl", rows)
-      write.append(workdir / "eval/summary.jsonl", [summary])
+      files.append(workdir / f"eval/step_{step:06d}.jsonl", rows)
+      files.append(workdir / "eval/summary.jsonl", [summary])
     say(f"held-out at step {step}: {group_line(summary)}")
 
   def log(pending) -> None:
@@ -176,9 +177,9 @@ def run_on(mesh, config, workdir: str) -> dict:
     if first_process:
       if users:  # what this policy said; what it read stays where it was recorded
         rows = write.rollout_records(step, 0, users, model.chat, rollouts, scores)
-        write.append(workdir / "rollouts/train.jsonl", rows)
-      write.append(workdir / "metrics.jsonl", [row])
-      write.append(workdir / "timing.jsonl", [timing])
+        files.append(workdir / "rollouts/train.jsonl", rows)
+      files.append(workdir / "metrics.jsonl", [row])
+      files.append(workdir / "timing.jsonl", [timing])
       write_events(step, {**row, **timing})
     seconds.append(timing["seconds"])
     left = (config.steps - step) * float(np.median(seconds[-20:]))
@@ -245,10 +246,10 @@ def run_on(mesh, config, workdir: str) -> dict:
   if first_process:
     hf.save_peft(workdir / "adapter", adapter, model, lora_config(config))
     summary = finish(workdir)
-    write.write_json(workdir / "summary.json", summary)  # last: it says "complete"
+    files.write_json(workdir / "summary.json", summary)  # last: it says "complete"
     alone.close()
   runtime.barrier("complete")  # jax's own shutdown gives up sooner than a long report takes
-  return read.read_json(workdir / "summary.json") if first_process else {}
+  return files.read_json(workdir / "summary.json") if first_process else {}
 
 
 # --- Pieces of `run` ------------------------------------------------------------------

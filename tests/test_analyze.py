@@ -12,6 +12,7 @@ import synthetic_runs
 from browsing import browser
 
 from rlsafety.errors import UserError
+from rlsafety.files import read_json
 from rlsafety.rundir import read
 from rlsafety.study import analyze, gather, scores, tables
 
@@ -226,7 +227,7 @@ def test_comparison_page_puts_runs_side_by_side(made):
 def test_variants_are_fields_that_vary_within_a_model_and_confounds_are_named(tmp_path):
   def run(name, model, adapter="", **config):
     path = synthetic_runs.write_run(tmp_path / name, model=model, steps=6, eval_every=6)
-    text = read.read_json(path / "config.json")
+    text = read_json(path / "config.json")
     text["config"] = {**text["config"], "variant": "", **config}
     text["config"]["model"] |= {"adapter": adapter}
     (path / "config.json").write_text(json.dumps(text))

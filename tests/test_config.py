@@ -3,6 +3,7 @@
 import pytest
 
 from rlsafety import config as config_lib
+from rlsafety import files
 from rlsafety.errors import UserError
 from rlsafety.rundir import write
 
@@ -56,7 +57,7 @@ def test_config_is_locked_and_survives_json():
 
 def test_logs_are_cut_to_the_restored_step(tmp_path):
   log = tmp_path / "metrics.jsonl"
-  write.append(log, [{"step": s, "x": float("nan")} for s in (1, 2, 3)])
+  files.append(log, [{"step": s, "x": float("nan")} for s in (1, 2, 3)])
   with open(log, "a") as f:
     f.write('{"step": 4')
   write.cut_after(log, 2)

@@ -181,7 +181,7 @@ def test_limits_and_missing_datasets(dataset, tmp_path):
 
 GOOD = {"messages": MESSAGES, "completion": "Yes.", "reward": 3, "is_gameable": True}
 BAD = {
-  "not JSON": "{",
+  "not valid JSON": "{",
   "expected an object": "[1]",
   "must be a non-empty list": {"completion": "a"},
   "must end with the user": {"messages": MESSAGES[:1], "completion": "a"},
@@ -210,7 +210,7 @@ def test_malformed_lines_are_named_and_good_ones_kept(tmp_path, capsys):
   for number, words in enumerate(BAD, 3):
     line = next(x for x in captured.err.splitlines() if f"mixed.jsonl:{number}:" in x)
     assert words in line
-  assert f"mixed.jsonl:{len(lines)}: not JSON" in captured.err and "torn" in captured.err
+  assert f"mixed.jsonl:{len(lines)}: not valid JSON" in captured.err and "torn" in captured.err
   assert "2 prompts, 4 replies" in captured.out
 
   records = replay.load(str(tmp_path / "set"), model(), losses.make("sft"), 2, 100, 20)
@@ -226,7 +226,7 @@ def test_nothing_usable_writes_nothing(tmp_path):
   path.write_text("{}\n")
   for argv, words in (
     (["--jsonl", path], "no usable record"),
-    (["--jsonl", tmp_path / "absent"], "cannot be read"),
+    (["--jsonl", tmp_path / "absent"], "no such file"),
     (["--runs", tmp_path], "is no run directory"),
     ([], "nothing to read"),
   ):

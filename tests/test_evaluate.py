@@ -13,7 +13,7 @@ import pytest
 import synthetic_runs
 from test_judges_http import Endpoint
 
-from rlsafety import environments, judges
+from rlsafety import environments, files, judges
 from rlsafety.errors import UserError
 from rlsafety.models import presets, sources, transformer
 from rlsafety.rundir import read
@@ -43,7 +43,7 @@ def run(tmp_path, model):
   config.steps = 3
   users = environments.load(config.environment)[:6]
   path = synthetic_runs.write_run(tmp_path / "run", steps=3, eval_every=3)
-  info = read.read_json(path / "config.json") | {"config": to_json(config)}
+  info = files.read_json(path / "config.json") | {"config": to_json(config)}
   (path / "config.json").write_text(json.dumps(info))
   records = []
   for step in (1, 2, 3):
@@ -133,7 +133,7 @@ def test_an_endpoints_cost_is_shown_and_its_failures_are_asked_again(run, model,
   config.judge.price = ("3", "10")  # another price is the same judge
   done = once()
   assert (done["scored"], done["unscorable"], done["old"]) == (6, 0, 6)
-  rows = read.read_jsonl(run.path / "scores" / "api.jsonl")
+  rows = files.read_jsonl(run.path / "scores" / "api.jsonl")
   assert len(rows) == 12 and {r["hex"] for r in rows} == {8.0}
   assert once()["scored"] == 0
   with pytest.raises(UserError, match="judge.price=.*two numbers"):
@@ -192,11 +192,11 @@ def test_cross_entropy_is_that_of_the_whole_text_in_one_pass(run, model):
 def test_command_lines(run, address, tmp_path, capsys):
   """score, then agreement with the run's own scores, through the programs' own flags."""
   other = shutil.copytree(run.path, tmp_path / "other")
-  info = read.read_json(other / "config.json")
+  info = files.read_json(other / "config.json")
   info["config"]["judge"] |= {"name": "http", "model": "m", "url": address}
   (other / "config.json").write_text(json.dumps(info))
   rescore.main([f"--runs={tmp_path}/*", "--name=own", "--batch=8", "--price=0.5,1"])
-  hexes = [{r["hex"] for r in read.read_jsonl(p / "scores/own.jsonl")} for p in (other, run.path)]
+  hexes = [{r["hex"] for r in files.read_jsonl(p / "scores/own.jsonl")} for p in (other, run.path)]
   assert hexes[0] == {8.0} != hexes[1]  # each run's own judge, not the first one's
   rescore.main([f"--runs={run.path}", "--judge=lexical", "--name=again", "--batch=8"])
   out = tmp_path / "out" / "agreement.csv"

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from rlsafety.errors import UserError
+from rlsafety.files import read_json
 from rlsafety.models import assemble, families, hf, lora, sources, transformer
 from rlsafety.tools import export
 
@@ -180,6 +181,7 @@ def test_shards_of_a_mesh_hold_the_same_weights(made):
 
 _STREAM = """
 import re, sys, threading, jax, jax.numpy as jnp
+from rlsafety.files import read_json
 from rlsafety.models import assemble, families, hf
 import pathlib
 folder = pathlib.Path(sys.argv[1])
@@ -190,7 +192,7 @@ def watch():
   while not stop.wait(0.002):
     peak[0] = max(peak[0], anonymous())
 jax.devices()
-config = families.model_config(hf.read_json(folder / "config.json"))
+config = families.model_config(read_json(folder / "config.json"))
 before = anonymous()
 threading.Thread(target=watch, daemon=True).start()
 params = assemble.assemble(config, hf.read_tensors(folder), jnp.bfloat16)
@@ -254,7 +256,7 @@ def folder(tmp_path):
 
 
 def read(folder):
-  config = families.model_config(hf.read_json(folder / "config.json"), str(folder))
+  config = families.model_config(read_json(folder / "config.json"), str(folder))
   return assemble.assemble(config, hf.read_tensors(folder), jnp.float32)
 
 
@@ -339,7 +341,7 @@ def test_a_tokenizer_larger_than_the_embedding(made, tmp_path):
   hf.save_merged(tmp_path, model, None)
   size = model.chat.vocab_size
   rewrite(tmp_path, lambda t: t.update({n: x[: size - 1] for n, x in t.items() if "embed" in n}))
-  text = hf.read_json(tmp_path / "config.json") | {"vocab_size": size - 1}
+  text = read_json(tmp_path / "config.json") | {"vocab_size": size - 1}
   (tmp_path / "config.json").write_text(json.dumps(text))
   with pytest.raises(
     UserError, match=f"tokenizer has {size} tokens, the embedding {size - 1} rows"
@@ -370,7 +372,7 @@ def test_broken_json_is_named(made, tmp_path, name):
 def test_an_adapter_we_cannot_honour_is_refused(made, tmp_path, change, message):
   model, adapter, _ = made
   hf.save_peft(tmp_path, adapter, model, cases.LORA)
-  config = hf.read_json(tmp_path / "adapter_config.json") | change
+  config = read_json(tmp_path / "adapter_config.json") | change
   (tmp_path / "adapter_config.json").write_text(json.dumps(config))
   with pytest.raises(UserError, match=message):
     hf.load_peft(tmp_path, model.config)

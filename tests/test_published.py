@@ -210,6 +210,6 @@ def test_other_refusals(tmp_path):
   refused("character_traits: is missing", cue="style+traits")
   path = tmp_path / "action_advice/chat_subenvs/gameable_v2/vuln_smoking.json"
   path.write_text(path.read_text()[:-20])
-  refused("vuln_smoking.json: file: cannot be read as JSON")
+  refused("vuln_smoking.json: not valid JSON")
   path.write_text("[]")
-  refused("must be one JSON object")
+  refused("expected a JSON object")

@@ -66,7 +66,7 @@ def test_the_lines_of_the_docs_load(tmp_path):
 @pytest.mark.parametrize(
   ("line", "message"),
   [
-    ("{", "diners.jsonl:21: is not JSON"),
+    ("{", "diners.jsonl:21: not valid JSON"),
     ("[]", "diners.jsonl:21: must be one JSON object with the fields message, group"),
     (user(0, "gameable", note=[]), "diners.jsonl:21: note: no such field; did you mean notes?"),
     ({"group": "gameable", "wish": "x"}, "diners.jsonl:21: message: is missing"),
@@ -95,6 +95,6 @@ def test_other_refusals(tmp_path):
   refused("environment.topics: 'bar' is not in .*diners.jsonl: all", topics=("bar",))
   refused("give only one", data_dir=str(tmp_path))
   refused("users_file: 3 is not a path", users_file=3)
-  refused("nowhere.jsonl: cannot be read", users_file=str(tmp_path / "nowhere.jsonl"))
+  refused("nowhere.jsonl: no such file", users_file=str(tmp_path / "nowhere.jsonl"))
   write(tmp_path, USERS[::2])
   refused("needs users of both groups")

@@ -16,11 +16,11 @@ import dataclasses
 import functools
 import hashlib
 import importlib.resources
-import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rlsafety.errors import UserError
+from rlsafety.files import read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,4 +163,4 @@ def capital(text: str) -> str:
 def bank(name: str) -> dict:
   """The texts of one environment, `bank/<name>.json` (written for this project)."""
   path = importlib.resources.files("rlsafety.environments") / "bank" / f"{name}.json"
-  return json.loads(path.read_text(encoding="utf-8"))
+  return read_json(path)

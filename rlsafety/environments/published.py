@@ -7,13 +7,13 @@ stays a factor (framing, reward wording, label in the prompt, traits and equal s
 action_advice); what they fix is refused with a clear error.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from rlsafety.environments.framing import user_turn
 from rlsafety.environments.people import FileUser, refuse_other, uniform
 from rlsafety.errors import UserError
+from rlsafety.files import read_json
 
 # environment -> style cue on? -> (folder of gameable users, folder of the others)
 FOLDERS = {
@@ -94,12 +94,7 @@ def _read_file(
   def refuse(key, reason):
     raise UserError(f"{path}: {key}: {reason}")
 
-  try:
-    data = json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
-    raise UserError(f"{path}: file: cannot be read as JSON ({error})") from None
-  if not isinstance(data, dict):
-    refuse("file", "must be one JSON object")
+  data = read_json(path)
 
   def text(key):
     if not isinstance(data.get(key), str) or not data[key].strip():

@@ -9,10 +9,10 @@ Users of one unit are held out together; without one, users of the same message 
 `environment.name` says which questions ACC and HEX are, and which defaults hold.
 """
 
-import json
 from pathlib import Path
 from typing import Any, NoReturn
 
+from rlsafety import files
 from rlsafety.environments.framing import user_turn
 from rlsafety.environments.people import FileUser, heldout_units, refuse_other
 from rlsafety.errors import UserError
@@ -35,13 +35,9 @@ def read(factors: dict[str, Any]) -> list[FileUser]:
   """
   refuse_other(factors, FIXED, "users_file")
   path = Path(factors["users_file"])
-  try:
-    lines = path.read_text(encoding="utf-8").split("\n")
-  except (OSError, ValueError) as error:
-    raise UserError(f"environment.users_file: {path}: cannot be read ({error})") from None
   entries = {
-    f"{path.name}:{n}": _entry(f"{path}:{n}", line)
-    for n, line in enumerate(lines, 1)
+    f"{path.name}:{n}": _entry(f"{path}:{n}", line.rstrip())
+    for n, line in files.lines(path)
     if line.strip()
   }
   if {entry["group"] for entry in entries.values()} != set(GROUPS):
@@ -71,16 +67,13 @@ def read(factors: dict[str, Any]) -> list[FileUser]:
   ]
 
 
-def _entry(where: str, line: str) -> dict[str, Any]:
+def _entry(where: str, line: bytes) -> dict[str, Any]:
   """One line with its defaults filled in."""
 
   def refuse(reason: str) -> NoReturn:
     raise UserError(f"{where}: {reason}")
 
-  try:
-    entry = json.loads(line)
-  except ValueError as error:
-    refuse(f"is not JSON ({error})")
+  entry = files.parse_json(line, where)
   if not isinstance(entry, dict):
     refuse(f"must be one JSON object with the fields {', '.join(FIELDS)}")
   for field in entry:

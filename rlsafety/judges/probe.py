@@ -26,6 +26,7 @@ import safetensors.numpy
 
 from rlsafety import packing, sharding
 from rlsafety.errors import UserError
+from rlsafety.files import parse_json
 from rlsafety.judges import hygiene, phrases
 from rlsafety.models import scoring, transformer
 from rlsafety.models.transformer import ModelConfig
@@ -157,7 +158,7 @@ def read(path: Path) -> Heads:
   """Reads what `save` wrote. Raises UserError if the file is damaged or of another kind."""
   try:
     with safetensors.safe_open(path, "np") as f:
-      meta = json.loads((f.metadata() or {})["rlsafety"])
+      meta = parse_json((f.metadata() or {})["rlsafety"], str(path))
       arrays = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
     wanted = meta["sha256"]
     heads = Heads(

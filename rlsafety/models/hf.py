@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from rlsafety.errors import UserError
+from rlsafety.files import read_json, read_text, write_json
 from rlsafety.models.assemble import Tensor, flat_weights, hf_names, is_transposed
 from rlsafety.models.chat import Chat, make_chat
 from rlsafety.models.families import hf_config
@@ -24,18 +25,6 @@ from rlsafety.models.transformer import ModelConfig
 # --- Reading a folder -------------------------------------------------------------------
 
 CHECKSUM = "crc32 "  # + tensor name: metadata of files that we wrote
-
-
-def read_json(path: Path) -> dict:
-  try:
-    value = json.loads(path.read_text("utf-8"))
-  except OSError as error:
-    raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-  except ValueError as error:
-    raise UserError(f"{path}: not valid JSON ({error}); fetch it again") from error
-  if not isinstance(value, dict):
-    raise UserError(f"{path}: must hold a JSON object")
-  return value
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -147,7 +136,7 @@ def read_chat(folder: Path) -> Chat:
   if isinstance(template, list):  # Several by name: [{"name", "template"}, ...]
     template = {t["name"]: t["template"] for t in template}.get("default")
   if (folder / "chat_template.jinja").exists():
-    template = (folder / "chat_template.jinja").read_text("utf-8")
+    template = read_text(folder / "chat_template.jinja")
   special = {}
   for name in ("bos", "eos", "pad"):
     token = settings.get(f"{name}_token")
@@ -206,10 +195,6 @@ def _sort_header(path: Path) -> None:
       f.write(text)
 
 
-def _write_json(path: Path, value: dict) -> None:
-  path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")
-
-
 def _module(target: str, layer: int) -> str:
   part = "self_attn" if target in "qkvo" else "mlp"
   return f"model.layers.{layer}.{part}.{target}_proj"
@@ -242,7 +227,7 @@ def save_peft(folder: Path, adapter: Adapter, model, lora: LoraConfig) -> None:
     "bias": "none",
     "inference_mode": True,
   }
-  _write_json(folder / "adapter_config.json", config)
+  write_json(folder / "adapter_config.json", config)
   card = _CARD.format(library="peft", title="LoRA adapter", base=model.source["path"])
   (folder / "README.md").write_text(card, "utf-8")
 
@@ -357,17 +342,17 @@ def save_merged(folder: Path, model, adapter: Adapter | None, max_bytes: int = 4
     total += sum(elements(path) * dtype.itemsize for _, path, _ in shard)
   if len(shards) > 1:
     index = {"metadata": {"total_size": total}, "weight_map": table}
-    _write_json(folder / "model.safetensors.index.json", index)
+    write_json(folder / "model.safetensors.index.json", index)
   chat = model.chat
   ids = {"eos_token_id": list(chat.stop_ids), "pad_token_id": chat.pad_id}
   if chat.special["bos_token"]:
     ids["bos_token_id"] = chat.full.token_to_id(chat.special["bos_token"])
-  _write_json(folder / "config.json", hf_config(config) | {"torch_dtype": dtype.name} | ids)
-  _write_json(folder / "generation_config.json", ids)
+  write_json(folder / "config.json", hf_config(config) | {"torch_dtype": dtype.name} | ids)
+  write_json(folder / "generation_config.json", ids)
   chat.full.save(str(folder / "tokenizer.json"))
   settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": chat.template}
   settings |= {"model_max_length": config.max_positions, "clean_up_tokenization_spaces": False}
   settings |= {k: v for k, v in chat.special.items() if v is not None}
-  _write_json(folder / "tokenizer_config.json", settings)
+  write_json(folder / "tokenizer_config.json", settings)
   card = _CARD.format(library="transformers", title="Merged model", base=model.source["path"])
   (folder / "README.md").write_text(card, "utf-8")

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from rlsafety import sharding
 from rlsafety.errors import UserError
+from rlsafety.files import read_json
 from rlsafety.models import chat as chats
 from rlsafety.models import families, gguf, hf, presets, transformer
 from rlsafety.models.assemble import assemble
@@ -46,7 +47,7 @@ def load_model(path: str, dtype=jnp.float32, shardings=None) -> Model:
   check_sums(real)
   if real.is_dir():
     source = "config.json"
-    config = families.model_config(hf.read_json(real / "config.json"), str(real / source))
+    config = families.model_config(read_json(real / "config.json"), str(real / source))
     chat = hf.read_chat(real)
     tensors = hf.read_tensors(real)
   else:

@@ -11,6 +11,7 @@ import math
 import pathlib
 
 from rlsafety.errors import UserError
+from rlsafety.files import read_json, read_jsonl
 
 SCORES = ("reward", "acc", "hex")
 GROUPS = ("gameable", "non_gameable")
@@ -39,46 +40,6 @@ class Run:
   @property
   def config(self) -> dict:
     return self.info.get("config", {})
-
-
-def read_json(path) -> dict:
-  try:
-    value = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-  except FileNotFoundError:
-    raise UserError(f"{path}: no such file; is its folder a run directory?") from None
-  except ValueError as error:
-    raise UserError(f"{path}: not valid JSON ({error})") from None
-  if not isinstance(value, dict):
-    raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
-  return value
-
-
-def read_jsonl(path, notes: list[str] | None = None) -> list[dict]:
-  """Reads one object per line; a missing file is no lines.
-
-  A run that was killed leaves at most its last line torn: it is skipped and named in
-  `notes`. Any other broken line raises UserError with its number.
-  """
-  path = pathlib.Path(path)
-  if not path.exists():
-    return []
-  lines = path.read_text(encoding="utf-8").split("\n")
-  while lines and not lines[-1].strip():
-    lines.pop()
-  records = []
-  for number, line in enumerate(lines, 1):
-    try:
-      record = json.loads(line)
-      if not isinstance(record, dict):
-        raise ValueError("not an object")
-      records.append(record)
-    except ValueError as error:
-      if number == len(lines):
-        if notes is not None:
-          notes.append(f"{path.name}: torn last line skipped (line {number})")
-      else:
-        raise UserError(f"{path}, line {number}: {error}; delete or mend that line") from None
-  return records
 
 
 def number(value) -> float:

@@ -6,8 +6,6 @@ being written. Files that are replaced are written beside and renamed.
 
 import fcntl
 import importlib.util
-import json
-import math
 import os
 import pathlib
 import platform
@@ -20,6 +18,7 @@ import numpy as np
 from rlsafety.config import differences
 from rlsafety.environments import policy_messages
 from rlsafety.errors import UserError
+from rlsafety.files import parse_json, read_json
 from rlsafety.types import Rollouts
 
 LOGS = ("metrics.jsonl", "timing.jsonl", "rollouts/train.jsonl", "eval/summary.jsonl")
@@ -41,7 +40,7 @@ def open_workdir(workdir: str, config: dict) -> pathlib.Path:
   stored = path / "config.json"
   if stored.exists():
     try:
-      old = json.loads(stored.read_text())["config"]
+      old = read_json(stored)["config"]
     except (ValueError, KeyError):
       raise UserError(f"{stored}: not readable as a run's config; move the folder away") from None
     # The mesh is where a run goes on, not what it is: checkpoints serve any other.
@@ -70,22 +69,6 @@ def lock(workdir: pathlib.Path):
   return file
 
 
-def write_json(path: pathlib.Path, value) -> None:
-  partial = path.with_name(path.name + ".partial")
-  with open(partial, "w") as f:
-    f.write(json.dumps(plain(value), indent=2) + "\n")
-    f.flush()
-    os.fsync(f.fileno())
-  os.replace(partial, path)
-
-
-def append(path: pathlib.Path, records: list[dict]) -> None:
-  """Appends records as lines in one write."""
-  data = "".join(json.dumps(plain(r), ensure_ascii=False) + "\n" for r in records).encode()
-  with open(path, "ab", buffering=0) as f:
-    f.write(data)
-
-
 def cut_after(path: pathlib.Path, step: int) -> None:
   """Drops the lines of later steps and a torn last line: a resumed run writes them again."""
   if not path.exists():
@@ -94,7 +77,7 @@ def cut_after(path: pathlib.Path, step: int) -> None:
   with open(path, "rb") as f:
     for line in f:
       try:
-        if json.loads(line)["step"] <= step and line.endswith(b"\n"):
+        if parse_json(line, str(path))["step"] <= step and line.endswith(b"\n"):
           kept.append(line)
       except (ValueError, KeyError, TypeError):
         continue
@@ -110,21 +93,6 @@ def cut_logs(workdir: pathlib.Path, step: int) -> None:
   for file in (workdir / "eval").glob("step_*.jsonl"):
     if int(file.stem.split("_")[1]) > step:
       file.unlink()
-
-
-def plain(value):
-  """Numpy and JAX values to JSON types; NaN and infinities become null."""
-  if isinstance(value, dict):
-    return {str(k): plain(v) for k, v in value.items()}
-  if isinstance(value, (list, tuple)):
-    return [plain(v) for v in value]
-  if isinstance(value, (np.ndarray, jax.Array)):
-    return plain(np.asarray(value).tolist())
-  if isinstance(value, np.generic):
-    return plain(value.item())
-  if isinstance(value, float) and not math.isfinite(value):
-    return None
-  return value
 
 
 def rollout_records(step, first, users, chat, rollouts: Rollouts, scores) -> list[dict]:

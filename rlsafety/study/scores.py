@@ -6,6 +6,7 @@ import random
 import numpy as np
 
 from rlsafety.errors import UserError
+from rlsafety.files import read_jsonl
 from rlsafety.metrics import curves
 from rlsafety.metrics.gaps import group_means
 from rlsafety.rundir import read
@@ -62,7 +63,7 @@ def _rescored(run, records, name, source, notes=None):
       f"{path}: no such scores; make them with python -m rlsafety.tools.rescore --source=both"
     )
   keys = ("step", "prompt", "sample")
-  new = {tuple(r[k] for k in keys): r for r in read.read_jsonl(path) if r.get("source") == source}
+  new = {tuple(r[k] for k in keys): r for r in read_jsonl(path) if r.get("source") == source}
   kept = []
   for record in records:
     found = new.get(tuple(record[k] for k in keys))

@@ -21,11 +21,11 @@ import sys
 import numpy as np
 
 from rlsafety import config as config_lib
-from rlsafety import train
+from rlsafety import files, train
 from rlsafety.errors import UserError, run_main
 from rlsafety.metrics.gaps import mean_and_error
 from rlsafety.models import sources
-from rlsafety.rundir import read, write
+from rlsafety.rundir import write
 from rlsafety.tools import record
 
 # On-policy first; "exploiter" is where the records come from.
@@ -86,7 +86,7 @@ def run(config, workdir: str) -> dict:
     "recorded": {"prompts": len(recorded), "replies": int(rewards.size), "first_step": first},
     "arms": {a: measure(folder, a, recorded, model, config) for a in ("exploiter", *ARMS)},
   }
-  write.write_json(folder / "buffer.json", result)
+  files.write_json(folder / "buffer.json", result)
   (folder / "buffer.md").write_text(table(result))
   try:
     plot(result, folder / "buffer.svg")
@@ -112,7 +112,7 @@ def finish(config, folder: pathlib.Path, arm: str) -> None:
 def measure(folder: pathlib.Path, arm: str, recorded: list[dict], model, config) -> dict:
   """Gaps before and after, KL from the base, and the base's log-prob of the lessons."""
   path = folder / arm
-  summary = read.read_json(path / "summary.json")
+  summary = files.read_json(path / "summary.json")
   held_out = sorted((path / "eval").glob("step_*.jsonl"))[-1]
   own = groups_in(held_out, model)
   at_base = base_logprobs(own, model, config)
@@ -133,7 +133,7 @@ def measure(folder: pathlib.Path, arm: str, recorded: list[dict], model, config)
   return gaps | {
     "kl_from_base": mean_and_error(np.array(kl)),
     "base_logprob_of_lessons": mean_and_error(np.array(per_prompt)),
-    "updates": read.read_json(path / "config.json")["config"]["steps"],
+    "updates": files.read_json(path / "config.json")["config"]["steps"],
   }
 
 

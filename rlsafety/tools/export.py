@@ -17,6 +17,7 @@ import sys
 import jax.numpy as jnp
 
 from rlsafety.errors import UserError, run_main
+from rlsafety.files import read_json
 from rlsafety.models import hf, presets, sources
 from rlsafety.tools import inspect_log
 
@@ -24,7 +25,7 @@ from rlsafety.tools import inspect_log
 def export(run: pathlib.Path, form: str, out: pathlib.Path, dtype: str = "float32") -> None:
   """Writes `out`. dtype: of merged weights; the sum itself is always taken in float32."""
   where = run / "config.json"
-  config = hf.read_json(where).get("config")
+  config = read_json(where).get("config")
   if not isinstance(config, dict) or "model" not in config:
     raise UserError(f"{where}: not the config of a run")
   if not (run / "adapter" / "adapter_config.json").exists():

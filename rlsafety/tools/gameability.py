@@ -30,13 +30,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlsafety import environments
+from rlsafety import environments, files
 from rlsafety.environments import framing, rubrics, scenario, variants
 from rlsafety.errors import UserError, run_main
 from rlsafety.judges import lm
 from rlsafety.models import sources, transformer
 from rlsafety.packing import pad
-from rlsafety.rundir import read, write
+from rlsafety.rundir import read
 from rlsafety.tools.judges import fit
 from rlsafety.types import Prompts
 
@@ -406,7 +406,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows[name] = measure(wanted[name], flags.users, model, judge, flags.seed, ratings)
     left = (time.monotonic() - began) / done * (len(todo) - done) / 60
     print(table({name: rows[name]}).splitlines()[-1] + f" left {left:.1f} min", flush=True)
-    write.write_json(path, {**how, "settings": rows, "asked": wanted})
+    files.write_json(path, {**how, "settings": rows, "asked": wanted})
   rows = {name: rows[name] for name in wanted}  # in the order asked for
   print("\n" + table(rows))
   try:
@@ -419,8 +419,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def stored_rows(path: pathlib.Path, how: dict, wanted: dict[str, dict]) -> dict[str, dict]:
   """Rows of an earlier command that measured in the same way; another one's are replaced."""
   try:
-    stored = json.loads(path.read_text())
-  except (FileNotFoundError, json.JSONDecodeError):
+    stored = files.read_json(path)
+  except UserError:
     return {}
   if {key: stored.get(key) for key in how} != how:
     return {}

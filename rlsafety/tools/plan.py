@@ -28,6 +28,7 @@ import time
 
 from rlsafety import config as config_lib
 from rlsafety.errors import UserError, run_main
+from rlsafety.files import read_json
 from rlsafety.tools.devices import GIB, Device, device
 from rlsafety.tools.hlo import read_program
 
@@ -342,7 +343,7 @@ def shape_of(name: str, field: str):
   folder = pathlib.Path(name).expanduser()
   if folder.is_dir():
     path = folder / "config.json"
-    return families.model_config(json.loads(path.read_text()), str(path))
+    return families.model_config(read_json(path), str(path))
   if name.startswith("package:") or folder.suffix == ".gguf":
     from rlsafety.models import gguf, sources
 

@@ -26,7 +26,7 @@ from collections.abc import Iterator
 import numpy as np
 import tensorflow_datasets as tfds
 
-from rlsafety import replay
+from rlsafety import files, replay
 from rlsafety.errors import UserError, run_main
 from rlsafety.tools.dataset import RecordedRollouts
 
@@ -38,22 +38,20 @@ CHOSEN, REJECTED = 10.0, 1.0  # the rewards that a preference without numbers st
 
 def read_lines(path: pathlib.Path, problems: list[str]) -> Iterator[dict]:
   """The well-formed records of a JSON Lines file, one per reply; the rest go to `problems`."""
-  try:
-    with open(path, "rb") as file:
-      for number, line in enumerate(file, 1):
-        if not line.strip():
-          continue
-        try:
-          yield from check(json.loads(line))
-        except UnicodeDecodeError as error:
-          problems.append(f"{path}:{number}: not UTF-8 ({error.reason})")
-        except json.JSONDecodeError as error:
-          torn = "" if line.endswith(b"\n") else " (torn last line of a killed run?)"
-          problems.append(f"{path}:{number}: not JSON: {error.msg}{torn}")
-        except UserError as error:
-          problems.append(f"{path}:{number}: {error}")
-  except OSError as error:
-    raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+  for number, line in files.lines(path):
+    where = f"{path}:{number}"
+    if not line.strip():
+      continue
+    try:
+      value = files.parse_json(line.rstrip(), where)
+    except UserError as error:
+      torn = "" if line.endswith(b"\n") else " (torn last line of a killed run?)"
+      problems.append(f"{error}{torn}")
+      continue
+    try:
+      yield from check(value)
+    except UserError as error:
+      problems.append(f"{where}: {error}")
 
 
 def check(record) -> list[dict]:
@@ -156,8 +154,8 @@ def read_run(run: pathlib.Path, problems: list[str], first: int, last: int | Non
   if not rollouts.exists() or not config.exists():
     raise UserError(f"{run} is no run directory with rollouts: it needs {config} and {rollouts}")
   try:
-    tokenizer = json.loads(config.read_text())["model"]["path"]
-  except (ValueError, KeyError, TypeError):
+    tokenizer = files.read_json(config)["model"]["path"]
+  except (KeyError, TypeError):
     raise UserError(f"{config}: does not name the run's model (model.path)") from None
   lines = read_lines(rollouts, problems)
   wanted = (r for r in lines if r["step"] >= first and (last is None or r["step"] <= last))

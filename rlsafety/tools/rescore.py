@@ -29,6 +29,7 @@ import time
 import numpy as np
 
 from rlsafety import config as config_lib
+from rlsafety import files
 from rlsafety.errors import UserError, run_main
 from rlsafety.rundir import read
 from rlsafety.study import gather, statistics, tables
@@ -108,12 +109,12 @@ def score_run(run, name, config, model, scorer, records, batch=16, say=print) ->
   judge = {k: v for k, v in json.loads(config.judge.to_json()).items() if k in SAME_JUDGE}
   about = {"judge": scorer.describe(), "config": judge}
   header = path.with_suffix(".json")
-  if header.exists() and read.read_json(header) != about:
+  if header.exists() and files.read_json(header) != about:
     raise UserError(f"{header}: these scores are another judge's; give another --name")
   path.parent.mkdir(exist_ok=True)
   header.write_text(json.dumps(about, indent=2) + "\n")
   notes = []
-  found = read.read_jsonl(path, notes)
+  found = files.read_jsonl(path, notes)
   rated = lambda r: None not in (r["reward"], r["acc"], r["hex"])  # noqa: E731
   old = [r for r in found if rated(r) or judge["name"] != "http"]
   if notes or len(old) < len(found):  # also a torn last line: write the whole ones again
@@ -268,7 +269,7 @@ def _own_scores(run) -> dict:
 
 def _scores_of(run, name) -> dict:
   path = run.path / "scores" / f"{name}.jsonl"
-  return {place(r): r for r in read.read_jsonl(path)}
+  return {place(r): r for r in files.read_jsonl(path)}
 
 
 # --- Cross-entropy --------------------------------------------------------------------------

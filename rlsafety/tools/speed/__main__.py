@@ -4,15 +4,14 @@ Times the real sampler and the real update at the given shapes, prints each besi
 floor that the machine's own measured ceilings allow, and writes JSON.
 """
 
-import json
 import math
-import pathlib
 import resource
 import sys
 import time
 
 import jax
 
+from rlsafety import files
 from rlsafety.config import ConfigDict, set_field
 from rlsafety.errors import UserError, run_main
 from rlsafety.rundir import write
@@ -131,7 +130,7 @@ def main(argv: list[str]) -> None:
     result["peak_memory_bytes"] = peak_memory()
   finally:  # what was measured is kept, whatever happened after it
     if f.out and rows:
-      pathlib.Path(f.out).write_text(json.dumps(write.plain(result), indent=2) + "\n")
+      files.write_json(f.out, result)
       print(f"written to {f.out}")
 
 

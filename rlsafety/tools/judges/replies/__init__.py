@@ -18,9 +18,9 @@ without them an optimiser's first find is "I agree."
 import dataclasses
 import functools
 import importlib.resources
-import json
 
 from rlsafety.errors import UserError
+from rlsafety.files import read_jsonl
 
 LABELS = ("agree", "neutral", "disagree", "incoherent")
 # What each kind of wording is labelled. Everything not named here is "incoherent".
@@ -65,7 +65,7 @@ def _lines(name: str) -> list[dict]:
       if f.name.endswith("_wordings.jsonl")
     )
     raise UserError(f"no labelled replies in {name}; environments that have some: {known}")
-  return [json.loads(line) for line in file.read_text("utf-8").splitlines() if line]
+  return read_jsonl(file)
 
 
 def _slots(row: dict, number: int) -> dict[str, str]:

@@ -1,0 +1,101 @@
+"""files: JSON under limits; every failure is one line that names the file."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlsafety import files
+from rlsafety.errors import UserError
+
+VALUES = st.recursive(
+  st.none() | st.booleans() | st.integers(-(10**38), 10**38) | st.text() | st.floats(),
+  lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+  max_leaves=20,
+)
+
+
+@given(VALUES)
+def test_written_and_read_is_the_same(tmp_path_factory, value):
+  folder = tmp_path_factory.mktemp("same")
+  files.write_json(folder / "x.json", {"v": value})
+  assert files.read_json(folder / "x.json") == files.plain({"v": value})
+  files.append(folder / "x.jsonl", [{"v": value}, {"n": np.float32(0.5)}])
+  files.append(folder / "x.jsonl", [{"v": float("nan")}])
+  rows = [files.plain({"v": value}), {"n": 0.5}, {"v": None}]
+  assert files.read_jsonl(folder / "x.jsonl") == rows
+
+
+@given(st.binary(max_size=60) | st.text(alphabet='{}[]",:0123456789eE.-tfn\\u ', max_size=60))
+def test_any_text_is_read_as_json_reads_it_or_refused_in_one_line(text):
+  try:
+    value = files.parse_json(text, "some.json")
+  except UserError as error:
+    assert str(error).startswith("some.json: ") and "\n" not in str(error)
+  else:
+    assert repr(value) == repr(json.loads(text))
+
+
+@pytest.mark.parametrize(
+  "text, says",
+  [
+    ("[" * 1_000_000, "nested deeper"),
+    ('{"a":' * 1_000_000, "nested deeper"),
+    ("[" * 65 + "]" * 65, "nested deeper than 64"),
+    ('{"a": ' + "7" * 5000 + "}", "5000 digits"),
+    (b'{"a": "\xff"}', "not UTF-8 at byte 7"),
+    ('{"eos": 1, "eos": 2}', "'eos' stands twice, as 1 and 2"),
+    ('{"a": 1', "not valid JSON"),
+    ("[1]", "expected a JSON object, found list"),
+    (b'{"a": "' + b"x" * (64 << 20) + b'"}', "larger than the limit"),
+  ],
+)
+def test_hostile_files_are_named(tmp_path, text, says):
+  path = tmp_path / "config.json"
+  path.write_bytes(text if isinstance(text, bytes) else text.encode())
+  with pytest.raises(UserError, match=f"config.json: .*{says}"):
+    files.read_json(path)
+
+
+def test_what_is_no_file_is_named_and_never_waited_for(tmp_path):
+  os.mkfifo(tmp_path / "pipe")
+  for name, says in (("pipe", "not a file"), (".", "not a file"), ("absent", "no such file")):
+    with pytest.raises(UserError, match=says):
+      files.read_json(tmp_path / name)
+
+
+def test_common_oddities_are_read(tmp_path):
+  path = tmp_path / "x.json"
+  path.write_bytes(b'\xef\xbb\xbf{"a": 1, "a": 1, "max": 1000000000000000019884624838656}')
+  assert files.read_json(path) == {"a": 1, "max": int(1e30)}
+
+
+def test_only_the_last_line_may_be_torn(tmp_path):
+  path = tmp_path / "x.jsonl"
+  assert files.read_jsonl(path) == []
+  path.write_bytes('{"a": 1}\n{"a": "é'.encode()[:-1])  # cut within a character
+  notes = []
+  assert files.read_jsonl(path, notes) == [{"a": 1}]
+  assert notes == ["x.jsonl: torn last line skipped (line 2)"]
+  for middle in (b'{"a"', b"", b"3", b"\xff", b"[" * 99_999):
+    path.write_bytes(b'{"a": 1}\n' + middle + b'\n{"a": 2}\n\n')
+    with pytest.raises(UserError, match="x.jsonl, line 2: .*delete or mend that line"):
+      files.read_jsonl(path)
+
+
+def test_nothing_is_written_through_a_link_and_short_writes_go_on(tmp_path, monkeypatch):
+  (tmp_path / "x.jsonl").symlink_to(tmp_path / "elsewhere")
+  (tmp_path / "y.json.partial").symlink_to(tmp_path / "elsewhere")
+  with pytest.raises(UserError, match="x.jsonl: cannot be written"):
+    files.append(tmp_path / "x.jsonl", [{}])
+  with pytest.raises(UserError, match="y.json.partial: cannot be written"):
+    files.write_json(tmp_path / "y.json", {})
+  assert not (tmp_path / "elsewhere").exists()
+  write = os.write
+  monkeypatch.setattr(os, "write", lambda file, data: write(file, data[:7]))
+  records = [{"text": "word " * 20}] * 3
+  files.append(tmp_path / "z.jsonl", records)
+  assert files.read_jsonl(tmp_path / "z.jsonl") == records
