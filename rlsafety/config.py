@@ -51,7 +51,6 @@ def base() -> ConfigDict:
   c.sampler.top_k = 0  # 0 = off; RL wants the policy's own distribution
   c.sampler.top_p = 1.0
   c.sampler.cache = ""  # int8 halves the KV cache against bfloat16
-  c.sampler.unroll = False  # decode over a list of layers, for one more copy of the base
   c.memory = ConfigDict()
   c.memory.cache_gib = 0.0  # KV cache per device: cuts rollouts into pieces; 0 = no limit
   c.memory.sampler_base = ""  # int8: the sampler reads a rounded copy of the base

@@ -13,11 +13,10 @@ import optax
 
 from rlsafety import losses
 from rlsafety.errors import UserError
-from rlsafety.models import scoring, transformer
+from rlsafety.models import scoring
+from rlsafety.models.architecture import ModelConfig
 from rlsafety.models.lora import Adapter, Dropout
-from rlsafety.models.transformer import ModelConfig
-from rlsafety.packing import mask_from_lengths
-from rlsafety.types import Batch, Prompts, TrainState
+from rlsafety.types import Batch, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,42 +78,6 @@ def state_axes(state: TrainState, adapter_axes: dict):
   return jax.tree_util.tree_map_with_path(axes_of, state)
 
 
-def token_scores(
-  base: dict,
-  adapter: Adapter | None,
-  config: ModelConfig,
-  prompts: Prompts,
-  tokens: jax.Array,
-  lengths: jax.Array,
-  *,
-  temperature: float = 1.0,
-  chunk_tokens: int = 2048,
-  remat: str = "none",
-  dropout: Dropout | None = None,
-  attention: str = "einsum",
-) -> scoring.TokenScores:
-  """Log-prob and entropy of each completion token: tokens [P, G, T], 0 after `lengths`.
-
-  The first token is predicted by the prompt's last state, token i by the state at i - 1.
-  adapter=None scores under the reference, which is the base alone.
-  """
-  prompt, first = transformer.prefill(
-    base, adapter, config, prompts, dropout=dropout, remat=remat, attention=attention
-  )
-  first = transformer.last_hidden(first, prompts.lengths)
-  hidden, _ = transformer.extend(
-    base, adapter, config, prompt, tokens, dropout=dropout, remat=remat
-  )
-  P, G, T, D = hidden.shape
-  first = jnp.broadcast_to(first[:, None, None], (P, G, 1, D))
-  hidden = jnp.concatenate([first, hidden[:, :, :-1]], axis=2)
-  out = scoring.score(
-    base, config, hidden, tokens, temperature=temperature, chunk_tokens=chunk_tokens
-  )
-  mask = mask_from_lengths(lengths, T)
-  return jax.tree.map(lambda x: jnp.where(mask, x, 0.0), out)
-
-
 def update(
   state: TrainState,
   base: dict,
@@ -137,7 +100,7 @@ def update(
   total = losses.denominator(batch, objective)
 
   def scores_of(adapter, piece, dropout):
-    return token_scores(
+    return scoring.token_scores(
       base,
       adapter,
       config,

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 from rlsafety.errors import UserError
 from rlsafety.models import transformer
+from rlsafety.models.architecture import ModelConfig
 from rlsafety.models.lora import Adapter
-from rlsafety.models.transformer import ModelConfig
 from rlsafety.types import Prompts, Rollouts
 
 
@@ -24,8 +24,7 @@ class SamplerSettings:
 
   temperature 0 is greedy. top_k 0 and top_p 1 are off, the right choice for RL: a
   truncated draw is not the policy's own distribution (its log-probs are still reported
-  under the full vocabulary). cache "int8" halves the KV cache against bfloat16. unroll
-  decodes over a list of layers, for one more copy of the base.
+  under the full vocabulary). cache "int8" halves the KV cache against bfloat16.
   """
 
   group: int
@@ -35,7 +34,6 @@ class SamplerSettings:
   top_k: int = 0
   top_p: float = 1.0
   cache: str = ""
-  unroll: bool = False
 
   def __post_init__(self):
     if self.group < 1 or self.max_tokens < 1:
@@ -88,14 +86,6 @@ def sample(
   if settings.cache == "int8":
     prompt = transformer.quantise_cache(prompt)
   cache = transformer.init_cache(config, P, G, T, dtype)
-  head = params
-  if settings.unroll:
-    L = config.n_layers
-    split = functools.partial(transformer.unstack, layers=L)
-    params = {**params, "layers": split(params["layers"])}
-    adapter = adapter and adapter.replace(weights=split(adapter.weights))
-    prompt = prompt.replace(k=split(prompt.k), v=split(prompt.v))
-    cache = [transformer.init_cache(one_layer(config), P, G, T, dtype) for _ in range(L)]
   hidden = transformer.last_hidden(hidden, prompts.lengths)
   hidden = jnp.broadcast_to(hidden[:, None], (P, G, hidden.shape[-1]))
   rows = first_row + jnp.arange(P)
@@ -104,7 +94,7 @@ def sample(
 
   def draw(hidden, slot):
     """hidden [P, G, D] -> tokens [P, G] and their full-vocabulary log-probs [P, G]."""
-    logits = transformer.unembed(head, config, hidden)
+    logits = transformer.unembed(params, config, hidden)
     logits = logits / (temperature or 1.0)
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     if temperature == 0.0:
@@ -145,10 +135,6 @@ def sample(
   )
   carry = (jnp.zeros((), jnp.int32), start.tokens[..., 0], hidden, start, cache)
   return jax.lax.while_loop(unfinished, step, carry)[3]
-
-
-def one_layer(config: ModelConfig) -> ModelConfig:
-  return dataclasses.replace(config, n_layers=1)
 
 
 def cache_bytes(config: ModelConfig, slots: int, settings: SamplerSettings, mesh, dtype) -> float:

@@ -34,7 +34,7 @@ from rlsafety import config as config_lib
 from rlsafety.data import order as prompt_order
 from rlsafety.errors import UserError, run_main
 from rlsafety.metrics.gaps import group_means, threshold_rates
-from rlsafety.models import hf, int8, lora, sources, transformer
+from rlsafety.models import architecture, hf, int8, lora, scoring, sources
 from rlsafety.report.summary import finish
 from rlsafety.rundir import write
 from rlsafety.types import Batch, Prompts
@@ -78,7 +78,7 @@ def run_on(mesh, config, workdir: str) -> dict:
   eval_users = prompt_order.held_out(scenarios, config.eval.prompts)
   encode = functools.partial(prompt_order.encode, model.chat, config.max_prompt_tokens)
   train_prompts, eval_prompts = encode(train_users), encode(eval_users)
-  say(f"model {model.source}: {transformer.params_count(model.config) / 1e6:.1f} M parameters")
+  say(f"model {model.source}: {architecture.params_count(model.config) / 1e6:.1f} M parameters")
   say(f"environment {config.environment.name}: {len(train_users)} training prompts")
   records, from_records = replay.open_for(config, model)
   if records:
@@ -108,7 +108,7 @@ def run_on(mesh, config, workdir: str) -> dict:
   if first_process:
     write.cut_logs(workdir, step)
     record = {"config": stored_config, **write.environment(), "seed": config.seed}
-    size = {"parameters": transformer.params_count(model.config)}
+    size = {"parameters": architecture.params_count(model.config)}
     record |= {"model": {**model.source, **size}, "judge": score.describe()}
     files.write_json(workdir / "config.json", record)
 
@@ -277,7 +277,7 @@ def complete_batch(base, drawn, replayed: Batch | None, *, config, settings) -> 
   batch = jax.tree.map(pin, batch)
   objective, reference = settings.objective, None
   if losses.needs_reference(objective):
-    reference = learner.token_scores(
+    reference = scoring.token_scores(
       base,
       None,
       config,
@@ -368,7 +368,7 @@ def init_state(config, model, optimizer, key):
           f"model.adapter={config.model.adapter}: its {field} is {getattr(found, field)}, "
           f"lora.{field} is {getattr(settings, field)}; set --config.lora.{field} to match"
         )
-  layers = transformer.weights(model.config)["layers"]
+  layers = architecture.weights(model.config)["layers"]
   axes = lora.adapter_axes(layers, settings)
 
   def init(start):

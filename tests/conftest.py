@@ -26,14 +26,14 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-from rlsafety.models import lora, transformer  # noqa: E402
-from rlsafety.models.attention import Rope  # noqa: E402
+from rlsafety.models import architecture, lora  # noqa: E402
+from rlsafety.models.architecture import Rope  # noqa: E402
 from rlsafety.types import Prompts  # noqa: E402
 
-LLAMA = transformer.ModelConfig(
+LLAMA = architecture.ModelConfig(
   vocab_size=96, d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=48
 )
-QWEN = transformer.ModelConfig(
+QWEN = architecture.ModelConfig(
   vocab_size=96,
   d_model=32,
   n_layers=2,
@@ -44,7 +44,7 @@ QWEN = transformer.ModelConfig(
   qkv_bias=True,
   tie_embeddings=True,
 )
-GEMMA = transformer.ModelConfig(
+GEMMA = architecture.ModelConfig(
   vocab_size=96,
   d_model=32,
   n_layers=4,
@@ -71,9 +71,9 @@ def make_model(config, seed=0, rank=4):
   """(params, adapter) with every weight random and large enough to matter."""
   rng = np.random.default_rng(seed)  # numpy: jax would compile a generator for each shape
   fill = lambda shape, size: jnp.asarray(size * rng.standard_normal(shape), jnp.float32)  # noqa: E731
-  declared = transformer.weights(config)
+  declared = architecture.weights(config)
   params = jax.tree.map(
-    lambda w: fill(w.shape, 0.15) + (w.init == "ones"), declared, is_leaf=transformer.is_weight
+    lambda w: fill(w.shape, 0.15) + (w.init == "ones"), declared, is_leaf=architecture.is_weight
   )
   weights = {
     name: {

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from rlsafety.models import assemble, families, hf, transformer
+from rlsafety.models import architecture, assemble, families, hf, transformer
 from rlsafety.models.lora import Adapter, LoraConfig
 from rlsafety.models.sources import Model
 from rlsafety.types import Prompts
@@ -116,7 +116,7 @@ def write_folder(hf_config: dict, folder) -> None:
 
 
 def adapter_of(config) -> Adapter:
-  layers = transformer.weights(config)["layers"]
+  layers = architecture.weights(config)["layers"]
   weights = {}
   for target in LORA.targets:
     n, d_in, d_out = layers[target].shape

@@ -20,7 +20,7 @@ def test_gpu_suite_at_tiny_shapes(tmp_path):
   bench.main(["bench", *flags, "--peer_rows=2", f"--out={tmp_path / 'gpu.json'}"])
   result = json.loads((tmp_path / "gpu.json").read_text())
   rows = {row["name"].removeprefix("tiny "): row for row in result["rows"]}
-  decode = [f"decode 4 rows, {v}" for v in ("carry", "list", "merged", "int8 base", "int8 cache")]
+  decode = [f"decode 4 rows, {v}" for v in ("plain", "merged", "int8 base", "int8 cache")]
   for name in (*decode, "prefill", "decode", "learner update", "whole step"):
     assert rows[name]["seconds"] > 0 and rows[name]["floor_seconds"] > 0
     assert rows[name]["flops_per_second"] > 0

@@ -12,10 +12,10 @@ from conftest import LLAMA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlsafety import learner, losses, replay
+from rlsafety import losses, replay
 from rlsafety.data import order
 from rlsafety.errors import UserError
-from rlsafety.models import sources
+from rlsafety.models import scoring, sources
 from rlsafety.models.chat import byte_chat
 from rlsafety.tools import record
 from rlsafety.types import Prompts
@@ -249,7 +249,7 @@ def test_logprobs_of_a_named_model(tmp_path):
 
   loaded = sources.load_model(model_path)
   records = replay.load(str(tmp_path / "set"), loaded, losses.make("grpo"), 2, 100, 40)
-  score = jax.jit(functools.partial(learner.token_scores, config=loaded.config))
+  score = jax.jit(functools.partial(scoring.token_scores, config=loaded.config))
   for i, completions in enumerate((["Yes.", "No, never."], ["Yes."])):
     example = replay.example_at(records, i)
     prompt = np.array([loaded.chat.encode(json.loads(example["messages"]))], np.int32)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from rlsafety.errors import UserError
-from rlsafety.models import families, presets, transformer
+from rlsafety.models import architecture, families, presets
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "families.npz"
 
@@ -98,7 +98,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_presets_have_the_published_size(name):
-  assert transformer.params_count(presets.preset(name)) == PUBLISHED[name]
+  assert architecture.params_count(presets.preset(name)) == PUBLISHED[name]
 
 
 @pytest.mark.parametrize("name", [*presets.PRESETS, *cases.CASES])

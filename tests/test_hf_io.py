@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 
 from rlsafety.errors import UserError
 from rlsafety.files import read_json
-from rlsafety.models import assemble, families, hf, lora, sources, transformer
+from rlsafety.models import architecture, assemble, families, hf, lora, sources, transformer
 from rlsafety.tools import export
 
 FAMILY = "qwen25_gqa_tied"  # biases, tied head
@@ -173,7 +173,7 @@ def test_shards_of_a_mesh_hold_the_same_weights(made):
   def place(w):
     return sources.sharding.named(mesh, w.axes, w.shape)
 
-  targets = jax.tree.map(place, transformer.weights(model.config), is_leaf=transformer.is_weight)
+  targets = jax.tree.map(place, architecture.weights(model.config), is_leaf=architecture.is_weight)
   params = assemble.assemble(model.config, hf.read_tensors(folder), jnp.float32, targets)
   assert params["layers"]["q"].sharding.shard_shape(params["layers"]["q"].shape) == (2, 16, 16)
   same(params, model.params)

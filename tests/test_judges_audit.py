@@ -18,8 +18,8 @@ from rlsafety.errors import UserError
 from rlsafety.judges import http, lm, phrases, probe
 from rlsafety.metrics.gaps import threshold_rates
 from rlsafety.models import sources
+from rlsafety.models.architecture import ModelConfig
 from rlsafety.models.sources import random_model
-from rlsafety.models.transformer import ModelConfig
 from rlsafety.tools.judges import audit, compare, fit, replies
 
 CONFIG = ModelConfig(

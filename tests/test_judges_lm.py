@@ -14,10 +14,10 @@ from rlsafety.config import base
 from rlsafety.environments.scenario import REPLY, Scenario, judge_messages
 from rlsafety.errors import UserError
 from rlsafety.judges import lm, phrases
-from rlsafety.models import hf, lora, transformer
+from rlsafety.models import architecture, hf, lora, transformer
+from rlsafety.models.architecture import ModelConfig
 from rlsafety.models.chat import byte_chat, make_chat
 from rlsafety.models.sources import random_model
-from rlsafety.models.transformer import ModelConfig
 from rlsafety.types import Prompts
 
 CONFIG = ModelConfig(
@@ -164,7 +164,7 @@ def test_an_adapter_changes_the_judge_and_only_lm_takes_one(model, tmp_path):
   config = base()
   config.judge.adapter = str(tmp_path)
   settings = lora.LoraConfig(rank=2, alpha=32.0, rslora=True, dropout=0.0, targets=("q", "v"))
-  adapter = lora.init_adapter(transformer.weights(CONFIG)["layers"], settings, jax.random.key(0))
+  adapter = lora.init_adapter(architecture.weights(CONFIG)["layers"], settings, jax.random.key(0))
   adapter = jax.tree.map(lambda x: x + 0.3, adapter)
   hf.save_peft(tmp_path, adapter, model, settings)
   replies = rollouts(model.chat, [["Yes, indeed."]])

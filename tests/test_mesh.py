@@ -15,17 +15,18 @@ from rlsafety import advantages, learner, losses, sampler, sharding, train
 from rlsafety.config import base
 from rlsafety.errors import UserError
 from rlsafety.learner import LearnerSettings
-from rlsafety.models import lora, transformer
+from rlsafety.models import architecture, lora, scoring
 from rlsafety.types import Batch
 
 MESHES = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2)]
 
 
 def placed(mesh, config, params, adapter):
-  axes = jax.tree.map(lambda w: w.axes, transformer.weights(config), is_leaf=transformer.is_weight)
+  declared = architecture.weights(config)
+  axes = jax.tree.map(lambda w: w.axes, declared, is_leaf=architecture.is_weight)
   put = lambda x, a: sharding.put(mesh, x, *a)  # noqa: E731
   params = jax.tree.map(put, params, axes)
-  layers = transformer.weights(config)["layers"]
+  layers = declared["layers"]
   settings = lora.LoraConfig(rank=4, targets=tuple(adapter.weights))
   return params, adapter.replace(
     weights=jax.tree.map(put, adapter.weights, lora.adapter_axes(layers, settings))
@@ -117,7 +118,7 @@ def test_logprobs_are_the_same_on_every_mesh(name):
     with jax.set_mesh(mesh):
       params, adapter = placed(mesh, config, *model)
       split = sharding.put_prompts(mesh, (batch.prompts, batch.tokens, batch.lengths))
-      scores = jax.jit(learner.token_scores, static_argnums=2)(params, adapter, config, *split)
+      scores = jax.jit(scoring.token_scores, static_argnums=2)(params, adapter, config, *split)
       results.append(jax.device_get(scores))
   for other in results[1:]:
     for x, y in zip(jax.tree.leaves(results[0]), jax.tree.leaves(other), strict=True):
@@ -128,7 +129,7 @@ def test_state_is_made_in_place():
   config = base()
   config.lora.rank = 4
   mesh = sharding.make_mesh(2, 2, 2)
-  layers = transformer.weights(CONFIGS["llama"])["layers"]
+  layers = architecture.weights(CONFIGS["llama"])["layers"]
   axes = lora.adapter_axes(layers, train.lora_config(config))
   with jax.set_mesh(mesh):
     model = types.SimpleNamespace(config=CONFIGS["llama"])

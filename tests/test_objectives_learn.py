@@ -107,7 +107,7 @@ THINGS = ("tea", "rain", "bread", "music")
 def test_own_held_out_loss_falls_on_the_real_model(smollm2, name):
   """Two prompts in a pirate's words; two others must become likelier too."""
   from rlsafety import replay
-  from rlsafety.models import lora, transformer
+  from rlsafety.models import architecture, lora, scoring
 
   model, S, slots = smollm2, 40, 14
   replies = 2 if name == "dpo" else 1
@@ -134,7 +134,7 @@ def test_own_held_out_loss_falls_on_the_real_model(smollm2, name):
       staleness=np.zeros_like(sizes),
     )
 
-  score = jax.jit(functools.partial(learner.token_scores, config=model.config))
+  score = jax.jit(functools.partial(scoring.token_scores, config=model.config))
 
   def score_at(adapter, prompts, tokens, lengths):
     return score(model.params, adapter, prompts=prompts, tokens=tokens, lengths=lengths)
@@ -145,7 +145,7 @@ def test_own_held_out_loss_falls_on_the_real_model(smollm2, name):
     return float(total / losses.denominator(batch, objective))
 
   objective = losses.make(name)
-  layers = transformer.weights(model.config)["layers"]
+  layers = architecture.weights(model.config)["layers"]
   settings = lora.LoraConfig(rank=4, alpha=8.0)
   optimizer = learner.make_optimizer(1e-3)
   state = learner.init_state(lora.init_adapter(layers, settings, jax.random.key(0)), optimizer)

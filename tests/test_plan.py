@@ -16,7 +16,7 @@ import pytest
 from rlsafety import sharding
 from rlsafety.config import load_recipe
 from rlsafety.errors import UserError
-from rlsafety.models import int8, presets, transformer
+from rlsafety.models import architecture, int8, presets, transformer
 from rlsafety.tools import hlo, plan
 from rlsafety.tools.devices import device
 
@@ -31,7 +31,7 @@ def recipe(name="tiny_syco"):
 def test_flops_of_a_prefill_are_the_closed_form():
   c = conftest.LLAMA
   P, S = 3, 16
-  params = jax.eval_shape(lambda k: transformer.init_params(c, k), jax.random.key(0))
+  params = jax.eval_shape(lambda k: architecture.init_params(c, k), jax.random.key(0))
   prompts = conftest.make_prompts(c, [16, 9, 2], S)
   run = jax.jit(lambda params, prompts: transformer.prefill(params, None, c, prompts))
   text = run.lower(params, prompts).compile().as_text()
@@ -71,7 +71,7 @@ def test_plan_of_the_tiny_run():
     else 4
     * jnp.prod(jnp.array(s.shape))
     / 2 ** ("mlp" in s.axes or "heads" in s.axes or "kv" in s.axes or "vocab" in s.axes)
-    for s in jax.tree.leaves(transformer.weights(policy), is_leaf=transformer.is_weight)
+    for s in jax.tree.leaves(architecture.weights(policy), is_leaf=architecture.is_weight)
   )
   assert made["resident"]["policy weights"] == split
   assert made["resident"]["judge weights"] == 0
@@ -113,7 +113,7 @@ def test_plan_counts_pieces_int8_copies_and_the_reference_pass():
   assert made["evaluation_seconds"] == pytest.approx(3 * 2 * 2 * sampling)
   learning = sum(made["programs"][name]["seconds"] for name in ("reference", "update"))
   assert made["step_seconds"] == pytest.approx(sampling / 4 + learning)
-  linears = [transformer.weights(policy)["layers"][n].shape for n in int8.LINEARS]
+  linears = [architecture.weights(policy)["layers"][n].shape for n in int8.LINEARS]
   copy = sum(L * i * o + 4 * L * o for L, i, o in linears)
   assert made["resident"]["int8 copy for the sampler"] == copy
 
@@ -143,7 +143,7 @@ def test_every_model_of_the_study_has_a_shape_and_a_mesh():
     if model.endswith(("-chat", "-it", "-instruct")):  # base models have the same shapes
       assert f"\n| {model} | v" in readme  # docs/make_plan_table.py
     policy, judge = plan.policy_and_judge(config)
-    billions = transformer.params_count(policy) / 1e9
+    billions = architecture.params_count(policy) / 1e9
     stated = float(
       next(
         w
@@ -172,7 +172,7 @@ import jax, jax.numpy as jnp
 from rlsafety.tools import plan
 from rlsafety.config import load_recipe
 from rlsafety.tools.devices import device
-from rlsafety.models.transformer import ModelConfig
+from rlsafety.models.architecture import ModelConfig
 config = load_recipe(sys.argv[1])
 config.mesh.data = 1
 config.max_prompt_tokens, config.sampler.max_tokens, config.learner.microbatches = 128, 64, 1

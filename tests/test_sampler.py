@@ -10,9 +10,9 @@ from conftest import LLAMA, make_model, make_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlsafety import learner, sampler, sharding
+from rlsafety import sampler, sharding
 from rlsafety.errors import UserError
-from rlsafety.models import int8, transformer
+from rlsafety.models import int8, scoring, transformer
 from rlsafety.sampler import SamplerSettings
 from rlsafety.types import Prompts
 
@@ -37,7 +37,7 @@ def test_logprobs_are_the_learners_whatever_was_truncated(family, temperature, t
     temperature=temperature, top_k=top_k, top_p=top_p,
   )  # fmt: skip
   config, params, adapter = family
-  score = functools.partial(learner.token_scores, config=config, temperature=temperature)
+  score = functools.partial(scoring.token_scores, config=config, temperature=temperature)
   scores = jax.jit(score)(params, adapter, prompts=prompts, tokens=r.tokens, lengths=r.lengths)
   np.testing.assert_allclose(r.logprobs, scores.logprobs, atol=1e-4)
 
@@ -112,24 +112,14 @@ def test_bad_settings_name_the_field():
       SamplerSettings(group=1, max_tokens=1, **kwargs)
 
 
-def test_layers_on_a_list_draw_the_same_tokens(family):
-  prompts = make_prompts(family[0], [6, 3], 7)
-  scanned, listed = (
-    draw(family, prompts, group=3, max_tokens=6, stop_ids=(1, 2), unroll=u) for u in (False, True)
-  )
-  np.testing.assert_array_equal(scanned.tokens, listed.tokens)
-  np.testing.assert_allclose(scanned.logprobs, listed.logprobs, atol=1e-5)
-
-
-@pytest.mark.parametrize("unroll", [False, True])
-def test_int8_cache_and_base_stay_near_the_truth(model, unroll):
+def test_int8_cache_and_base_stay_near_the_truth(model):
   """The reported log-probs are those of the rounded model: near the exact ones, not equal."""
   config, params, adapter = model
   prompts = make_prompts(config, [6, 3], 7)
-  score = jax.jit(functools.partial(learner.token_scores, config=config))
+  score = jax.jit(functools.partial(scoring.token_scores, config=config))
   rounded = int8.quantise_base(params)
   for base, cache in ((params, "int8"), (rounded, ""), (rounded, "int8")):
-    r = draw((config, base, adapter), prompts, group=4, max_tokens=8, cache=cache, unroll=unroll)
+    r = draw((config, base, adapter), prompts, group=4, max_tokens=8, cache=cache)
     exact = score(params, adapter, prompts=prompts, tokens=r.tokens, lengths=r.lengths).logprobs
     error = np.abs(np.asarray(r.logprobs - exact))
     assert 1e-6 < error.max() < 0.25 and error.mean() < 0.05

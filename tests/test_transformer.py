@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from conftest import LLAMA, make_model, make_prompts
 
-from rlsafety import learner
-from rlsafety.models import lora, scoring, transformer
+from rlsafety.models import architecture, lora, scoring, transformer
 from rlsafety.types import Prompts
 
 
@@ -36,7 +35,7 @@ def flat_logprobs(params, adapter, config, prompts, tokens, lengths):
 
 
 def grouped_logprobs(params, adapter, config, prompts, tokens, lengths):
-  return learner.token_scores(params, adapter, config, prompts, tokens, lengths).logprobs
+  return scoring.token_scores(params, adapter, config, prompts, tokens, lengths).logprobs
 
 
 grouped_jit = jax.jit(grouped_logprobs, static_argnums=2)
@@ -95,7 +94,7 @@ def test_fresh_adapter_is_the_base_and_merging_is_the_adapter(family):
   prompts = make_prompts(config, [6, 3], 7)
   tokens, lengths = completions(config, 2, 2, 4)
   score = lambda base, a: grouped_jit(base, a, config, prompts, tokens, lengths)  # noqa: E731
-  layers = transformer.weights(config)["layers"]
+  layers = architecture.weights(config)["layers"]
   fresh = lora.init_adapter(layers, lora.LoraConfig(rank=4), jax.random.key(3))
   np.testing.assert_array_equal(score(params, fresh), score(params, None))
   np.testing.assert_allclose(
@@ -122,11 +121,11 @@ def test_dropout_is_off_at_rate_zero_and_unbiased_above():
   x = jax.random.normal(jax.random.key(5), (4000, config.d_model))
   ab = jax.tree.map(lambda w: w[0], adapter.weights["q"])
   w = params["layers"]["q"][0] * 0
-  run = lambda drop: lora.linear(x, w, None, ab, 1.0, drop, "q")  # noqa: E731
+  run = lambda drop: transformer.linear(x, w, None, ab, 1.0, drop, "q")  # noqa: E731
   key = jax.random.key(6)
   np.testing.assert_array_equal(run(lora.Dropout(key, 0.0)), run(None))
-  dropped = lora.linear(jnp.ones_like(x), w, None, ab, 1.0, lora.Dropout(key, 0.3), "q")
-  exact = lora.linear(jnp.ones_like(x), w, None, ab, 1.0, None, "q")
+  dropped = transformer.linear(jnp.ones_like(x), w, None, ab, 1.0, lora.Dropout(key, 0.3), "q")
+  exact = transformer.linear(jnp.ones_like(x), w, None, ab, 1.0, None, "q")
   error = dropped.std(0) / np.sqrt(len(x))
   assert (jnp.abs(dropped.mean(0) - exact[0]) < 5 * error + 1e-6).all()
 

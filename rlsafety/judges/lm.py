@@ -21,7 +21,7 @@ from rlsafety import sharding
 from rlsafety.environments.scenario import REPLY, evaluator_messages, judge_messages
 from rlsafety.judges.hygiene import cleaner, fallback
 from rlsafety.models import transformer
-from rlsafety.models.transformer import ModelConfig
+from rlsafety.models.architecture import ModelConfig
 from rlsafety.packing import pad
 from rlsafety.types import Prompts
 

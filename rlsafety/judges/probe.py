@@ -28,8 +28,8 @@ from rlsafety import packing, sharding
 from rlsafety.errors import UserError
 from rlsafety.files import parse_json
 from rlsafety.judges import hygiene, phrases
-from rlsafety.models import scoring, transformer
-from rlsafety.models.transformer import ModelConfig
+from rlsafety.models import scoring
+from rlsafety.models.architecture import ModelConfig
 from rlsafety.packing import mask_from_lengths
 from rlsafety.types import Prompts
 
@@ -98,12 +98,8 @@ def features(
   float32 both; an empty reply has features and log-prob 0.
   """
   mask = mask_from_lengths(lengths, tokens.shape[-1])
-  cache, hidden = transformer.prefill(params, None, config, prompts)
-  states, pooled = transformer.extend(params, None, config, cache, tokens, pool=mask)
-  first = transformer.last_hidden(hidden, prompts.lengths)[:, None, None]
-  first = jnp.broadcast_to(first, states[:, :, :1].shape)
-  before = jnp.concatenate([first, states[:, :, :-1]], axis=2)  # slot i is predicted by i - 1
-  scores = scoring.score(params, config, before, tokens, chunk_tokens=chunk_tokens).logprobs
+  states, pooled = scoring.predicting_states(params, None, config, prompts, tokens, pool=mask)
+  scores = scoring.score(params, config, states, tokens, chunk_tokens=chunk_tokens).logprobs
   mean = jnp.sum(jnp.where(mask, scores, 0.0), -1) / jnp.maximum(lengths, 1)
   return join(pooled, layers), mean
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from rlsafety.errors import UserError
-from rlsafety.models.transformer import ModelConfig, is_weight, weights
+from rlsafety.models.architecture import ModelConfig, is_weight, weights
 
 
 @dataclasses.dataclass(frozen=True)

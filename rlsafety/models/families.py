@@ -5,8 +5,7 @@ leave inference alone, or refused: a field that is quietly ignored is a wrong mo
 """
 
 from rlsafety.errors import UserError
-from rlsafety.models.attention import Rope
-from rlsafety.models.transformer import ModelConfig
+from rlsafety.models.architecture import ModelConfig, Rope
 
 # model_type -> what people call it.
 FAMILIES = {

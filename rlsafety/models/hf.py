@@ -16,11 +16,11 @@ from tokenizers import Tokenizer
 
 from rlsafety.errors import UserError
 from rlsafety.files import read_json, read_text, write_json
+from rlsafety.models.architecture import ModelConfig
 from rlsafety.models.assemble import Tensor, flat_weights, hf_names, is_transposed
 from rlsafety.models.chat import Chat, make_chat
 from rlsafety.models.families import hf_config
 from rlsafety.models.lora import TARGETS, Adapter, LoraConfig
-from rlsafety.models.transformer import ModelConfig
 
 # --- Reading a folder -------------------------------------------------------------------
 

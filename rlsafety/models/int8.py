@@ -27,11 +27,9 @@ def quantise(x: jax.Array, axis: int) -> Int8:
   return Int8(jnp.round(x / scale).astype(jnp.int8), scale)
 
 
-def dequantise(x, dtype) -> jax.Array:
-  """An Int8 as an array of dtype; an array as it is."""
-  if isinstance(x, Int8):
-    return (x.values.astype(jnp.float32) * x.scale).astype(dtype)
-  return x
+def dequantise(x: Int8, dtype) -> jax.Array:
+  """The array that x stands for, in dtype."""
+  return (x.values.astype(jnp.float32) * x.scale).astype(dtype)
 
 
 def quantise_base(params: dict) -> dict:
@@ -40,8 +38,6 @@ def quantise_base(params: dict) -> dict:
   return {**params, "layers": layers}
 
 
-def matmul(x: jax.Array, w) -> jax.Array:
-  """x [..., in] @ w [in, out]; of an Int8 the scale is applied to the product."""
-  if isinstance(w, Int8):
-    return (x @ w.values.astype(x.dtype)) * w.scale.astype(x.dtype)
-  return x @ w
+def matmul(x: jax.Array, w: Int8) -> jax.Array:
+  """x [..., in] @ w [in, out]; the scale is applied to the product."""
+  return (x @ w.values.astype(x.dtype)) * w.scale.astype(x.dtype)

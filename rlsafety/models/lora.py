@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from flax import struct
 
 from rlsafety.errors import UserError
-from rlsafety.models import int8
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -59,7 +58,7 @@ class Dropout:
 
 
 def init_adapter(base_weights: dict, lora: LoraConfig, key: jax.Array) -> Adapter:
-  """base_weights: the layer part of `transformer.weights(config)` (shapes [L, in, out])."""
+  """base_weights: the layer part of `architecture.weights(config)` (shapes [L, in, out])."""
   weights = {}
   for i, name in enumerate(lora.targets):
     layers, d_in, d_out = base_weights[name].shape
@@ -80,25 +79,6 @@ def adapter_axes(base_weights: dict, lora: LoraConfig) -> dict:
     }
     for name in lora.targets
   }
-
-
-def linear(x, w, bias, ab, scale, dropout: Dropout | None, target: str):
-  """x [..., in] @ w [in, out] (+ bias) + the adapter's part, in x's dtype.
-
-  ab: {"a" [in, R], "b" [R, out]} of this layer, or None where there is no adapter.
-  """
-  y = int8.matmul(x, w)
-  if bias is not None:
-    y = y + bias
-  if ab is None:
-    return y
-  h = x
-  if dropout is not None and dropout.rate > 0.0:
-    key = jax.random.fold_in(dropout.key, TARGETS.index(target))
-    keep = jax.random.bernoulli(key, 1.0 - dropout.rate, x.shape)
-    h = jnp.where(keep, x / (1.0 - dropout.rate), 0.0).astype(x.dtype)
-  delta = (h @ ab["a"].astype(x.dtype)) @ ab["b"].astype(x.dtype)
-  return y + delta * jnp.asarray(scale, x.dtype)
 
 
 def merged(base: dict, adapter: Adapter) -> dict:

@@ -8,7 +8,7 @@ import difflib
 
 from rlsafety.errors import UserError
 from rlsafety.models import families
-from rlsafety.models.transformer import ModelConfig
+from rlsafety.models.architecture import ModelConfig
 
 
 def _shape(kind, vocab, width, depth, heads, kv_heads, mlp, positions, **rest) -> dict:

@@ -1,8 +1,9 @@
 """Log-probs and entropy of given tokens, without ever holding [tokens, V] logits.
 
-The completion axis is cut into chunks; each chunk's logits are made, reduced and, in
-the backward pass, made again. With 64 x 8 replies of 256 tokens and V = 152,064 the full
-logits would be 80 GB in float32.
+What predicts a token is the state before it: the prompt's last for a reply's first token, that of
+token i - 1 for token i. `predicting_states` is the one place that says so. The completion axis
+is cut into chunks; each chunk's logits are made, reduced and, in the backward pass, made again.
+With 64 x 8 replies of 256 tokens and V = 152,064 the full logits would be 80 GB in float32.
 """
 
 import math
@@ -11,8 +12,12 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from rlsafety.models.transformer import ModelConfig, gathered_head, unembed
+from rlsafety.models.architecture import ModelConfig
+from rlsafety.models.lora import Adapter, Dropout
+from rlsafety.models.transformer import extend, gathered_head, last_hidden, prefill, unembed
+from rlsafety.packing import mask_from_lengths
 from rlsafety.sharding import constrain
+from rlsafety.types import Prompts
 
 
 @struct.dataclass
@@ -21,6 +26,60 @@ class TokenScores:
 
   logprobs: jax.Array
   entropy: jax.Array
+
+
+def predicting_states(
+  params: dict,
+  adapter: Adapter | None,
+  c: ModelConfig,
+  prompts: Prompts,
+  tokens: jax.Array,
+  *,
+  pool: jax.Array | None = None,
+  dropout: Dropout | None = None,
+  remat: str = "none",
+  attention: str = "einsum",
+) -> tuple[jax.Array, jax.Array | None]:
+  """Prompts and their completions, tokens [P, G, T], through the model once.
+
+  Returns hidden [P, G, T, D], whose slot i predicts token i, and `pooled` of
+  `transformer.extend`.
+  """
+  prompt, hidden = prefill(
+    params, adapter, c, prompts, dropout=dropout, remat=remat, attention=attention
+  )
+  first = last_hidden(hidden, prompts.lengths)[:, None, None]
+  states, pooled = extend(
+    params, adapter, c, prompt, tokens, pool=pool, dropout=dropout, remat=remat
+  )
+  first = jnp.broadcast_to(first, states[:, :, :1].shape)
+  return jnp.concatenate([first, states[:, :, :-1]], axis=2), pooled
+
+
+def token_scores(
+  params: dict,
+  adapter: Adapter | None,
+  config: ModelConfig,
+  prompts: Prompts,
+  tokens: jax.Array,
+  lengths: jax.Array,
+  *,
+  temperature: float = 1.0,
+  chunk_tokens: int = 2048,
+  remat: str = "none",
+  dropout: Dropout | None = None,
+  attention: str = "einsum",
+) -> TokenScores:
+  """Log-prob and entropy of each completion token: tokens [P, G, T], 0 after `lengths`.
+
+  adapter=None scores under the reference, which is the base alone.
+  """
+  hidden, _ = predicting_states(
+    params, adapter, config, prompts, tokens, dropout=dropout, remat=remat, attention=attention
+  )
+  out = score(params, config, hidden, tokens, temperature=temperature, chunk_tokens=chunk_tokens)
+  mask = mask_from_lengths(lengths, tokens.shape[-1])
+  return jax.tree.map(lambda x: jnp.where(mask, x, 0.0), out)
 
 
 def chunk_slots(P: int, G: int, T: int, chunk_tokens: int) -> int:

@@ -19,16 +19,16 @@ import jax.numpy as jnp
 from rlsafety import sharding
 from rlsafety.errors import UserError
 from rlsafety.files import read_json
+from rlsafety.models import architecture, families, gguf, hf, presets
 from rlsafety.models import chat as chats
-from rlsafety.models import families, gguf, hf, presets, transformer
+from rlsafety.models.architecture import ModelConfig
 from rlsafety.models.assemble import assemble
 from rlsafety.models.chat import Chat
-from rlsafety.models.transformer import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """config, params in the layout of `transformer.weights`, chat, and where they are from."""
+  """config, params in the layout of `architecture.weights`, chat, and where they are from."""
 
   config: ModelConfig
   params: dict
@@ -71,7 +71,7 @@ def random_model(config: ModelConfig, seed: int, dtype=jnp.float32, shardings=No
   chat = chats.byte_chat()
   check_vocabulary(config, chat, "random model")
   targets = shardings(config) if callable(shardings) else shardings
-  init = jax.jit(transformer.init_params, static_argnums=(0, 2), out_shardings=targets)
+  init = jax.jit(architecture.init_params, static_argnums=(0, 2), out_shardings=targets)
   params = init(config, jax.random.key(seed), dtype)
   source = {"path": "random", "seed": seed, "family": families.family(config)}
   return Model(config, params, chat, source)
@@ -89,7 +89,7 @@ def from_config(config, mesh=None) -> Model:
     # The sizes are known and nothing is in memory yet: the time to refuse them.
     sharding.check_model(mesh, found)
     place = lambda w: sharding.named(mesh, w.axes, w.shape)  # noqa: E731
-    return jax.tree.map(place, transformer.weights(found), is_leaf=transformer.is_weight)
+    return jax.tree.map(place, architecture.weights(found), is_leaf=architecture.is_weight)
 
   target, dtype = None if mesh is None else shardings, jnp.dtype(c.dtype)
   if c.path:

@@ -1,118 +1,29 @@
-"""One decoder for every family that we train, as pure functions on a dict of arrays.
-
-A family is data (`ModelConfig`), never code. Each weight is declared once, in `weights`:
-shape, logical axes (see `sharding.RULES`) and initialiser; loading, sharding, random
-initialisation and LoRA all read that declaration. Layers are stacked and scanned.
+"""The decoder of every family, as pure functions on a dict of arrays (see `architecture`).
 
   prefill   the prompt on itself             -> PromptCache, last hidden state
   extend    completions on prompt + self     -> hidden states    (learner, judges)
   decode    one more token per completion    -> hidden, cache    (sampler)
+
+Attention has two key segments under one softmax: the prompt's keys exist once per group,
+[P, S, K, Dh]; each completion's own keys are [P, G, T, K, Dh]. Queries of prefill, decode (t = 1)
+and learning (t = T) all pass here, so the sampler and the learner cannot disagree about what a
+token may see.
 """
 
-import dataclasses
-from typing import Any
+import math
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from rlsafety.errors import UserError
-from rlsafety.models import attention, int8
-from rlsafety.models.attention import Rope
+from rlsafety.models import int8
+from rlsafety.models.architecture import ModelConfig, Rope
 from rlsafety.models.int8 import Int8
-from rlsafety.models.lora import Adapter, Dropout, linear
+from rlsafety.models.lora import TARGETS, Adapter, Dropout
 from rlsafety.packing import mask_from_lengths
 from rlsafety.sharding import constrain
 from rlsafety.types import Prompts
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-  """The numbers that make one architecture. Hashable, so it is a static jit argument."""
-
-  vocab_size: int
-  d_model: int
-  n_layers: int
-  n_heads: int
-  n_kv_heads: int
-  head_dim: int
-  d_ff: int
-  activation: str = "silu"  # silu | gelu_tanh | gelu, of the gated MLP
-  norm_eps: float = 1e-6
-  norm_offset: bool = False  # Gemma multiplies by (1 + w)
-  embed_scale: float = 1.0  # Gemma: sqrt(d_model)
-  query_scale: float = 0.0  # 0 = head_dim ** -0.5
-  qkv_bias: bool = False
-  qk_norm: bool = False
-  post_norms: bool = False  # Gemma-2/3 also normalise each block's output
-  tie_embeddings: bool = False
-  attn_softcap: float | None = None
-  final_softcap: float | None = None
-  rope: Rope = Rope()
-  local_rope: Rope | None = None  # Gemma-3 gives its local layers another base
-  window: int | None = None  # a local layer sees the last `window` positions
-  local_layers: tuple[bool, ...] = ()  # per layer; () = every layer is global
-  max_positions: int = 2048
-
-
-@dataclasses.dataclass(frozen=True)
-class Weight:
-  """shape, logical axis names (one per dimension) and init: "normal", "ones" or "zeros"."""
-
-  shape: tuple[int, ...]
-  axes: tuple[str | None, ...]
-  init: str = "normal"
-
-
-def weights(c: ModelConfig) -> dict:
-  """The declaration of every array of the model. Linears are input-major: y = x @ w."""
-  L, D, F = c.n_layers, c.d_model, c.d_ff
-  heads, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-  norm = Weight((L, D), ("layers", None), "zeros" if c.norm_offset else "ones")
-  layers = {
-    "attn_norm": norm,
-    "q": Weight((L, D, heads), ("layers", "embed", "heads")),
-    "k": Weight((L, D, kv), ("layers", "embed", "kv")),
-    "v": Weight((L, D, kv), ("layers", "embed", "kv")),
-    "o": Weight((L, heads, D), ("layers", "heads", "embed")),
-    "mlp_norm": norm,
-    "gate": Weight((L, D, F), ("layers", "embed", "mlp")),
-    "up": Weight((L, D, F), ("layers", "embed", "mlp")),
-    "down": Weight((L, F, D), ("layers", "mlp", "embed")),
-  }
-  if c.qkv_bias:
-    layers["q_bias"] = Weight((L, heads), ("layers", "heads"), "zeros")
-    layers["k_bias"] = Weight((L, kv), ("layers", "kv"), "zeros")
-    layers["v_bias"] = Weight((L, kv), ("layers", "kv"), "zeros")
-  if c.qk_norm:
-    layers["q_norm"] = layers["k_norm"] = Weight((L, c.head_dim), ("layers", None), norm.init)
-  if c.post_norms:
-    layers["post_attn_norm"] = layers["post_mlp_norm"] = norm
-  model = {
-    "embed": Weight((c.vocab_size, D), ("vocab", "embed")),
-    "layers": layers,
-    "final_norm": Weight((D,), (None,), norm.init),
-  }
-  if not c.tie_embeddings:
-    model["head"] = Weight((D, c.vocab_size), ("embed", "vocab"))
-  return model
-
-
-def is_weight(x) -> bool:
-  return isinstance(x, Weight)
-
-
-def init_params(c: ModelConfig, key: jax.Array, dtype=jnp.float32) -> dict:
-  """Random params in the layout of `weights`: normal with deviation 0.02."""
-  leaves, tree = jax.tree.flatten(weights(c), is_leaf=is_weight)
-  fixed = {"ones": jnp.ones, "zeros": jnp.zeros}
-  arrays = [
-    fixed[w.init](w.shape, dtype)
-    if w.init in fixed
-    else (0.02 * jax.random.normal(jax.random.fold_in(key, i), w.shape)).astype(dtype)
-    for i, w in enumerate(leaves)
-  ]
-  return jax.tree.unflatten(tree, arrays)
 
 
 @struct.dataclass
@@ -146,6 +57,81 @@ def quantise_cache(cache: PromptCache) -> PromptCache:
   return cache.replace(k=int8.quantise(cache.k, -1), v=int8.quantise(cache.v, -1))
 
 
+# --- Attention ------------------------------------------------------------------------
+
+
+def rope_frequencies(rope: Rope, head_dim: int) -> jax.Array:
+  """[Dh / 2] float32 radians per position."""
+  freq = rope.theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+  if rope.kind == "default":
+    return freq
+  if rope.kind == "linear":
+    return freq / rope.factor
+  wavelength = 2 * math.pi / freq
+  low, high = rope.low_freq_factor, rope.high_freq_factor
+  ramp = jnp.clip((rope.original_positions / wavelength - low) / (high - low), 0.0, 1.0)
+  return (1 - ramp) * freq / rope.factor + ramp * freq
+
+
+def cos_sin(freq: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """freq [Dh/2], positions [...] int -> cos, sin [..., Dh/2] float32."""
+  angles = positions[..., None].astype(jnp.float32) * freq
+  return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+  """x [..., heads, Dh], cos and sin [..., Dh/2]; pairs are (i, i + Dh/2)."""
+  x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  cos, sin = cos[..., None, :], sin[..., None, :]
+  return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).astype(x.dtype)
+
+
+def attend(q, own, prompt, *, scale: float, softcap: float | None) -> jax.Array:
+  """One softmax over the prompt's keys and the row's own keys.
+
+  q [P, G, t, H, Dh].
+  own: (k [P, G, T, K, Dh], v, mask broadcastable to [P, G, t, T]).
+  prompt: (k [P, S, K, Dh], v, mask broadcastable to [P, G, t, S]) or None.
+  Query head h reads key head h // (H / K). Returns [P, G, t, H * Dh] in q's dtype;
+  logits and softmax are float32.
+  """
+  P, G, t, H, Dh = q.shape
+  K = own[0].shape[-2]
+  q = q.reshape(P, G, t, K, H // K, Dh)
+  segments = [("pgskd", own)] if prompt is None else [("pskd", prompt), ("pgskd", own)]
+  logits = []
+  for keys, (k, _, mask) in segments:
+    part = jnp.einsum(f"pgtkmd,{keys}->pgkmts", q, k, preferred_element_type=jnp.float32) * scale
+    if softcap is not None:
+      part = softcap * jnp.tanh(part / softcap)
+    mask = jnp.broadcast_to(mask, (P, G, t, k.shape[-3]))
+    logits.append(jnp.where(mask[:, :, None, None], part, -jnp.inf))
+  weights = jax.nn.softmax(jnp.concatenate(logits, -1), axis=-1).astype(q.dtype)
+  out, start = 0.0, 0
+  for keys, (_, v, _) in segments:
+    slots = v.shape[-3]
+    out += jnp.einsum(f"pgkmts,{keys}->pgtkmd", weights[..., start : start + slots], v)
+    start += slots
+  return out.reshape(P, G, t, H * Dh)
+
+
+def attend_prompt(q, k, v, *, scale: float) -> jax.Array:
+  """Causal self-attention of the prompt segment through cuDNN's fused kernel.
+
+  q [P, 1, S, H, Dh], k and v [P, 1, S, K, Dh] -> [P, 1, S, H * Dh]. bfloat16 or float16 on
+  an NVIDIA GPU; no softcap, no window. It never holds the [S, S] logits.
+  """
+  P, _, S, H, Dh = q.shape
+  out = jax.nn.dot_product_attention(
+    q[:, 0], k[:, 0], v[:, 0], scale=scale, is_causal=True, implementation="cudnn"
+  )
+  return out.reshape(P, 1, S, H * Dh)
+
+
+def _array(x: jax.Array | Int8, dtype) -> jax.Array:
+  return int8.dequantise(x, dtype) if isinstance(x, Int8) else x
+
+
 # --- One layer ------------------------------------------------------------------------
 
 
@@ -163,13 +149,32 @@ _ACTIVATIONS = {
 }
 
 
+def linear(x, w, bias, ab, scale, dropout: Dropout | None, target: str):
+  """x [..., in] @ w [in, out] (+ bias) + the adapter's part, in x's dtype.
+
+  ab: {"a" [in, R], "b" [R, out]} of this layer, or None where there is no adapter.
+  """
+  y = int8.matmul(x, w) if isinstance(w, Int8) else x @ w
+  if bias is not None:
+    y = y + bias
+  if ab is None:
+    return y
+  h = x
+  if dropout is not None and dropout.rate > 0.0:
+    key = jax.random.fold_in(dropout.key, TARGETS.index(target))
+    keep = jax.random.bernoulli(key, 1.0 - dropout.rate, x.shape)
+    h = jnp.where(keep, x / (1.0 - dropout.rate), 0.0).astype(x.dtype)
+  delta = (h @ ab["a"].astype(x.dtype)) @ ab["b"].astype(x.dtype)
+  return y + delta * jnp.asarray(scale, x.dtype)
+
+
 def _layer(c: ModelConfig, x, w, ab, scale, dropout, rotation, keys_seen, fused=False):
   """x [P, G, t, D] -> x, after attention and MLP.
 
   fused: a prompt on itself, through cuDNN.
   w, ab: this layer's weights and adapter. rotation: cos, sin [P, G, t, Dh/2].
   keys_seen(k, v) takes the new keys [P, G, t, K, Dh] and returns (own, prompt) for
-  `attention.attend` plus whatever must be kept of them.
+  `attend` plus whatever must be kept of them.
   """
   P, G, t, _ = x.shape
 
@@ -185,14 +190,14 @@ def _layer(c: ModelConfig, x, w, ab, scale, dropout, rotation, keys_seen, fused=
   v = heads(h, "v", c.n_kv_heads)
   if c.qk_norm:
     q, k = _norm(q, w["q_norm"], c), _norm(k, w["k_norm"], c)
-  q = constrain(attention.rotate(q, *rotation), "prompt", None, None, "kv_heads", None)
-  k = attention.rotate(k, *rotation)
+  q = constrain(rotate(q, *rotation), "prompt", None, None, "kv_heads", None)
+  k = rotate(k, *rotation)
   own, prompt, kept = keys_seen(k, v)
   query_scale = c.query_scale or c.head_dim**-0.5
   if fused:
-    h = attention.attend_prompt(q, k, v, scale=query_scale)
+    h = attend_prompt(q, k, v, scale=query_scale)
   else:
-    h = attention.attend(q, own, prompt, scale=query_scale, softcap=c.attn_softcap)
+    h = attend(q, own, prompt, scale=query_scale, softcap=c.attn_softcap)
   h = project(h, "o")
   x = x + (_norm(h, w["post_attn_norm"], c) if c.post_norms else h)
   h = _norm(x, w["mlp_norm"], c)
@@ -245,12 +250,12 @@ def _stack(
   if prompt is not None:
     S = jax.tree.leaves(prompt.k)[0].shape[-3]
     prompt_mask = mask_from_lengths(prompt.lengths, S)[:, None, None]  # [P, 1, 1, S]
-  ropes = [attention.rotation(attention.rope_frequencies(c.rope, c.head_dim), position)]
+  ropes = [cos_sin(rope_frequencies(c.rope, c.head_dim), position)]
   local = jnp.asarray(c.local_layers or (False,) * c.n_layers)
   has_local = any(c.local_layers) and c.window is not None
   if has_local:
-    local_freq = attention.rope_frequencies(c.local_rope or c.rope, c.head_dim)
-    ropes.append(attention.rotation(local_freq, position))
+    local_freq = rope_frequencies(c.local_rope or c.rope, c.head_dim)
+    ropes.append(cos_sin(local_freq, position))
     own_near = own_mask & (slot[:, None] - own_slots < c.window)
     if prompt is not None:
       prompt_near = prompt_mask & (position[..., None] - jnp.arange(S) < c.window)
@@ -278,10 +283,10 @@ def _stack(
         )
         read = lambda a: jax.lax.dynamic_index_in_dim(a, layer, 0, keepdims=False)  # noqa: E731
         layer_kv = jax.tree.map(read, kept)
-        own = (*(int8.dequantise(a, k.dtype) for a in (layer_kv.k, layer_kv.v)), mask_own)
+        own = (*(_array(a, k.dtype) for a in (layer_kv.k, layer_kv.v)), mask_own)
       if prompt is None:
         return own, None, kept
-      return own, (*(int8.dequantise(a, k.dtype) for a in prompt_kv), mask_prompt), kept
+      return own, (*(_array(a, k.dtype) for a in prompt_kv), mask_prompt), kept
 
     scale = 0.0 if adapter is None else adapter.scale
     drop = dropout and dropout.replace(key=jax.random.fold_in(dropout.key, layer))
@@ -305,26 +310,8 @@ def _stack(
     None if prompt is None else (prompt.k, prompt.v),
     local,
   )
-  if isinstance(cache, list):
-    return *_unrolled(body, x, cache, xs), None
   (x, cache), (kept, pooled) = jax.lax.scan(body, (x, cache), xs)
   return x, cache or kept, pooled
-
-
-def _unrolled(body, x, caches: list[CompletionCache], xs):
-  """The same layers without a scan, on lists of per-layer arrays (see `unstack`)."""
-  _, params, ab, prompt_kv, local = xs
-  out = []
-  for i, cache in enumerate(caches):
-    kv = None if prompt_kv is None else tuple(a[i] for a in prompt_kv)
-    (x, cache), _ = body((x, cache), (0, params[i], ab and ab[i], kv, local[i]))
-    out.append(cache)
-  return x, out
-
-
-def unstack(tree, layers: int) -> list:
-  """A tree of arrays [L, ...] -> a list of L trees, copied once, outside of any loop."""
-  return [jax.tree.map(lambda a, i=i: a[i], tree) for i in range(layers)]
 
 
 def _finish(params: dict, c: ModelConfig, x: jax.Array) -> jax.Array:
@@ -420,17 +407,9 @@ def gathered_head(params: dict) -> dict:
 
 
 def unembed(params: dict, c: ModelConfig, hidden: jax.Array) -> jax.Array:
-  """hidden [..., D] -> logits [..., V] float32. For few positions: see `logprobs.score`."""
+  """hidden [..., D] -> logits [..., V] float32. For few positions: see `scoring.score`."""
   matrix, axes = head_matrix(params)
   logits = jnp.einsum(f"...d,{axes}->...v", hidden, matrix, preferred_element_type=jnp.float32)
   if c.final_softcap is not None:
     logits = c.final_softcap * jnp.tanh(logits / c.final_softcap)
   return logits
-
-
-def params_count(c: ModelConfig) -> int:
-  """Number of base parameters."""
-  import math
-
-  leaves: list[Any] = jax.tree.leaves(weights(c), is_leaf=is_weight)
-  return sum(math.prod(w.shape) for w in leaves)

@@ -26,7 +26,7 @@ import numpy as np
 
 from rlsafety import sampler, sharding
 from rlsafety.errors import UserError, run_main
-from rlsafety.models import transformer
+from rlsafety.models import scoring, transformer
 from rlsafety.packing import pad
 from rlsafety.rundir import read
 from rlsafety.study import tables
@@ -52,11 +52,8 @@ def score_continuations(params, adapter, config, prompts: Prompts, tokens, lengt
   Sums over the first `lengths` [P, G] tokens; greedy: each of them was the likeliest.
   Logits exist for one slot of all rows at a time.
   """
-  cache, hidden = transformer.prefill(params, adapter, config, prompts)
-  first = transformer.last_hidden(hidden, prompts.lengths)[:, None, None]
-  states, _ = transformer.extend(params, adapter, config, cache, tokens)
-  first = jnp.broadcast_to(first, states[:, :, :1].shape)
-  before = jnp.moveaxis(jnp.concatenate([first, states[:, :, :-1]], axis=2), 2, 0)
+  states, _ = scoring.predicting_states(params, adapter, config, prompts, tokens)
+  slots = jnp.moveaxis(states, 2, 0), jnp.moveaxis(tokens, 2, 0)
 
   def one_slot(xs):
     state, target = xs
@@ -64,7 +61,7 @@ def score_continuations(params, adapter, config, prompts: Prompts, tokens, lengt
     picked = jnp.take_along_axis(logprobs, target[..., None], -1)[..., 0]
     return picked, jnp.argmax(logprobs, -1) == target
 
-  picked, likeliest = jax.lax.map(one_slot, (before, jnp.moveaxis(tokens, 2, 0)))
+  picked, likeliest = jax.lax.map(one_slot, slots)
   inside = jnp.arange(tokens.shape[2])[:, None, None] < lengths
   return jnp.where(inside, picked, 0.0).sum(0), jnp.all(likeliest | ~inside, axis=0)
 

@@ -52,7 +52,7 @@ def compile_programs(config, policy, judge, target: Device) -> dict:
 
   from rlsafety import learner, losses, sampler, sharding, train
   from rlsafety.judges import lm, probe
-  from rlsafety.models import int8, lora, scoring, transformer
+  from rlsafety.models import architecture, int8, lora, scoring
   from rlsafety.types import Batch, Prompts
 
   devices = jax.devices("cpu")
@@ -70,7 +70,7 @@ def compile_programs(config, policy, judge, target: Device) -> dict:
 
   def base_of(model):
     leaf = lambda w: place(jnp.float32, *zip(w.axes, w.shape, strict=True))  # noqa: E731
-    return jax.tree.map(leaf, transformer.weights(model), is_leaf=transformer.is_weight)
+    return jax.tree.map(leaf, architecture.weights(model), is_leaf=architecture.is_weight)
 
   p = ("prompt", P)
   prompts = Prompts(place(jnp.int32, p, (None, S)), place(jnp.int32, p))
@@ -86,7 +86,7 @@ def compile_programs(config, policy, judge, target: Device) -> dict:
     staleness=pg(jnp.int32),
   )
   settings, optimizer = train.learner_settings(config), learner.make_optimizer(**config.optimizer)
-  base, layers = base_of(policy), transformer.weights(policy)["layers"]
+  base, layers = base_of(policy), architecture.weights(policy)["layers"]
   axes = lora.adapter_axes(layers, train.lora_config(config))
 
   def fresh(key):
@@ -116,7 +116,7 @@ def compile_programs(config, policy, judge, target: Device) -> dict:
   if config.memory.sampler_base:  # a second, rounded copy of the linears beside the base
 
     def like(path, x):  # values lie as their weight; scales, of size 1 along one axis, too
-      weight = transformer.weights(policy)
+      weight = architecture.weights(policy)
       for part in path[: 2 if path[0].key == "layers" else 1]:
         weight = weight[part.key]
       return place(x.dtype, *zip(weight.axes, x.shape, strict=True))
@@ -318,7 +318,7 @@ def advice(plan: dict, config, policy, judge, target: Device) -> list[str]:
 def automatic_mesh(config, policy, judge, target: Device) -> dict:
   """Of the meshes that train accepts the one of least tensor parallelism whose weights leave
   half of the memory free; where none does, that of most."""
-  from rlsafety.models import transformer
+  from rlsafety.models import architecture
 
   meshes = fitting_meshes(config, policy, judge, target.chips)
   if not meshes:
@@ -331,7 +331,7 @@ def automatic_mesh(config, policy, judge, target: Device) -> dict:
       f"--config.prompts_per_step to a multiple of {widest['data'] * pieces}"
     )
   width = 2 if config.model.dtype != "float32" else 4
-  weights = width * sum(transformer.params_count(m) for m in (policy, judge) if m)
+  weights = width * sum(architecture.params_count(m) for m in (policy, judge) if m)
   roomy = (m for m in meshes if weights / m["tensor"] <= 0.5 * target.chip.memory)
   return next(roomy, meshes[-1])
 

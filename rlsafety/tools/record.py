@@ -170,9 +170,9 @@ def _scorer(config, temperature: float):
   """One jitted function per model and temperature, so that calls share what they compile."""
   import jax
 
-  from rlsafety import learner
+  from rlsafety.models import scoring
 
-  return jax.jit(functools.partial(learner.token_scores, config=config, temperature=temperature))
+  return jax.jit(functools.partial(scoring.token_scores, config=config, temperature=temperature))
 
 
 def with_logprobs(groups, model, adapter=None, temperature: float = 1.0) -> list[dict]:

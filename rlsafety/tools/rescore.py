@@ -306,11 +306,11 @@ def cross_entropy(model, records, batch=8, chunk_tokens=2048) -> np.ndarray:
   import jax
   import jax.numpy as jnp
 
-  from rlsafety import learner
+  from rlsafety.models import scoring
   from rlsafety.packing import pad
   from rlsafety.types import Prompts
 
-  run = jax.jit(learner.token_scores, static_argnames=("config", "chunk_tokens"))
+  run = jax.jit(scoring.token_scores, static_argnames=("config", "chunk_tokens"))
   prompts = [model.chat.encode(r["messages"]) for r in records]
   replies = [model.chat.encode_text(r["completion"]) for r in records]
   shown, shown_lengths = pad(prompts)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlsafety.models.transformer import ModelConfig, is_weight, params_count, weights
+from rlsafety.models.architecture import ModelConfig, is_weight, params_count, weights
 
 
 def median_seconds(fn, *args, repeats: int = 5) -> float:

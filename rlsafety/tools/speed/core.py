@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlsafety import advantages, learner, losses, sampler, sharding
-from rlsafety.models import lora, presets, transformer
+from rlsafety.models import architecture, lora, presets, transformer
 from rlsafety.tools.speed import ceilings
 from rlsafety.types import Batch, Prompts
 
@@ -16,9 +16,9 @@ from rlsafety.types import Batch, Prompts
 def setup(f, name: str):
   """Random weights of a preset, adapter and prompts of the flags' shapes."""
   config = presets.preset(name)
-  init = functools.partial(transformer.init_params, config, dtype=jnp.dtype(f.dtype))
+  init = functools.partial(architecture.init_params, config, dtype=jnp.dtype(f.dtype))
   params = jax.jit(init)(jax.random.key(0))
-  layers = transformer.weights(config)["layers"]
+  layers = architecture.weights(config)["layers"]
   adapter = lora.init_adapter(layers, lora.LoraConfig(rank=f.rank), jax.random.key(1))
   return config, params, adapter, random_prompts(config, f.prompts, f.prompt_tokens)
 

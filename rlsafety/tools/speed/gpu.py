@@ -3,7 +3,7 @@
 Random weights of Qwen2.5-7B and Qwen1.5-7B shape (grouped and plain heads), bfloat16, on
 one 80 GB GPU within 8 minutes; --model and the shape flags make it small enough for tests.
 Each choice is measured against the same baseline, one change at a time:
-  decode   cache in the scan's carry | layers on a list | adapter merged | int8 base | int8 cache
+  decode   as a run does it | adapter merged | int8 base | int8 cache
   learner  einsum | cuDNN attention for the prompt segment
 and the whole step stands beside transformers + PEFT at the same shapes, where torch is there.
 Rows come as they are measured; one that runs out of memory or time says so. What was compiled
@@ -74,8 +74,7 @@ def pieces(f, name, peak, bandwidth) -> Iterator[tuple[str, Iterator[dict]]]:
 
 # name -> (what the sampler reads, fields of SamplerSettings)
 VARIANTS = {
-  "carry": (lambda p, a: (p, a), {}),
-  "list": (lambda p, a: (p, a), {"unroll": True}),
+  "plain": (lambda p, a: (p, a), {}),
   "merged": (lambda p, a: (lora.merged(p, a), None), {}),
   "int8 base": (lambda p, a: (int8.quantise_base(p), a), {}),
   "int8 cache": (lambda p, a: (p, a), {"cache": "int8"}),

@@ -1,0 +1,120 @@
+"""What a model is made of, as data: one decoder serves every family, no family is code.
+
+`ModelConfig` holds the numbers of an architecture. `weights` declares each array once: shape,
+logical axes (see `sharding.RULES`) and initialiser; loading, sharding, random initialisation and
+LoRA all read that declaration. `transformer` runs it.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+  """Rotary embedding (arXiv 2104.09864). kind: default, linear (positions / factor) or
+  llama3 (low frequencies / factor, high ones kept, a ramp between)."""
+
+  theta: float = 10_000.0
+  kind: str = "default"
+  factor: float = 1.0
+  low_freq_factor: float = 1.0
+  high_freq_factor: float = 4.0
+  original_positions: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """The numbers that make one architecture. Hashable, so it is a static jit argument."""
+
+  vocab_size: int
+  d_model: int
+  n_layers: int
+  n_heads: int
+  n_kv_heads: int
+  head_dim: int
+  d_ff: int
+  activation: str = "silu"  # silu | gelu_tanh | gelu, of the gated MLP
+  norm_eps: float = 1e-6
+  norm_offset: bool = False  # Gemma multiplies by (1 + w)
+  embed_scale: float = 1.0  # Gemma: sqrt(d_model)
+  query_scale: float = 0.0  # 0 = head_dim ** -0.5
+  qkv_bias: bool = False
+  qk_norm: bool = False
+  post_norms: bool = False  # Gemma-2/3 also normalise each block's output
+  tie_embeddings: bool = False
+  attn_softcap: float | None = None
+  final_softcap: float | None = None
+  rope: Rope = Rope()
+  local_rope: Rope | None = None  # Gemma-3 gives its local layers another base
+  window: int | None = None  # a local layer sees the last `window` positions
+  local_layers: tuple[bool, ...] = ()  # per layer; () = every layer is global
+  max_positions: int = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+  """shape, logical axis names (one per dimension) and init: "normal", "ones" or "zeros"."""
+
+  shape: tuple[int, ...]
+  axes: tuple[str | None, ...]
+  init: str = "normal"
+
+
+def weights(c: ModelConfig) -> dict:
+  """The declaration of every array of the model. Linears are input-major: y = x @ w."""
+  L, D, F = c.n_layers, c.d_model, c.d_ff
+  heads, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+  norm = Weight((L, D), ("layers", None), "zeros" if c.norm_offset else "ones")
+  layers = {
+    "attn_norm": norm,
+    "q": Weight((L, D, heads), ("layers", "embed", "heads")),
+    "k": Weight((L, D, kv), ("layers", "embed", "kv")),
+    "v": Weight((L, D, kv), ("layers", "embed", "kv")),
+    "o": Weight((L, heads, D), ("layers", "heads", "embed")),
+    "mlp_norm": norm,
+    "gate": Weight((L, D, F), ("layers", "embed", "mlp")),
+    "up": Weight((L, D, F), ("layers", "embed", "mlp")),
+    "down": Weight((L, F, D), ("layers", "mlp", "embed")),
+  }
+  if c.qkv_bias:
+    layers["q_bias"] = Weight((L, heads), ("layers", "heads"), "zeros")
+    layers["k_bias"] = Weight((L, kv), ("layers", "kv"), "zeros")
+    layers["v_bias"] = Weight((L, kv), ("layers", "kv"), "zeros")
+  if c.qk_norm:
+    layers["q_norm"] = layers["k_norm"] = Weight((L, c.head_dim), ("layers", None), norm.init)
+  if c.post_norms:
+    layers["post_attn_norm"] = layers["post_mlp_norm"] = norm
+  model = {
+    "embed": Weight((c.vocab_size, D), ("vocab", "embed")),
+    "layers": layers,
+    "final_norm": Weight((D,), (None,), norm.init),
+  }
+  if not c.tie_embeddings:
+    model["head"] = Weight((D, c.vocab_size), ("embed", "vocab"))
+  return model
+
+
+def is_weight(x) -> bool:
+  return isinstance(x, Weight)
+
+
+def init_params(c: ModelConfig, key: jax.Array, dtype=jnp.float32) -> dict:
+  """Random params in the layout of `weights`: normal with deviation 0.02."""
+  leaves, tree = jax.tree.flatten(weights(c), is_leaf=is_weight)
+  fixed = {"ones": jnp.ones, "zeros": jnp.zeros}
+  arrays = [
+    fixed[w.init](w.shape, dtype)
+    if w.init in fixed
+    else (0.02 * jax.random.normal(jax.random.fold_in(key, i), w.shape)).astype(dtype)
+    for i, w in enumerate(leaves)
+  ]
+  return jax.tree.unflatten(tree, arrays)
+
+
+def params_count(c: ModelConfig) -> int:
+  """Number of base parameters."""
+  leaves = jax.tree.leaves(weights(c), is_leaf=is_weight)
+  return sum(math.prod(w.shape) for w in leaves)
