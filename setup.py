@@ -58,7 +58,8 @@ setup(
     "tensorboard": ["tensorflow-cpu>=2.18", "tensorboard>=2.18"],
     "inspect": ["inspect-ai>=0.3.200", "pyarrow>=17"],
     "benchmarks": ["lm-eval>=0.4.9"],
-    "cuda": ["jax[cuda13]>=0.10"],
+    "cuda": ["jax[cuda13]>=0.10"],  # NVIDIA drivers from 580 on
+    "cuda12": ["jax[cuda12]>=0.10"],  # older ones, from 525 on
     "tpu": ["jax[tpu]>=0.10"],
     "test": [
       "pytest>=8",

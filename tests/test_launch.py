@@ -159,25 +159,6 @@ def test_ci_keeps_pytests_exit_code_and_closing_line(
   assert closing in out.stdout.splitlines()[-1]
 
 
-# --- devices ---------------------------------------------------------------------------------
-
-
-def test_slice_names_count_what_google_counts():
-  v4, v5e, v5p, h100 = (device(n) for n in ("v4-16", "v5e-16", "v5p-8", "h100-16"))
-  assert (v4.chips, v4.hosts, v4.topology, v4.accelerator_type) == (8, 2, "2x2x2", "v4-16")
-  assert (v5e.chips, v5e.hosts, v5e.topology, v5e.accelerator_type) == (
-    16,
-    4,
-    "4x4",
-    "v5litepod-16",
-  )
-  assert (v5p.chips, v5p.hosts, v5p.topology) == (4, 1, "2x2x1")
-  assert (h100.chips, h100.hosts) == (16, 2)
-  for name in ("v5e-12", "v4-7", "h100-0", "a100-8", "v5e-", ""):
-    with pytest.raises(UserError, match="device="):
-      device(name)
-
-
 # --- the TPU loop ----------------------------------------------------------------------------
 
 # Flags in the SYNOPSIS of each command's `gcloud ... --help` (SDK 528), and gcloud-wide ones.

@@ -153,7 +153,7 @@ def resolve(path: str) -> Path:
       f"{path}: only a Hugging Face folder with safetensors or a .gguf file is read; "
       "pickle files (.bin, .pt, .pth) can run code and are refused"
     )
-  if _HUB_NAME.match(path):
+  if is_hub_name(path):
     return _from_hub(path)
   raise UserError(
     f"model path {path!r} does not exist; give a Hugging Face folder, a .gguf file, "
@@ -161,7 +161,9 @@ def resolve(path: str) -> Path:
   )
 
 
-_HUB_NAME = re.compile(r"^[\w-][\w.-]*/[\w-][\w.-]*(@[\w.-]+)?$")
+def is_hub_name(path: str) -> bool:
+  """Is it written like a hub name, owner/name[@revision]? Asks neither disk nor network."""
+  return bool(re.match(r"^[\w-][\w.-]*/[\w-][\w.-]*(@[\w.-]+)?$", path))
 
 
 def _from_hub(path: str) -> Path:

@@ -19,6 +19,7 @@ from rlsafety.config import differences
 from rlsafety.environments import policy_messages
 from rlsafety.errors import UserError
 from rlsafety.files import parse_json, read_json
+from rlsafety.rundir import place
 from rlsafety.types import Rollouts
 
 LOGS = ("metrics.jsonl", "timing.jsonl", "rollouts/train.jsonl", "eval/summary.jsonl")
@@ -26,17 +27,9 @@ LOGS = ("metrics.jsonl", "timing.jsonl", "rollouts/train.jsonl", "eval/summary.j
 
 def open_workdir(workdir: str, config: dict) -> pathlib.Path:
   """Creates the folder or continues it. Refuses one that belongs to a different config."""
-  path = pathlib.Path(workdir)
-  try:
-    for folder in (path, path / "rollouts", path / "eval"):
-      folder.mkdir(parents=True, exist_ok=True)
-    probe = path / f".writable-{jax.process_index()}"
-    probe.write_text("")
-    probe.unlink()
-  except OSError as error:
-    raise UserError(
-      f"workdir {path}: cannot write there ({error.strerror}); give another --workdir"
-    ) from None
+  path = place.check(workdir, jax.process_index())
+  for folder in (path / "rollouts", path / "eval"):
+    folder.mkdir(exist_ok=True)
   stored = path / "config.json"
   if stored.exists():
     try:
@@ -160,8 +153,11 @@ def environment() -> dict:
 
 
 def _git_revision() -> str:
-  """Revision of the checkout that the code runs from, "+changes" if it was edited."""
+  """Revision of the checkout that the code runs from, "+changes" if it was edited. Launchers
+  leave it in a file REVISION where they copy the code without its history."""
   root = pathlib.Path(__file__).parents[2]
+  if (root / "REVISION").exists():
+    return (root / "REVISION").read_text().strip()
   if not shutil.which("git") or not (root / ".git").exists():
     return ""
   run = lambda *a: subprocess.run(  # noqa: E731

@@ -1,62 +1,28 @@
 """The accelerators we plan for and launch on: what they hold, how fast they are, their names.
 
-Speeds are the makers' dense bf16 peaks, memory and bandwidth per chip (data sheets). Prices
-are on-demand list prices per chip and hour in US dollars as of 2026, for orders of magnitude:
-pass your own where it matters. Slices are named as Google names them: `v4-16` and `v5p-16`
-count TensorCores (8 chips), `v5e-16` and `v6e-16` count chips.
+Sources, read in 2026. TPUs: the pages "TPU v4" to "TPU7x (Ironwood)" of Google Cloud's TPU
+documentation (memory, dense bf16 peak, bandwidth, chips per VM, topologies, the image of each
+version). NVIDIA: the data sheet of each product, its dense bf16 peak (half of what the sheet
+calls "with sparsity"); B200 and GB200 memory as systems report it in MLPerf submissions.
+Node labels: the machine types of GKE's documentation. `link` is what one device sends to its
+neighbours in one direction: NVLink where there is one, else PCIe. Prices are on-demand prices per
+device and hour in US dollars, Google's lists for TPUs and what clouds ask for GPUs, rounded; 0
+where we found none. They tell orders of magnitude: look at your own contract.
+
+Slices are named as Google names them: `v4-16` and `v5p-16` count TensorCores (8 chips), `v5e-16`
+and `v6e-16` count chips, `tpu7x-16` counts the halves of chips that JAX sees as devices (8 chips).
 """
 
 import dataclasses
 import math
 import re
+from datetime import datetime
 
 from rlsafety.errors import UserError
 
 GIB = 1024**3
 
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-  """One accelerator chip. memory in bytes, flops per second in bf16, bandwidth (its own memory)
-  and link (to its neighbours, one direction) in bytes per second, price in $ per hour."""
-
-  memory: float
-  flops: float
-  bandwidth: float
-  link: float
-  price: float
-  per_host: int
-  gke: str = ""  # node label on Google Kubernetes Engine
-  gcloud: str = ""  # prefix of the accelerator type
-  runtime: str = ""  # TPU VM image
-  cores: int = 1  # what the number in the slice's name counts, per chip
-
-
-CHIPS = {
-  "v4": Chip(
-    32 * GIB, 275e12, 1228e9, 135e9, 3.22, 4, "tpu-v4-podslice", "v4", "tpu-ubuntu2204-base", 2
-  ),
-  "v5e": Chip(
-    16 * GIB,
-    197e12,
-    819e9,
-    100e9,
-    1.20,
-    4,
-    "tpu-v5-lite-podslice",
-    "v5litepod",
-    "v2-alpha-tpuv5-lite",
-  ),
-  "v5p": Chip(
-    95 * GIB, 459e12, 2765e9, 300e9, 4.20, 4, "tpu-v5p-slice", "v5p", "v2-alpha-tpuv5", 2
-  ),
-  "v6e": Chip(32 * GIB, 918e12, 1640e9, 224e9, 2.70, 4, "tpu-v6e-slice", "v6e", "v2-alpha-tpuv6e"),
-  "H100": Chip(80e9, 989e12, 3350e9, 450e9, 3.00, 8, "nvidia-h100-80gb"),
-  "H200": Chip(141e9, 989e12, 4800e9, 450e9, 3.80, 8, "nvidia-h200-141gb"),
-  "cpu": Chip(4 * GIB, 50e9, 10e9, 5e9, 0.0, 8),
-}
-
-# Chips -> topology, as GKE spells it. v5e and v6e lie in a plane, v4 and v5p in a cube.
+# Chips -> topology, as GKE spells it. v5e and v6e lie in a plane, the others in a cube.
 PLANE = {
   1: "1x1",
   4: "2x2",
@@ -71,8 +37,68 @@ CUBE = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4
 
 
 @dataclasses.dataclass(frozen=True)
+class Chip:
+  """One device as JAX counts them. memory in bytes, flops per second in bf16, bandwidth (its own
+  memory) and link (to its neighbours, one direction) in bytes per second, price in $ per hour."""
+
+  memory: float
+  flops: float
+  bandwidth: float
+  link: float
+  price: float
+  per_host: int
+  gke: str = ""  # node label on Google Kubernetes Engine; "" = the launcher has no pool for it
+  gcloud: str = ""  # prefix of the Cloud TPU API's accelerator type; "" = not in that API
+  runtime: str = ""  # TPU VM image
+  topologies: dict[int, str] = dataclasses.field(default_factory=dict)  # of a TPU
+  cores: int = 1  # what the number in the slice's name counts, per device
+  halves: int = 1  # devices on one chip as Google counts and sells them
+
+
+TB = 1e12
+CHIPS = {
+  "v4": Chip(
+    *(32 * GIB, 275e12, 1228e9, 135e9, 3.22, 4),
+    *("tpu-v4-podslice", "v4", "tpu-ubuntu2204-base", CUBE, 2),
+  ),
+  "v5e": Chip(
+    *(16 * GIB, 197e12, 819e9, 100e9, 1.20, 4),
+    *("tpu-v5-lite-podslice", "v5litepod", "v2-alpha-tpuv5-lite", PLANE),
+  ),
+  "v5p": Chip(
+    *(95 * GIB, 459e12, 2765e9, 300e9, 4.20, 4),
+    *("tpu-v5p-slice", "v5p", "v2-alpha-tpuv5", CUBE, 2),
+  ),
+  "v6e": Chip(
+    *(32 * GIB, 918e12, 1638e9, 224e9, 2.70, 4),
+    *("tpu-v6e-slice", "v6e", "v2-alpha-tpuv6e", PLANE),
+  ),
+  # A chip has 192 GiB and 2307 TFLOP/s in two halves. The Cloud TPU API does not serve it: GKE.
+  "tpu7x": Chip(
+    *(96 * GIB, 2307e12 / 2, 7.38 * TB / 2, 150e9, 0.0, 8, "tpu7x"),
+    topologies=CUBE,
+    halves=2,
+  ),
+  "A100": Chip(80e9, 312e12, 2039e9, 300e9, 1.80, 8, "nvidia-a100-80gb"),
+  "H100": Chip(80e9, 989e12, 3350e9, 450e9, 3.00, 8, "nvidia-h100-80gb"),
+  "H200": Chip(141e9, 989e12, 4800e9, 450e9, 3.80, 8, "nvidia-h200-141gb"),
+  "B200": Chip(180e9, 2250e12, 8 * TB, 900e9, 4.60, 8, "nvidia-b200"),
+  # Hosts of 4 with Arm CPUs: our image is for x86, so it is planned for and not launched on.
+  "GB200": Chip(186e9, 2500e12, 8 * TB, 900e9, 0.0, 4),
+  "L4": Chip(24e9, 121e12, 300e9, 32e9, 0.70, 8, "nvidia-l4"),
+  "L40S": Chip(48e9, 362e12, 864e9, 32e9, 1.00, 8),
+  "RTXPRO6000": Chip(96e9, 504e12, 1597e9, 64e9, 1.80, 8, "nvidia-rtx-pro-6000"),
+  "RTX5090": Chip(32e9, 210e12, 1792e9, 64e9, 0.70, 8),
+  "RTX4090": Chip(24e9, 165e12, 1008e9, 32e9, 0.40, 8),
+  "cpu": Chip(4 * GIB, 50e9, 10e9, 5e9, 0.0, 8),
+}
+GUESSED_INTENSITY = 250  # flops per byte of bandwidth: the GPUs above have 100 to 420
+GUESSED_LINK = 32e9  # PCIe 4, 16 lanes
+
+
+@dataclasses.dataclass(frozen=True)
 class Device:
-  """A slice or a box: `chips` equal chips on `hosts` hosts."""
+  """A slice or a box: `chips` equal devices, as JAX counts them, on `hosts` hosts."""
 
   name: str
   kind: str
@@ -84,12 +110,22 @@ class Device:
     return math.ceil(self.chips / self.chip.per_host)
 
   @property
+  def per_host(self) -> int:
+    """How many of the cloud's resource (google.com/tpu, nvidia.com/gpu) one host has."""
+    return min(self.chips, self.chip.per_host) // self.chip.halves
+
+  @property
   def is_tpu(self) -> bool:
-    return self.kind.startswith("v")
+    return bool(self.chip.topologies)
+
+  @property
+  def platform(self) -> str:
+    """What JAX calls its backend: tpu, gpu or cpu."""
+    return "tpu" if self.is_tpu else "cpu" if self.kind == "cpu" else "gpu"
 
   @property
   def topology(self) -> str:
-    return (PLANE if self.chip.cores == 1 else CUBE)[self.chips]
+    return self.chip.topologies[self.chips // self.chip.halves]
 
   @property
   def accelerator_type(self) -> str:
@@ -97,20 +133,57 @@ class Device:
     return f"{self.chip.gcloud}-{self.chips * self.chip.cores}"
 
 
-def device(name: str) -> Device:
-  """'v5e-16', 'v4-8', 'H100' or 'H100-8', 'cpu-8' -> Device; raises UserError with what exists."""
+def device(name: str, memory: float = 0.0, flops: float = 0.0) -> Device:
+  """'v5e-16', 'v4-8', 'H100' or 'H100-8', 'cpu-8' -> Device.
+
+  memory (GB) and flops (bf16 TFLOP/s, dense), both of one device: they describe a GPU that is
+  not in the list, under any name, and its bandwidth is then a guess (GUESSED_INTENSITY); for a
+  known one they take the place of its own. Raises UserError with what exists.
+  """
+  if memory < 0 or flops < 0 or not math.isfinite(memory + flops):
+    raise UserError(f"--memory={memory} (GB) and --flops={flops} (TFLOP/s) must be positive")
   match = re.fullmatch(r"([A-Za-z0-9]+?)(?:-(\d+))?", name)
   kinds = {kind.lower(): kind for kind in CHIPS}
   kind = kinds.get(match[1].lower()) if match else None
+  if match and kind is None and memory and flops:
+    rate = flops * 1e12
+    chip = Chip(memory * 1e9, rate, rate / GUESSED_INTENSITY, GUESSED_LINK, 0.0, 8)
+    return _sized(match[1], chip, match[2])
   if kind is None:
     raise UserError(
-      f"device={name!r} is not known; kinds: {', '.join(CHIPS)}, as in v5e-16, H100-8"
+      f"device={name!r} is not known; kinds: {', '.join(CHIPS)}, as in v5e-16, H100-8; for "
+      "another GPU also give --memory=GB and --flops=TFLOPS of one"
     )
   chip = CHIPS[kind]
-  count = int(match[2] or chip.cores)
-  sizes = {"v": PLANE if chip.cores == 1 else CUBE}.get(kind[0])
-  chips = count // chip.cores
+  chip = dataclasses.replace(
+    chip, memory=memory * 1e9 or chip.memory, flops=flops * 1e12 or chip.flops
+  )
+  return _sized(kind, chip, match[2])
+
+
+def _sized(kind: str, chip: Chip, number: str | None) -> Device:
+  """number: what follows the kind in a device's name; None = one device."""
+  count = int(number or chip.cores * chip.halves * min(chip.topologies, default=1))
+  chips, sizes = count // chip.cores, [n * chip.halves for n in chip.topologies]
   if count % chip.cores or count == 0 or (sizes and chips not in sizes):
     known = ", ".join(f"{kind}-{n * chip.cores}" for n in sizes or (1, 2, 4, 8))
-    raise UserError(f"device={name!r} is no size of {kind}; sizes: {known}")
+    raise UserError(f"device={kind}-{count} is no size of {kind}; sizes: {known}")
   return Device(f"{kind}-{count}", kind, chip, chips)
+
+
+def cost_line(accelerator_type: str, created: str, now: datetime) -> str:
+  """What a slice of the Cloud TPU API has cost since it was made, at list price.
+
+  accelerator_type: as gcloud prints it, v5litepod-16. created: RFC 3339, as gcloud prints it.
+  """
+  prefix, _, number = accelerator_type.rpartition("/")[2].partition("-")
+  kind = next((k for k, chip in CHIPS.items() if chip.gcloud == prefix and prefix), None)
+  if kind is None:
+    raise UserError(f"accelerator type {accelerator_type!r} is not known")
+  slice_ = device(f"{kind}-{number}")
+  hours = (now - datetime.fromisoformat(created)).total_seconds() / 3600
+  rate = slice_.chips * slice_.chip.price
+  return (
+    f"{hours:.1f} h x {slice_.chips} chips x ${slice_.chip.price:.2f} = ${hours * rate:.2f} at "
+    f"on-demand list price, since this slice was made; ${rate:.2f} an hour until `delete`"
+  )

@@ -399,15 +399,24 @@ def fake_devices(count: int) -> None:
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the partitioner's hints, see the profile
 
 
+def number(name: str, text: str) -> float:
+  try:
+    return float(text)
+  except ValueError:
+    raise UserError(f"--{name}={text}: needs a number") from None
+
+
 def main(argv: list[str]) -> None:
   extra = [
-    ("device", "v5e-16", "v4-*, v5e-*, v5p-*, v6e-*, H100-*, H200-*, cpu-*"),
+    ("device", "v5e-16", "v5e-16, H100-8, ...: the kinds are in rlsafety/tools/devices.py"),
+    ("memory", "0", "GB of one device: for a GPU that is not in that list, under any name"),
+    ("flops", "0", "dense bf16 TFLOP/s of one device, likewise"),
     ("mesh", "", "auto: choose the mesh for the device"),
     ("shape", "", "preset to plan with in place of model.path"),
     ("json", "", "also write the plan to this file"),
   ]
   config, flags = config_lib.read_flags(argv, extra)
-  target = device(flags["device"])
+  target = device(flags["device"], *(number(name, flags[name]) for name in ("memory", "flops")))
   fake_devices(target.chips)
   policy, judge = policy_and_judge(config, flags["shape"])
   with config.unlocked():

@@ -1,0 +1,186 @@
+"""Names of hardware, GPUs that are in no list, what a slice has cost, and access to models."""
+
+import datetime
+import http.server
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+import types
+
+import pytest
+
+from rlsafety.errors import UserError
+from rlsafety.rundir import place
+from rlsafety.tools import access
+from rlsafety.tools.devices import CHIPS, cost_line, device
+
+REPO = pathlib.Path(__file__).resolve().parents[1]
+
+
+def test_slice_names_count_what_google_counts():
+  v4, v5e, v5p, h100 = (device(n) for n in ("v4-16", "v5e-16", "v5p-8", "h100-16"))
+  assert (v4.chips, v4.hosts, v4.topology, v4.accelerator_type) == (8, 2, "2x2x2", "v4-16")
+  assert (v5e.chips, v5e.hosts, v5e.topology) == (16, 4, "4x4")
+  assert v5e.accelerator_type == "v5litepod-16"
+  assert (v5p.chips, v5p.hosts, v5p.topology) == (4, 1, "2x2x1")
+  assert (h100.chips, h100.hosts, h100.platform) == (16, 2, "gpu")
+  # A TPU7x chip is two devices to JAX and one google.com/tpu to GKE; tpu7x-8 is one VM of 4.
+  ironwood = device("tpu7x-16")
+  assert (ironwood.chips, ironwood.hosts, ironwood.per_host) == (16, 2, 4)
+  assert (ironwood.topology, ironwood.platform) == ("2x2x2", "tpu")
+  assert ironwood.chip.memory == 96 * 2**30
+  for name in ("v5e-12", "v4-7", "h100-0", "m100-8", "v5e-", "tpu7x-2", ""):
+    with pytest.raises(UserError, match="device="):
+      device(name)
+
+
+@pytest.mark.parametrize("kind", CHIPS)
+def test_every_kind_is_in_range(kind):
+  """A slip of a power of ten in the table would plan nonsense: all chips lie within these."""
+  chip = CHIPS[kind]
+  if kind != "cpu":
+    assert 16e9 <= chip.memory <= 300e9 and 1e14 <= chip.flops <= 3e15
+    assert 50 <= chip.flops / chip.bandwidth <= 600  # flops per byte that it reads
+    assert 20e9 <= chip.link <= 1e12 and 0 <= chip.price < 20
+  assert device(kind).chips >= 1
+
+
+def test_a_gpu_in_no_list_is_planned_from_its_memory_and_flops():
+  box = device("MI300X-8", memory=192, flops=1300)
+  assert (box.chips, box.chip.memory, box.chip.flops) == (8, 192e9, 1.3e15)
+  assert box.name == "MI300X-8" and not box.is_tpu and box.chip.gke == ""
+  assert device("H100", memory=94).chip.memory == 94e9  # a known one with other memory
+  assert device("H100", memory=94).chip.flops == CHIPS["H100"].flops
+  for memory, flops in ((192, 0), (0, 1300)):
+    with pytest.raises(UserError, match="--memory=GB and --flops=TFLOPS"):
+      device("MI300X-8", memory, flops)
+  for bad in (-1, math.nan, math.inf):
+    with pytest.raises(UserError, match="--memory"):
+      device("MI300X-8", bad, 1300)
+
+
+def test_a_slice_says_what_it_has_cost():
+  now = datetime.datetime(2026, 1, 2, 3, 0, tzinfo=datetime.UTC)
+  line = cost_line("projects/p/acceleratorTypes/v5litepod-16", "2026-01-02T00:30:00.123Z", now)
+  assert line.startswith("2.5 h x 16 chips x $1.20 = $48.00") and "$19.20 an hour" in line
+  assert cost_line("v4-8", "2026-01-02T02:00:00Z", now).startswith("1.0 h x 4 chips x $3.22")
+  with pytest.raises(UserError, match="v9-8"):
+    cost_line("v9-8", "2026-01-02T02:00:00Z", now)
+
+
+# --- access to models ------------------------------------------------------------------------
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+  """Answers as the hub's auth-check does; the gated model opens for one token."""
+
+  seen: list[str | None] = []
+
+  def do_GET(self):
+    token = self.headers.get("Authorization")
+    self.seen.append(token)
+    model = self.path.removeprefix("/api/models/").removesuffix("/auth-check")
+    code, reason = {"open/model": (200, "")}.get(model, (401, "RepoNotFound"))
+    if model == "gated/model":
+      code, reason = (200, "") if token == "Bearer good" else (403 if token else 401, "GatedRepo")
+    self.send_response(code)
+    if reason:
+      self.send_header("X-Error-Code", reason)
+    self.end_headers()
+    self.wfile.write(json.dumps({}).encode())
+
+  def log_message(self, *_):
+    pass
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+  server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+  threading.Thread(target=server.serve_forever, daemon=True).start()
+  monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+  monkeypatch.delenv("HF_TOKEN", raising=False)
+  Hub.seen.clear()
+  yield f"http://127.0.0.1:{server.server_port}"
+  server.shutdown()
+
+
+def config(path, judge="", name="lm"):
+  part = types.SimpleNamespace
+  return part(model=part(path=path), judge=part(name=name, model=judge))
+
+
+def test_only_hub_names_are_asked_for(tmp_path):
+  assert access.hub_names(config("open/model@main", "gated/model")) == [
+    "model.path=open/model@main",
+    "judge.model=gated/model",
+  ]
+  assert access.hub_names(config("package:x", "gated/model", "http")) == []
+  assert access.hub_names(config(str(tmp_path), "")) == []
+
+
+def test_every_model_that_may_not_be_read_is_named_before_anything_is_booked(hub, monkeypatch):
+  both = ["model.path=open/model", "judge.model=gated/model"]
+  with pytest.raises(UserError) as error:
+    access.check([*both, "model.adapter=no/such"], hub)
+  text = str(error.value)
+  assert "judge.model=gated/model is gated and there is no token: set HF_TOKEN" in text
+  assert "no/such does not exist on the hub, or is private" in text and "open/model" not in text
+  monkeypatch.setenv("HF_TOKEN", "bad")
+  with pytest.raises(UserError, match="accept its terms") as error:
+    access.check(both, hub)
+  assert "bad" not in str(error.value)
+  monkeypatch.setenv("HF_TOKEN", "good")
+  assert access.check(both, hub) == [f"{name}: may be read" for name in both]
+  assert Hub.seen[-1] == "Bearer good"
+
+
+def test_a_hub_out_of_reach_is_one_line(hub):
+  with pytest.raises(UserError, match="is the hub in reach"):
+    access.check(["model.path=open/model"], "http://127.0.0.1:9")
+
+
+# --- where a run directory can lie -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("address", ["gs://b/runs/x", "s3://b/x", "gs:/b/x", "file:///tmp/x"])
+def test_an_address_is_refused_before_anything_is_made(tmp_path, monkeypatch, address):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(UserError, match="a folder, not an address; mount the"):
+    place.check(address)
+  assert not list(tmp_path.iterdir())
+
+
+def test_training_into_an_address_is_one_line_and_exit_code_2(tmp_path):
+  command = [sys.executable, "-m", "rlsafety.train", f"--config={REPO}/configs/tiny_syco.py"]
+  env = dict(os.environ, PYTHONPATH=str(REPO))
+  out = subprocess.run(
+    [*command, "--workdir=gs://b/x"], cwd=tmp_path, env=env, capture_output=True, text=True
+  )
+  assert out.returncode == 2 and "--workdir=gs://b/x: a run directory is a folder" in out.stderr
+  assert len(out.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_file_system_without_renames_or_appends_is_refused(tmp_path, monkeypatch):
+  """What a bucket mounted without a hierarchical namespace, or without staging, answers."""
+  assert list(place.check(str(tmp_path / "run")).iterdir()) == []  # nothing is left behind
+
+  def refuse(*_, **__):
+    raise OSError(38, "Function not implemented")
+
+  with monkeypatch.context() as patched:
+    patched.setattr(place.os, "replace", refuse)
+    with pytest.raises(UserError, match=r"cannot rename a folder there \(Function not impl"):
+      place.check(str(tmp_path / "run"))
+  with monkeypatch.context() as patched:
+    patched.setattr(place, "open", refuse, raising=False)
+    with pytest.raises(UserError, match="cannot append to a file there"):
+      place.check(str(tmp_path / "run"))
+  with monkeypatch.context() as patched:  # a rename that reports success and copies
+    patched.setattr(place.os, "replace", lambda a, b: None)
+    with pytest.raises(UserError, match="workdir .*: cannot "):
+      place.check(str(tmp_path / "run"))
+  assert list((tmp_path / "run").iterdir()) == []
