@@ -8,17 +8,19 @@ out is written into `notes`, which the tables carry.
 
 import dataclasses
 import glob
-import itertools
 import math
 import pathlib
+import random
 import re
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+import pandas as pd
 
 from rlsafety.errors import UserError
 from rlsafety.metrics import curves
 from rlsafety.rundir import read
-from rlsafety.study.scores import evaluations, rollout_scores
+from rlsafety.study import scalars
 
 # Fields that tell seeds, machines and models apart, but not treatments. A run that starts from
 # an adapter is another treatment than one that starts fresh.
@@ -42,38 +44,44 @@ PUBLISHED_NAMES = {
 class Cell:
   """One model x environment x variant.
 
-  values, sd: {scalar: number}, sd over seeds (NaN with one). per_seed: {scalar: [seeds]},
-  empty where only a summary was published. curves, curve_sd: {name: [N]} over `steps`.
+  values, sd: {scalar: number}, sd over seeds (NaN with one). per_seed: frame of the seeds'
+  own scalars, empty where only a summary was published. curves, curve_sd: frames over steps.
   """
 
   model: str
   environment: str
   variant: str
   seeds: list[int]
-  values: dict
-  sd: dict
-  per_seed: dict = dataclasses.field(default_factory=dict)
-  full: dict = dataclasses.field(default_factory=dict)
-  steps: np.ndarray | None = None
-  curves: dict = dataclasses.field(default_factory=dict)
-  curve_sd: dict = dataclasses.field(default_factory=dict)
+  values: dict[str, float] = dataclasses.field(default_factory=dict)
+  sd: dict[str, float] = dataclasses.field(default_factory=dict)
+  per_seed: pd.DataFrame = dataclasses.field(default_factory=pd.DataFrame)
+  full: dict[str, float] = dataclasses.field(default_factory=dict)
+  curves: pd.DataFrame = dataclasses.field(default_factory=pd.DataFrame)
+  curve_sd: pd.DataFrame = dataclasses.field(default_factory=pd.DataFrame)
   sources: list[str] = dataclasses.field(default_factory=list)
-  counts: dict = dataclasses.field(default_factory=dict)
+  counts: dict[str, int] = dataclasses.field(default_factory=dict)
   parameters: float = math.nan  # billions
 
   @property
-  def key(self):
+  def key(self) -> tuple[str, str, str]:
     return self.model, self.environment, self.variant
 
   @property
-  def initial(self):
+  def title(self) -> str:
+    return " / ".join(self.key)
+
+  @property
+  def initial(self) -> bool:
     return self.variant.split(", ")[0] == INITIAL
 
+  def value(self, outcome: str) -> float:
+    """A scalar, NaN if the cell has none."""
+    return self.values.get(outcome, math.nan)
 
-def by_number(item):
-  """Sorts seeds (or pairs led by one) as numbers, those that are not numbers last."""
-  value = item[0] if isinstance(item, tuple) else item
-  return (not isinstance(value, (int, float)), value if isinstance(value, (int, float)) else 0)
+
+def by_number(seed: object) -> tuple[bool, float]:
+  """Sorts seeds as numbers, those that are not numbers last."""
+  return (False, seed) if isinstance(seed, (int, float)) else (True, 0)
 
 
 def slug(name: str) -> str:
@@ -84,28 +92,21 @@ def slug(name: str) -> str:
 # --- From run directories ---------------------------------------------------------------
 
 
-def find_runs(patterns) -> tuple[list, list[str]]:
+def find_runs(patterns: Sequence[str]) -> tuple[list[read.Run], list[str]]:
   """Run directories matching the globs -> (complete runs, notes on those left out)."""
-  found, notes = {}, []
-  for pattern in patterns:
-    matches = glob.glob(str(pattern), recursive=True)
-    for match in map(pathlib.Path, matches):
-      folder = match if match.is_dir() else match.parent
-      if (folder / "config.json").exists() and (folder / "eval").exists():
-        found[folder.resolve()] = folder
-  complete = []
-  for folder in sorted(found.values()):
-    run = read.load_run(folder)
-    if run.complete:
-      complete.append(run)
-    else:
-      notes.append(f"left out, not complete: {folder}")
-  if not complete:
+  found = {}
+  for match in (match for p in patterns for match in glob.glob(str(p), recursive=True)):
+    folder = pathlib.Path(match) if pathlib.Path(match).is_dir() else pathlib.Path(match).parent
+    if (folder / "config.json").exists() and (folder / "eval").exists():
+      found[folder.resolve()] = folder
+  runs = [read.load_run(folder) for folder in sorted(found.values())]
+  if not any(run.complete for run in runs):
     raise UserError(f"--runs={','.join(map(str, patterns))}: no complete run directory there")
-  return complete, notes
+  notes = [f"left out, not complete: {run.path}" for run in runs if not run.complete]
+  return [run for run in runs if run.complete], notes
 
 
-def variants(found: list) -> tuple[list[str], list[str]]:
+def variants(runs: list[read.Run]) -> tuple[list[str], list[str]]:
   """A label for each run: the config fields that vary within a model and environment.
 
   Fields that always change together make one part of the label, and the notes say so: no
@@ -113,45 +114,29 @@ def variants(found: list) -> tuple[list[str], list[str]]:
   size, say) is no variant but a confound, and named too. A field that one config lacks,
   as configs of different versions do, is no difference.
   """
-  flat = [dict(_flatten(run.config)) for run in found]
-  cells = [(slug(read.model_name(run)), read.environment_name(run)) for run in found]
-  labels, notes = [""] * len(found), []
-  for environment in sorted({cell[1] for cell in cells}):
-    here = [i for i, cell in enumerate(cells) if cell[1] == environment]
-    varying, between = set(), set()
-    for i, j in itertools.combinations(here, 2):
-      for field in flat[i].keys() & flat[j].keys():
-        if not NOT_A_VARIANT.match(field) and flat[i][field] != flat[j][field]:
-          (varying if cells[i] == cells[j] else between).add(field)
-    together = []  # lists of fields, each one-to-one with the first of its list
-    for field in sorted(varying, key=lambda f: (not f.endswith(".name"), f)):
-      for group in together:
-        both = [(v[group[0]], v[field]) for v in map(flat.__getitem__, here)
-                if group[0] in v and field in v]  # fmt: skip
-        if len(set(both)) == len({a for a, _ in both}) == len({b for _, b in both}):
-          group.append(field)
-          break
-      else:
-        together.append([field])
-    for first, *others in together:
+  fields = pd.DataFrame([dict(_flatten(run.config)) for run in runs])
+  fields = fields[sorted(f for f in fields if not NOT_A_VARIANT.match(f))]
+  models = pd.Series([slug(read.model_name(run)) for run in runs])
+  environments = pd.Series([read.environment_name(run) for run in runs], dtype=object)
+  labels = pd.Series([str(run.config.get("variant") or "") for run in runs], dtype=object)
+  notes = []
+  for environment, here in fields.groupby(environments):
+    varying = here.columns[here.groupby(models).nunique().gt(1).any()]
+    for first, *others in _together(here[sorted(varying, key=lambda f: not f.endswith(".name"))]):
       if others:
         notes.append(f"{environment}: vary only together with {first}: {', '.join(others)}")
-      values = {flat[i].get(first, "absent") for i in here}
-      short = {v: v.rstrip("/").split("/")[-1] or "none" for v in values}
-      if len(set(short.values())) < len(values):  # folders of one name: their whole paths
-        short = {v: v or "none" for v in values}
-      for i in here:
-        value = short[flat[i].get(first, "absent")]
-        labels[i] += f"{', ' * bool(labels[i])}{first.split('.')[-1]}={value}"
-    if between - varying:
-      fields = ", ".join(sorted(between - varying))
-      notes.append(f"confound in {environment}: differs between models: {fields}")
-  named = [str(run.config.get("variant") or "") for run in found]
-  parts = [", ".join(filter(None, pair)) for pair in zip(named, labels, strict=True)]
-  return [part or "main" for part in parts], notes
+      chosen = here[first].fillna("absent")
+      short = chosen.map(lambda v: v.rstrip("/").split("/")[-1] or "none")
+      if short.nunique() < chosen.nunique():  # folders of one name: their whole paths
+        short = chosen.map(lambda v: v or "none")
+      labels[here.index] += f", {first.split('.')[-1]}=" + short
+    between = [f for f in here if f not in varying and here[f].nunique() > 1]
+    if between:
+      notes.append(f"confound in {environment}: differs between models: {', '.join(between)}")
+  return [label.removeprefix(", ") or "main" for label in labels], notes
 
 
-def _flatten(config: dict, prefix: str = ""):
+def _flatten(config: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
   for name, value in config.items():
     if isinstance(value, dict):
       yield from _flatten(value, f"{prefix}{name}.")
@@ -159,23 +144,40 @@ def _flatten(config: dict, prefix: str = ""):
       yield prefix + name, str(value)
 
 
-def collect(patterns, window=None, scores="", compat=False) -> tuple[list[Cell], list[str]]:
+def _together(fields: pd.DataFrame) -> list[list[str]]:
+  """Lists of columns, each one-to-one with the first of its list."""
+  found: list[list[str]] = []
+  for field in fields:
+    for group in found:
+      both = fields[[group[0], field]].dropna().drop_duplicates()
+      if len(both) == both[group[0]].nunique() == both[field].nunique():
+        group.append(field)
+        break
+    else:
+      found.append([field])
+  return found
+
+
+def collect(
+  patterns: Sequence[str], window: int | None = None, scores: str = "", compat: bool = False
+) -> tuple[list[Cell], list[str]]:
   """Run directories -> cells and notes.
 
   window: smoothing in steps; None takes the study's 50, or a sixth of the shortest run if
-  that is less. Unequal step counts within a cell are cut to its shortest run. compat: the
-  study's handling, one rollout per step of its first 300, always smoothed over 50.
+  that is less. scores: name of a re-scoring that gives ACC and HEX. Unequal step counts within
+  a cell are cut to its shortest run. compat: the study's handling, one rollout per step of its
+  first 300, always smoothed over 50.
   """
-  found, notes = find_runs(patterns)
-  initial = [run for run in found if run.config.get("steps") == 0]
-  trained = [run for run in found if run.config.get("steps") != 0]
+  runs, notes = find_runs(patterns)
+  initial = [run for run in runs if run.config.get("steps") == 0]
+  trained = [run for run in runs if run.config.get("steps") != 0]
   labels, more = variants(trained)
   notes += more
   if initial:
     apart, more = variants(initial)
     labels += [INITIAL if label == "main" else f"{INITIAL}, {label}" for label in apart]
     notes += [*more, f"runs of 0 steps, apart as variant `{INITIAL}`: {len(initial)}"]
-  groups = {}
+  groups: dict[tuple, dict[int, read.Run]] = {}
   for run, label in zip(trained + initial, labels, strict=True):
     key = (read.model_name(run) or run.path.name, read.environment_name(run), label)
     seed = run.info.get("seed", run.config.get("seed"))
@@ -188,171 +190,197 @@ def collect(patterns, window=None, scores="", compat=False) -> tuple[list[Cell],
         f"({_length(left)} steps, not {_length(both[0])})"
       )
   if window is None:
-    kept = [run for seeds in groups.values() for run in seeds.values() if run.metrics]
-    shortest = min((len(run.metrics) for run in kept), default=1)
+    updates = [len(run.metrics) for seeds in groups.values() for run in seeds.values()]
+    shortest = min(filter(None, updates), default=1)
     window = curves.WINDOW if compat else min(curves.WINDOW, max(1, shortest // 6))
   if window != curves.WINDOW:
     notes.append(f"smoothing window: {window} steps, where the study has {curves.WINDOW}")
   cells = []
-  for key, seeds in sorted(groups.items(), key=lambda item: str(item[0])):
-    cells.append(
-      _cell(key, dict(sorted(seeds.items(), key=by_number)), window, scores, compat, notes)
-    )
-  unscored = {k: sum(c.counts.get(f"unscored_{k}", 0) for c in cells) for k in read.SCORES}
-  for name, count in unscored.items():
-    if count:
+  for key, seeds in sorted(groups.items(), key=str):
+    seeds = {seed: seeds[seed] for seed in sorted(seeds, key=by_number)}
+    cells.append(_cell(key, seeds, window, scores, compat, notes))
+  return cells, notes + _said_once(cells)
+
+
+def _length(run: read.Run) -> int:
+  return run.metrics[-1]["step"] if run.metrics else 0
+
+
+def _said_once(cells: list[Cell]) -> list[str]:
+  """Notes on all cells together: verdicts and cells that are missing, unequal lengths."""
+  notes = []
+  for name in read.SCORES:
+    if count := sum(c.counts.get(f"unscored_{name}", 0) for c in cells):
       notes.append(
         f"{count} rollouts have no {name.upper()} verdict and are left out (`unscored_{name}`)"
       )
+  trained = [c for c in cells if not c.initial]
   for environment in sorted({c.environment for c in cells}):
-    here = [c for c in cells if c.environment == environment and not c.initial]
-    lengths = {c.counts["last_step"] for c in here if "last_step" in c.counts}
+    lengths = {c.counts["last_step"] for c in trained
+               if c.environment == environment and "last_step" in c.counts}  # fmt: skip
     if len(lengths) > 1:
       notes.append(
         f"{environment}: cells of unequal length are compared as they are, {min(lengths)} to "
         f"{max(lengths)} steps (column `last_step`)"
       )
-  missing = _missing(cells)
-  return cells, notes + [f"missing cell: {' / '.join(key)}" for key in missing]
+  for model in sorted({c.model for c in trained}):
+    for treatment in sorted({c.key[1:] for c in trained}):
+      if (model, *treatment) not in {c.key for c in trained}:
+        notes.append(f"missing cell: {' / '.join((model, *treatment))}")
+  return notes
 
 
-def _length(run) -> int:
-  return run.metrics[-1]["step"] if run.metrics else 0
-
-
-def _cell(key, seeds, window, scores, compat, notes) -> Cell:
-  name = " / ".join(key)
-  cell = Cell(*key, list(seeds), {}, {}, sources=[str(run.path) for run in seeds.values()])
-  cell.parameters = max((_parameters(run) for run in seeds.values()), default=math.nan)
+def _cell(
+  key: tuple[str, str, str], seeds: dict[int, read.Run], window: int, scores: str, compat: bool,
+  notes: list[str],
+) -> Cell:  # fmt: skip
+  cell = Cell(*key, list(seeds), sources=[str(run.path) for run in seeds.values()])
+  cell.parameters = max(map(_parameters, seeds.values()))
   if len(seeds) == 1:
-    notes.append(f"{name}: a single seed ({next(iter(seeds))}), no spread over seeds")
-  data = {s: rollout_scores(run, scores, compat, notes=notes) for s, run in seeds.items()}
-  data = {s: d for s, d in data.items() if len(d["step"])}
-  lacking = ", ".join(str(s) for s in seeds if s not in data)
+    notes.append(f"{cell.title}: a single seed ({cell.seeds[0]}), no spread over seeds")
+  cell.per_seed = held_out_gaps(cell, list(seeds.values()), scores, notes)
+  found = {seed: rollout_scores(run, scores, compat, notes) for seed, run in seeds.items()}
+  found = {seed: rollouts for seed, rollouts in found.items() if len(rollouts)}
+  lacking = ", ".join(str(seed) for seed in seeds if seed not in found)
   if lacking and not cell.initial:
-    rest = "curves are those of the other seeds" if data else "held-out gaps only"
-    notes.append(f"{name}: no training rollouts of seed {lacking}, {rest}")
-  ddof = 0 if compat else 1
-  _add(cell, held_out_gaps(cell, list(seeds.values()), scores, notes), ddof)
-  if data:
-    _add_curves(cell, data, window, compat, notes)
-  fewer = {}
-  for scalar, values in cell.per_seed.items():
-    known = int(np.isfinite(values).sum())
-    if 0 < known < len(values):
-      fewer.setdefault(known, []).append(scalar)
-  for known, scalars in sorted(fewer.items()):
-    notes.append(f"{name}: {known} of {len(seeds)} seeds have a value of {', '.join(scalars)}")
+    rest = "curves are those of the other seeds" if found else "held-out gaps only"
+    notes.append(f"{cell.title}: no training rollouts of seed {lacking}, {rest}")
+  of_mean_curve = _add_curves(cell, found, window, compat, notes) if found else {}
+  cell.values = cell.per_seed.mean().to_dict() | of_mean_curve
+  cell.sd = cell.per_seed.std(ddof=0 if compat else 1).to_dict()
+  known = cell.per_seed.notna().sum()
+  for count in range(1, len(seeds)):
+    if (known == count).any():
+      names = ", ".join(known.index[known == count])
+      notes.append(f"{cell.title}: {count} of {len(seeds)} seeds have a value of {names}")
   return cell
 
 
-def _add_curves(cell, data, window, compat, notes) -> None:
-  """Curves and their scalars from {seed: rollout scores}, which may lack some of the seeds."""
-  name = " / ".join(cell.key)
-  spans = {s: (int(d["step"].min()), int(d["step"].max())) for s, d in data.items()}
+def _add_curves(
+  cell: Cell, found: dict[int, pd.DataFrame], window: int, compat: bool, notes: list[str]
+) -> dict[str, float]:
+  """Adds the curves of {seed: rollouts}, which may lack some of the seeds.
+
+  Returns the scalars of the mean curve.
+  """
+  spans = {seed: (int(r["step"].min()), int(r["step"].max())) for seed, r in found.items()}
   first, last = max(a for a, _ in spans.values()), min(b for _, b in spans.values())
   if compat:
-    last = min(last, first + curves.PUBLISHED_STEPS - 1)
+    last = min(last, first + scalars.PUBLISHED_STEPS - 1)
   if set(spans.values()) != {(first, last)}:
-    notes.append(f"{name}: first and last steps {spans}, cut to {first, last}")
+    notes.append(f"{cell.title}: first and last steps {spans}, cut to {first, last}")
   steps = np.arange(first, last + 1)
-  means, hms_b, rollouts, unscored = [], [], 0, dict.fromkeys(read.SCORES, 0)
-  for d in data.values():
-    use = (d["step"] >= first) & (d["step"] <= last)
-    d = {k: v[use] for k, v in d.items()}
-    rollouts += int(use.sum())
-    seed_means = {
-      k: curves.step_means(d["step"], d[k], d["is_gameable"], steps)[0] for k in read.SCORES
-    }
-    everyone = curves.step_means(d["step"], d["reward"], np.ones(len(d["step"])), steps)[0]
-    means.append(seed_means | {"all": everyone["gameable"]})
-    hms_b.append(curves.hms_windowed(d["step"], d["acc"], d["hex"], d["is_gameable"]))
-    unscored = {k: n + int(np.isnan(d[k]).sum()) for k, n in unscored.items()}
-  summary = curves.seed_summary(steps, means, window, compat)
-  empty = int(np.isnan(summary["curves"]["hex_gap"]).sum())
+  found = {seed: r[r["step"].between(first, last)] for seed, r in found.items()}
+  means = {seed: scalars.step_means(r, steps) for seed, r in found.items()}
+  summary = scalars.seed_summary(means, window, 0 if compat else 1)
+  cell.full, cell.curves, cell.curve_sd = (summary[k] for k in ("full", "curves", "curve_sd"))
+  own = summary["per_seed"].assign(
+    hms_windowed=[scalars.hms_windowed(r) for r in found.values()]
+  )
+  cell.per_seed = cell.per_seed.join(own)
+  empty = int(cell.curves["hex_gap"].isna().sum())
   if empty:
-    notes.append(f"{name}: {empty} of {len(steps)} steps have no HEX gap even after smoothing")
-  partial = {k: summary["partial_steps"][f"{k}_gap"] for k in read.SCORES}
+    notes.append(
+      f"{cell.title}: {empty} of {len(steps)} steps have no HEX gap even after smoothing"
+    )
+  partial = {name: summary["partial_steps"][f"{name}_gap"] for name in read.SCORES}
   if any(partial.values()):
-    says = ", ".join(f"{k} {n}" for k, n in partial.items() if n)
-    notes.append(f"{name}: gaps of some seeds only at this many of {len(steps)} steps: {says}")
-  cell.values |= summary["scalars"]
-  cell.sd |= summary["sd"]
-  place = [cell.seeds.index(s) for s in data]
-
-  def of_all_seeds(values):
-    out = np.full(len(cell.seeds), np.nan)
-    out[place] = values
-    return out
-
-  cell.per_seed |= {k: of_all_seeds(v) for k, v in summary["per_seed"].items()}
-  _add(cell, {"hms_windowed": of_all_seeds(hms_b)}, 0 if compat else 1)
-  cell.full, cell.steps = summary["full"], steps
-  cell.curves, cell.curve_sd = summary["curves"], summary["curve_sd"]
+    says = ", ".join(f"{name} {count}" for name, count in partial.items() if count)
+    notes.append(f"{cell.title}: gaps of some seeds only at this many of {len(steps)} steps: {says}")
+  every = pd.concat(list(found.values()))
   cell.counts |= {
-    "rollouts": rollouts,
-    **{f"unscored_{k}": n for k, n in unscored.items()},
+    "rollouts": len(every),
+    **{f"unscored_{name}": int(every[name].isna().sum()) for name in read.SCORES},
     "steps": len(steps),
     "last_step": last,
     "window": window,
   }
+  return summary["scalars"]
 
 
-def _add(cell: Cell, per_seed: dict, ddof: int) -> None:
-  """Adds scalars that are means over the seeds' own values."""
-  for name, values in per_seed.items():
-    cell.per_seed[name] = values
-    cell.values[name] = float(curves.nanmean(values))
-    cell.sd[name] = float(curves.nanstd(values, ddof))
+def rollout_scores(
+  run: read.Run, scores: str = "", compat: bool = False, notes: list[str] | None = None,
+  seed: int = 42,
+) -> pd.DataFrame:  # fmt: skip
+  """A run's training rollouts, one row each: step, is_gameable, reward, acc, hex.
+
+  scores: of a re-scoring whose ACC and HEX replace the run's own (rollouts that it left out
+  are left out here). compat: one rollout per step, drawn with `seed`, missing verdicts
+  filled in as the study did.
+  """
+  records = read.train_rollouts(run)
+  if scores:
+    records = read.rescored(run, records, scores, "train", notes)
+  if compat:
+    rng, by_step = random.Random(seed), {}
+    for record in records:
+      by_step.setdefault(record["step"], []).append(record)
+    records = [rng.choice(group) for _, group in sorted(by_step.items())]
+  found = pd.DataFrame(
+    {"step": [r["step"] for r in records], "is_gameable": [bool(r["is_gameable"]) for r in records]}
+    | {name: [read.number(r.get(name)) for r in records] for name in read.SCORES}
+  )
+  return found.fillna(scalars.PUBLISHED_FILL) if compat else found
 
 
-def held_out_gaps(cell: Cell, seeds: list, scores: str, notes: list[str]) -> dict:
-  """{"heldout_<score>_gap": [seeds], "heldout_<score>_gap_before": ...} from eval/.
+def held_out_gaps(
+  cell: Cell, runs: list[read.Run], scores: str, notes: list[str]
+) -> pd.DataFrame:
+  """Frame of the seeds' "heldout_<score>_gap" and "heldout_<score>_gap_before" from eval/.
 
   Of the last evaluated step that all seeds have. With `scores`, ACC and HEX are those of
   the re-scored replies, and NaN where it has none.
   """
-  lines = [evaluations(run, scores, notes) for run in seeds]
-  ends = {s: max(found) for s, found in zip(cell.seeds, lines, strict=True) if found}
+  lines = [_evaluations(run, scores, notes) for run in runs]
+  ends = {seed: max(found) for seed, found in zip(cell.seeds, lines, strict=True) if found}
   at = None
   if len(set(ends.values())) > 1:
     later = [set(found) - {min(found)} for found in lines if found]
     at = max(set.intersection(*later), default=None)
     which = f"at step {at}, the last that all seeds have" if at else "at each seed's own last step"
-    notes.append(f"{' / '.join(cell.key)}: held-out gaps {which}; last ones {ends}")
+    notes.append(f"{cell.title}: held-out gaps {which}; last ones {ends}")
   if ends:
     cell.counts["last_step"] = at or min(ends.values())
+
+  def gap(found: dict[int, dict], name: str, step: int | None) -> float:
+    return read.number(found[step].get(f"{name}_gap")) if found else math.nan
+
   out = {}
   for name in read.SCORES:
-    before = [read.number(x[min(x)].get(f"{name}_gap")) if x else math.nan for x in lines]
-    after = [read.number(x[at or max(x)].get(f"{name}_gap")) if x else math.nan for x in lines]
-    out[f"heldout_{name}_gap"] = np.array(after)
-    out[f"heldout_{name}_gap_before"] = np.array(before)
-  return out
+    out[f"heldout_{name}_gap"] = [gap(x, name, at or max(x, default=None)) for x in lines]
+    out[f"heldout_{name}_gap_before"] = [gap(x, name, min(x, default=None)) for x in lines]
+  return pd.DataFrame(out, cell.seeds)
 
 
-def _parameters(run) -> float:
+def _evaluations(run: read.Run, scores: str, notes: list[str]) -> dict[int, dict]:
+  """{step: line of eval/summary.jsonl}, with a re-scoring's ACC and HEX gaps if one is named;
+  those are NaN at a step that it left out."""
+  lines = {line["step"]: line for line in run.evaluations}
+  if not scores:
+    return lines
+  records = [r for step in read.eval_rollouts(run).values() for r in step]
+  records = read.rescored(run, records, scores, "heldout", notes)
+  for step in lines:
+    here = [r for r in records if r["step"] == step]
+    for name in ("acc", "hex"):
+      means = [list(read.prompt_means(here, name, gameable).values()) for gameable in (True, False)]
+      gap = np.mean(means[0]) - np.mean(means[1]) if all(means) else math.nan
+      lines[step] = lines[step] | {f"{name}_gap": read.GAP_SIGN[name] * gap}
+  return lines
+
+
+def _parameters(run: read.Run) -> float:
   for source in (run.info.get("model"), run.info):
     if isinstance(source, dict) and source.get("parameters"):
       return float(source["parameters"]) / 1e9
   return math.nan
 
 
-def _missing(cells: list[Cell]) -> list[tuple]:
-  """Combinations of a model with an environment's variants that no run covers."""
-  have = {cell.key for cell in cells if cell.seeds and not cell.initial}
-  treatments = sorted({key[1:] for key in have})
-  models = sorted({key[0] for key in have})
-  return [(m, *t) for m in models for t in treatments if (m, *t) not in have]
-
-
 # --- From the paper's printed numbers ----------------------------------------------------
 
 
-def published(folder) -> tuple[list[Cell], list[str]]:
+def published(folder: str | pathlib.Path) -> tuple[list[Cell], list[str]]:
   """published_results.csv of a folder -> cells; three seeds behind each, curves unknown."""
-  import pandas as pd
-
   path = pathlib.Path(folder) / "published_results.csv"
   if not path.exists():
     raise UserError(f"{path}: no such file; --published takes the folder that holds it")
@@ -361,15 +389,12 @@ def published(folder) -> tuple[list[Cell], list[str]]:
   lacking = {"model", "env", "metric", "mean", "std", "source"} - set(table)
   if lacking:
     raise UserError(f"{path}: columns missing: {', '.join(sorted(lacking))}")
-  cells = {}
-  for row in table.itertuples():
-    if row.metric not in PUBLISHED_NAMES:
-      continue
+  cells: dict[tuple, Cell] = {}
+  for row in table[table["metric"].isin(PUBLISHED_NAMES)].itertuples():
     variant = "base models" if "base models" in row.source else "published"
     key = (names.get(slug(row.model), row.model), row.env, variant)
-    cell = cells.setdefault(key, Cell(*key, [5, 42, 83], {}, {}))
+    cell = cells.setdefault(key, Cell(*key, [5, 42, 83]))
     name = PUBLISHED_NAMES[row.metric]
     cell.values[name], cell.sd[name] = float(row.mean), float(row.std)
-    if row.source not in cell.sources:
-      cell.sources.append(row.source)
+    cell.sources = list(dict.fromkeys([*cell.sources, row.source]))
   return list(cells.values()), [f"cells are published means over 3 seeds, from {path.name}"]
