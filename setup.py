@@ -28,7 +28,6 @@ CORE = [
   "safetensors>=0.6",
   "scipy>=1.14",
   "sentencepiece>=0.2",
-  "statsmodels>=0.14",
   "tenacity>=9.0",
   "tensorflow-datasets>=4.9.9",
   "array-record>=0.8",

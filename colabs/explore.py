@@ -66,5 +66,5 @@ first, last = min(evaluations), max(evaluations)
 for before, after in list(zip(evaluations[first], evaluations[last], strict=True))[:4]:
   print("USER  ", before["messages"][-1]["content"])
   for label, record in (("BEFORE", before), ("AFTER ", after)):
-    print(f"{label} [HEX {read.score(record, 'hex'):.1f}] {record['completion']!r}")
+    print(f"{label} [HEX {read.number(record['hex']):.1f}] {record['completion']!r}")
   print()

@@ -17,7 +17,7 @@ from rlsafety import environments, files, judges
 from rlsafety.errors import UserError
 from rlsafety.models import presets, sources, transformer
 from rlsafety.rundir import read
-from rlsafety.study import scores
+from rlsafety.study import gather
 from rlsafety.tools import rescore
 from rlsafety.types import Prompts
 
@@ -106,7 +106,7 @@ def test_scores_are_the_judges_and_resuming_changes_nothing(run, model):
   header.write_text(header.read_text().replace("phrases", "other phrases"))
   with pytest.raises(UserError, match="another judge"):
     score(run, model, records)
-  found = scores.rollout_scores(run, "lex")
+  found = gather.rollout_scores(run, "lex")
   np.testing.assert_allclose(found["hex"], [r["hex"] for r in rows])
   np.testing.assert_array_equal(found["reward"], 5.0)  # the reward stays what was trained on
 

@@ -27,7 +27,7 @@ evaluate.main(["--what=agreement", every, "--name=again", f"--out={folder}/agree
 export.main(["export", f"--run={folder}/runs/style-5", "--format=merged", f"--out={folder}/model"])
 evaluate.main(["--what=cross_entropy", every, f"--model={folder}/model", "--high=0", "--low=11",
   "--per_run=4", f"--out={folder}/surprise.csv"])
-analyze.main([every, f"--out={folder}/results", "--scores=again",
+analyze.main(["analyze", every, f"--out={folder}/results", "--scores=again",
   f"--benchmarks={folder}/surprise.csv"])
 """
 

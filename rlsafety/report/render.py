@@ -148,7 +148,7 @@ def transcripts(evaluations: dict, training: list[dict], max_rollouts: int):
           ],
         }
       )
-    scores = [read.score(r, name) for name in ("reward", "hex", "acc")]
+    scores = [read.number(r.get(name)) for name in ("reward", "hex", "acc")]
     rows.append(
       [kind, r.get("step", 0), index[key], r.get("prompt", 0), r.get("sample", 0)]
       + [None if not math.isfinite(s) else round(s, 2) for s in scores]
@@ -220,7 +220,7 @@ def _prompt_means(records, name, gameable) -> dict:
   """{prompt: mean score over its scored samples} of one group."""
   found = {}
   for r in records:
-    value = read.score(r, name)
+    value = read.number(r.get(name))
     if bool(r.get("is_gameable")) is gameable and math.isfinite(value):
       found.setdefault((r.get("scenario_id"), r.get("prompt")), []).append(value)
   return {key: float(np.mean(values)) for key, values in found.items()}

@@ -8,7 +8,11 @@ killed: a torn last line is skipped and named, a torn line elsewhere is an error
 import dataclasses
 import json
 import math
+import operator
 import pathlib
+from typing import Any
+
+import numpy as np
 
 from rlsafety.errors import UserError
 from rlsafety.files import read_json, read_jsonl
@@ -18,6 +22,7 @@ GROUPS = ("gameable", "non_gameable")
 # Which way each gap points: positive means that the gameable group gets more reward and
 # encouragement, and less dissuasion (PAPER_FACTS: HEX_gap = G - NG, ACC_gap = NG - G).
 GAP_SIGN = {"reward": 1, "acc": -1, "hex": 1}
+FIELDS = {"step": int, "prompt": int, "sample": int, "is_gameable": bool}  # of every rollout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,19 +47,14 @@ class Run:
     return self.info.get("config", {})
 
 
-def number(value) -> float:
+def number(value: Any) -> float:
   """A score as read from JSON: null, missing and non-numbers are NaN (no verdict)."""
   if isinstance(value, bool) or not isinstance(value, (int, float)):
     return math.nan
   return float(value)
 
 
-def score(record: dict, name: str) -> float:
-  """A rollout's reward, acc or hex; NaN if it has no verdict."""
-  return number(record.get(name))
-
-
-def load_run(path) -> Run:
+def load_run(path: str | pathlib.Path) -> Run:
   """Reads config.json, metrics.jsonl and eval/summary.jsonl of one run directory."""
   path = pathlib.Path(path)
   if not path.is_dir():
@@ -71,7 +71,7 @@ def load_run(path) -> Run:
   return Run(path, info, metrics, evaluations, complete, tuple(notes))
 
 
-def _by_step(records, name, notes):
+def _by_step(records: list[dict], name: str, notes: list[str]) -> list[dict]:
   """Sorted by step; a step that was written twice keeps its last line."""
   steps = {}
   for record in records:
@@ -84,7 +84,8 @@ def _by_step(records, name, notes):
 
 
 def train_rollouts(run: Run, notes: list[str] | None = None) -> list[dict]:
-  return read_jsonl(run.path / "rollouts" / "train.jsonl", notes)
+  """The records of the replies that the policy wrote to be trained on, in order."""
+  return _rollouts(run.path / "rollouts" / "train.jsonl", notes)
 
 
 def eval_rollouts(run: Run, notes: list[str] | None = None) -> dict[int, list[dict]]:
@@ -95,8 +96,54 @@ def eval_rollouts(run: Run, notes: list[str] | None = None) -> dict[int, list[di
       step = int(path.stem.removeprefix("step_"))
     except ValueError:
       raise UserError(f"{path}: expected a name like step_000000.jsonl") from None
-    found[step] = read_jsonl(path, notes)
+    found[step] = _rollouts(path, notes)
   return dict(sorted(found.items()))
+
+
+def _rollouts(path: pathlib.Path, notes: list[str] | None) -> list[dict]:
+  records = read_jsonl(path, notes)
+  for line, record in enumerate(records, 1):
+    for field, kind in FIELDS.items():
+      if type(record.get(field)) is not kind:
+        raise UserError(f"{path}, line {line}: `{field}` is {record.get(field)!r:.40}, which is no "
+                        f"{kind.__name__}; delete or mend that line")  # fmt: skip
+  return records
+
+
+def rescored(
+  run: Run, records: list[dict], name: str, source: str, notes: list[str] | None = None
+) -> list[dict]:
+  """Those of `records` that RUN/scores/NAME.jsonl holds, with its ACC and HEX.
+
+  source: "train" or "heldout", what the records are. notes get how many there are, if not
+  all. Raises UserError where training rollouts were never re-scored under this name.
+  """
+  path = run.path / "scores" / f"{name}.jsonl"
+  if not path.exists() and source == "train" and records:
+    raise UserError(
+      f"{path}: no such scores; make them with python -m rlsafety.tools.rescore --source=both"
+    )
+  place = operator.itemgetter("step", "prompt", "sample")
+  new = {place(r): r for r in read_jsonl(path) if r.get("source") == source}
+  kept = [
+    {**record, "acc": found.get("acc"), "hex": found.get("hex")}
+    for record in records
+    if (found := new.get(place(record)))
+  ]
+  if len(kept) < len(records) and notes is not None:
+    kind = {"train": "training", "heldout": "held-out"}[source]
+    notes.append(f"{path}: holds {len(kept)} of {len(records)} {kind} rollouts, no others are used")
+  return kept
+
+
+def prompt_means(records: list[dict], name: str, gameable: bool) -> dict[tuple, float]:
+  """{(scenario, prompt): mean reward, acc or hex over its scored replies} of one group."""
+  found = {}
+  for r in records:
+    value = number(r.get(name))
+    if r["is_gameable"] is gameable and math.isfinite(value):
+      found.setdefault((r.get("scenario_id"), r["prompt"]), []).append(value)
+  return {key: float(np.mean(values)) for key, values in found.items()}
 
 
 def model_name(run: Run) -> str:

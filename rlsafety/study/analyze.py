@@ -1,23 +1,10 @@
 """Run directories to a paper's tables and figures.
 
-  python -m rlsafety.study.analyze --runs='runs/**' --out=results/
-  python -m rlsafety.study.analyze --published=DIR --out=results/   (the study's printed numbers)
+  python -m rlsafety.study.analyze --runs 'runs/**' --out results/
+  python -m rlsafety.study.analyze --published DIR --out results/   (the study's printed numbers)
 
 Writes CSV, Markdown and LaTeX tables (cells, seeds, correlations, partial, variants), SVG
-and PNG figures, notes.md, and index.html, a page that holds all of it. Flags:
-  --runs=GLOB[,GLOB]   run directories; incomplete ones are left out and named
-  --published=DIR      folder with published_results.csv, in place of or beside --runs
-  --out=DIR            where to write (created)
-  --outcomes=a,b       scalars to analyse; default max_hex_gap,max_acc_gap,hms and the held-out
-                       gaps, as far as there are any
-  --benchmarks=FILE    CSV with a `model` column, laid over the shipped scores; tools.lm_eval
-                       and rlsafety.tools.rescore --what=cross_entropy write such files
-  --scores=NAME        ACC and HEX of a re-scoring by rlsafety.tools.rescore
-  --reference=VARIANT  variant that the others are compared with
-  --window=N           smoothing in steps; default 50, or a sixth of a shorter run
-  --power_rho=0.6,0.8  true correlations whose chance to be found is given; default 0.6
-  --published_compat   the study's handling: one rollout per step of the first 300, smoothed over
-                       50, unscored = -1 or 0, SD / n
+and PNG figures, notes.md, and index.html, a page that holds all of it.
 """
 
 import math
@@ -25,15 +12,27 @@ import os
 import pathlib
 import re
 import sys
+from collections.abc import Iterator, Sequence
 
+import pandas as pd
+
+from rlsafety import flags
 from rlsafety.errors import UserError, run_main
 from rlsafety.report import render
 from rlsafety.rundir import read
 from rlsafety.study import figures, gather, tables
+from rlsafety.study.gather import Cell
 
-FLAGS = {"runs": "", "published": "", "out": "", "outcomes": "", "benchmarks": "", "scores": "",
-         "reference": "", "window": "", "power_rho": "0.6", "published_compat": ""}  # fmt: skip
 OUTCOMES = ("max_hex_gap", "max_acc_gap", "hms", "heldout_hex_gap", "heldout_acc_gap")
+FLAGS = {
+  "--runs": ("GLOB[,GLOB]", "run directories; incomplete ones are left out and named"),
+  "--published": ("DIR", "folder with published_results.csv, in place of or beside --runs"),
+  "--outcomes": ("A,B", "scalars to analyse; default those of " + ",".join(OUTCOMES) + " there are"),
+  "--benchmarks": ("FILE", "CSV with a `model` column, laid over the shipped scores; tools.lm_eval "
+                   "and tools.rescore --what=cross_entropy write such files"),
+  "--scores": ("NAME", "ACC and HEX of a re-scoring by tools.rescore"),
+  "--reference": ("VARIANT", "variant that the others are compared with"),
+}  # fmt: skip
 SHOWN = {
   "cells": ("model", "environment", "variant", "n_seeds", "seeds", "steps", "max_hex_gap",
             "max_hex_gap_sd", "max_hex_gap_full", "step_of_max_hex_gap", "max_acc_gap",
@@ -48,18 +47,24 @@ SHOWN = {
 
 
 def analyse(
-  out, globs=(), published="", outcomes="", benchmarks="", scores="", reference="",
-  window=None, compat=False, rhos=(0.6,),
-) -> dict:  # fmt: skip
+  out: str | pathlib.Path,
+  globs: Sequence[str] = (),
+  published: str = "",
+  outcomes: str = "",
+  benchmarks: str = "",
+  scores: str = "",
+  reference: str = "",
+  window: int | None = None,
+  compat: bool = False,
+  rhos: Sequence[float] = (0.6,),
+) -> dict:
   """Writes everything to the folder `out`; returns {table name: frame, "notes": [...]}.
 
   globs: of run directories. published: folder of published_results.csv. outcomes: "a,b";
   empty takes those of OUTCOMES that a cell has. Raises UserError when neither source gives
   a cell, or when an outcome or reference that was asked for is unknown.
   """
-  cells, notes = [], []
-  if published:
-    cells, notes = gather.published(published)
+  cells, notes = gather.published(published) if published else ([], [])
   if globs:
     more, said = gather.collect(globs, window, scores, compat)
     cells, notes = cells + more, notes + said
@@ -70,19 +75,17 @@ def analyse(
       "published handling: one rollout per step of the first 300, smoothed over 50 unless --window "
       "says otherwise, unscored = -1 (reward 0), SD over n"
     )
-  known = {name for c in cells for name, value in c.values.items() if math.isfinite(value)}
-  names = [name.strip() for name in outcomes.split(",") if name.strip()]
+  known = {name for c in cells for name in c.values if math.isfinite(c.value(name))}
+  names = list(filter(None, map(str.strip, outcomes.split(","))))
   for name in names:
     if name not in known:
       raise UserError(f"--outcomes: {name!r} is not one of {', '.join(sorted(known))}")
   names = names or [name for name in OUTCOMES if name in known]
-  if reference and reference not in {c.variant for c in cells}:
-    there = "; ".join(sorted({c.variant for c in cells}))
-    raise UserError(f"--reference={reference}: is not one of the variants: {there}")
-  scores_of = tables.load_benchmarks(benchmarks or None, notes)
-  unmatched = sorted(
-    {c.model for c in cells} - {c.model for c in cells if gather.slug(c.model) in scores_of.index}
-  )
+  there = sorted({c.variant for c in cells})
+  if reference and reference not in there:
+    raise UserError(f"--reference={reference}: is not one of the variants: {'; '.join(there)}")
+  scores_of = tables.load_benchmarks(benchmarks, notes)
+  unmatched = sorted({c.model for c in cells if gather.slug(c.model) not in scores_of.index})
   if unmatched:
     notes.append(f"no benchmark scores for: {', '.join(unmatched)} (add them with --benchmarks)")
   made = {
@@ -90,21 +93,21 @@ def analyse(
     "seeds": tables.seed_table(cells),
     "correlations": tables.correlation_table(cells, scores_of, names, rhos=rhos, notes=notes),
     "partial": tables.partial_table(cells, scores_of, names),
-    "variants": tables.variant_table(cells, names, reference or None),
+    "variants": tables.variant_table(cells, names, reference),
   }
   out = pathlib.Path(out)
   out.mkdir(parents=True, exist_ok=True)
   captions = _captions(made, cells)
-  for name, table in made.items():
-    if len(table):
-      tables.write(table, out / name, captions[name], SHOWN.get(name))
-  drawn = draw(out, cells, made, scores_of, names)
+  filled = {name: table for name, table in made.items() if len(table)}
+  for name, table in filled.items():
+    tables.write(table, out / name, captions[name], SHOWN.get(name))
+  drawn = {caption: svg for caption, svg in draw(out, cells, made, scores_of, names) if svg}
   (out / "notes.md").write_text("".join(f"- {note}\n" for note in notes), encoding="utf-8")
-  _index(out, made, captions, drawn, notes, cells)
+  _write_page(out, filled, captions, drawn, notes, cells)
   return made | {"notes": notes}
 
 
-def _captions(made: dict, cells) -> dict[str, str]:
+def _captions(made: dict[str, pd.DataFrame], cells: Sequence[Cell]) -> dict[str, str]:
   """What each table is, with its n, seeds, correction and the runs behind it."""
   seeds = sorted({s for c in cells for s in c.seeds}, key=gather.by_number)
   sources = [s for c in cells for s in c.sources]
@@ -130,7 +133,7 @@ def _captions(made: dict, cells) -> dict[str, str]:
   }
 
 
-def _power_text(table) -> str:
+def _power_text(table: pd.DataFrame) -> str:
   if not len(table):
     return ""
   row = table.loc[table["n"].idxmax()]
@@ -142,119 +145,97 @@ def _power_text(table) -> str:
   )
 
 
-def draw(out, cells, made, benchmarks, outcomes) -> list[tuple[str, pathlib.Path]]:
-  """All figures that the cells allow -> [(caption, SVG path)]."""
-  drawn = []
-
-  def add(caption, paths):
-    if paths:
-      drawn.append((caption, paths[0]))
-
+def draw(
+  out: pathlib.Path, cells: Sequence[Cell], made: dict[str, pd.DataFrame],
+  benchmarks: pd.DataFrame, outcomes: Sequence[str],
+) -> Iterator[tuple[str, pathlib.Path | None]]:  # fmt: skip
+  """Draws all figures: (caption, SVG path, or None where the cells do not allow it)."""
   for (environment, variant), group in tables.treatments(cells):
-    if any(c.curves for c in group):
-      stem = re.sub(r"[^\w.=-]+", "_", f"curves_{environment}_{variant}")
-      add(f"Curves, {environment}, {variant}", figures.curve_panels(group, benchmarks, out / stem))
-  for outcome in outcomes:
-    add(
-      f"{outcome} against model size",
-      figures.trend(cells, benchmarks, outcome, out / f"size_{outcome}"),
-    )
-    if len(made["correlations"]):
-      add(
-        f"Correlations of {outcome}",
-        figures.forest(made["correlations"], outcome, out / f"correlations_{outcome}"),
-      )
+    if any(len(c.curves) for c in group):
+      stem = out / re.sub(r"[^\w.=-]+", "_", f"curves_{environment}_{variant}")
+      yield f"Curves, {environment}, {variant}", figures.curve_panels(group, benchmarks, stem)
+  table = made["correlations"]
+  for name in outcomes:
+    yield f"{name} against model size", figures.trend(cells, benchmarks, name, out / f"size_{name}")
+    if len(table):
+      path = figures.forest(table, name, out / f"correlations_{name}")
+      yield f"Correlations of {name}", path
     if len({c.variant for c in cells}) > 1:
-      add(
-        f"{outcome} by variant",
-        figures.variant_bars(cells, outcome, out / f"variants_{outcome}"),
-      )
-  return drawn
+      yield f"{name} by variant", figures.variant_bars(cells, name, out / f"variants_{name}")
 
 
-def _index(out, made, captions, drawn, notes, cells) -> None:
-  """results/index.html: tables and figures on one page, in the style of a run's report."""
+def _write_page(
+  out: pathlib.Path, made: dict[str, pd.DataFrame], captions: dict[str, str],
+  drawn: dict[str, pathlib.Path], notes: list[str], cells: Sequence[Cell],
+) -> None:  # fmt: skip
+  """index.html: tables and figures on one page, in the style of a run's report."""
   parts = []
   for name, table in made.items():
-    if len(table):
-      shown = table[[c for c in SHOWN.get(name, table.columns) if c in table]]
-      parts.append({"name": name, "caption": captions[name], "head": list(shown.columns),
-                    "rows": tables.text_rows(shown)})  # fmt: skip
+    shown = table[[c for c in SHOWN.get(name, table.columns) if c in table]]
+    parts.append({"name": name, "caption": captions[name], "head": list(shown),
+                  "rows": tables.text_rows(shown)})  # fmt: skip
   pictures = []
-  for i, (caption, path) in enumerate(drawn):
+  for i, (caption, path) in enumerate(drawn.items()):
     svg = path.read_text(encoding="utf-8")
     svg = svg[svg.index("<svg") :]
     # Two figures on one page may not share the ids of their clip paths.
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>f{i}-", svg)
-    pictures.append((caption, svg))
-  pages = [
-    (f"{c.model}, {c.environment}, {c.variant}, seed {seed}", os.path.relpath(page, out))
+    pictures.append((caption, re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>f{i}-", svg)))
+  runs = {
+    f"{c.model}, {c.environment}, {c.variant}, seed {seed}": pathlib.Path(source)
     for c in cells
     for seed, source in zip(c.seeds, c.sources, strict=False)
-    if (page := pathlib.Path(source) / "report.html").exists()
-  ]
-  owners = [(c, seed, s) for c in cells for seed, s in zip(c.seeds, c.sources, strict=False)
-            if pathlib.Path(s).is_dir()]  # fmt: skip
-  labels = [f"{c.model}, {c.environment}, {c.variant}, seed {seed}" for c, seed, _ in owners]
-  data, left_out = render.compared([read.load_run(s) for *_, s in owners], labels)
+    if pathlib.Path(source).is_dir()
+  }
+  data, left_out = render.compared(list(map(read.load_run, runs.values())), list(runs))
   if left_out:
     notes = [*notes, f"transcripts below leave out {len(left_out)} runs to keep the page light"]
+  reports = [(label, os.path.relpath(folder / "report.html", out))
+             for label, folder in runs.items() if (folder / "report.html").exists()]  # fmt: skip
   page = render.render(
     "comparison.html",
     title="Comparison of runs",
     notes=notes,
     tables=parts,
     figures=pictures,
-    pages=pages,
+    pages=reports,
     data_json=render.embed_json(data) if data else "",
     several=True,
   )
   (out / "index.html").write_text(page, encoding="utf-8")
 
 
-def read_flags(argv) -> dict:
-  values = dict(FLAGS)
-  for argument in argv:
-    name, equals, value = argument.lstrip("-").partition("=")
-    if not argument.startswith("--") or name not in FLAGS:
-      raise UserError(f"unknown argument {argument!r}; flags: {', '.join('--' + f for f in FLAGS)}")
-    values[name] = value if equals else "true"
-  return values
-
-
-def main(argv) -> None:
-  if {"-h", "--help"} & set(argv):
-    print(__doc__)
-    return
-  # `--out results/` reads as `--out=results/`.
-  joined, rest = [], list(argv)
-  while rest:
-    word = rest.pop(0)
-    bare = word.startswith("--") and "=" not in word and word != "--published_compat"
-    joined.append(f"{word}={rest.pop(0)}" if bare and rest else word)
-  flags = read_flags(joined)
-  if not flags["out"]:
-    raise UserError("--out=DIR is missing: where should the tables go?")
-  if flags["window"] and not flags["window"].isdigit():
-    raise UserError(f"--window={flags['window']}: needs a number of steps")
+def _probabilities(text: str) -> list[float]:
+  """Numbers between 0 and 1 in a list like "0.6,0.8"."""
   try:
-    rhos = [float(rho) for rho in flags["power_rho"].split(",")]
+    found = [float(part) for part in text.split(",")]
   except ValueError:
-    rhos = [math.nan]
-  if not all(0 < rho < 1 for rho in rhos):
-    raise UserError(f"--power_rho={flags['power_rho']}: needs numbers between 0 and 1, like 0.6")
-  made = analyse(
-    flags["out"],
-    [g for g in flags["runs"].split(",") if g],
-    flags["published"],
-    flags["outcomes"],
-    flags["benchmarks"],
-    flags["scores"],
-    flags["reference"],
-    int(flags["window"]) if flags["window"] else None,
-    flags["published_compat"].lower() not in ("", "false", "0"),
-    rhos,
+    found = [math.nan]
+  if not all(0 < rho < 1 for rho in found):
+    raise UserError(f"--power_rho={text}: needs numbers between 0 and 1, like 0.6")
+  return found
+
+
+def main(argv: Sequence[str]) -> None:
+  parser = flags.parser(__doc__, "study.analyze")
+  parser.add_argument("--out", required=True, metavar="DIR", help="where to write (created)")
+  for name, (metavar, says) in FLAGS.items():
+    parser.add_argument(name, default="", metavar=metavar, help=says)
+  said = "smoothing in steps; default 50, or a sixth of a shorter run"
+  parser.add_argument("--window", type=int, metavar="N", help=said)
+  said = "true correlations whose chance to be found is given; default 0.6"
+  parser.add_argument("--power_rho", default="0.6", metavar="RHO[,RHO]", help=said)
+  said = (
+    "the study's handling: one rollout per step of the first 300, smoothed over 50, unscored = -1 "
+    "or 0, SD / n"
   )
+  parser.add_argument("--published_compat", action="store_true", help=said)
+  args = flags.parse(parser, argv)
+  if args.window is not None and args.window < 1:
+    raise UserError(f"--window={args.window}: needs a number of steps, at least 1")
+  given = vars(args)
+  globs, rhos = given.pop("runs").split(","), _probabilities(given.pop("power_rho"))
+  compat = given.pop("published_compat")
+  made = analyse(globs=list(filter(None, globs)), rhos=rhos, compat=compat, **given)
   for note in made["notes"]:
     print(f"note: {note}")
   table = made["correlations"]
@@ -263,8 +244,8 @@ def main(argv) -> None:
     columns = ["outcome", "environment", "variant", "benchmark", "n", "r", "p", "p_holm", "p_bh"]
     print(table[columns].to_string(index=False, float_format=lambda v: f"{v:.3f}"))
     print(_power_text(made["correlations"]))
-  print(f"tables, figures and {pathlib.Path(flags['out']) / 'index.html'} written")
+  print(f"tables, figures and {pathlib.Path(args.out) / 'index.html'} written")
 
 
 if __name__ == "__main__":
-  run_main(main, sys.argv[1:])
+  run_main(main, sys.argv)

@@ -1,16 +1,20 @@
 """Figures of a study, each as SVG (for the page) and PNG (for everything else).
 
-Needs matplotlib, which only this module and its callers import. Colours are ordered by
-model size and safe for colour-blind readers; bands and bars say in the caption what they are.
+Colours are ordered by model size and safe for colour-blind readers; bands and bars say in
+the caption what they are. What has nothing to show draws nothing and returns None.
 """
 
 import math
 import pathlib
+from collections.abc import Sequence
 
+import matplotlib
 import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
 
-from rlsafety.metrics import curves
 from rlsafety.study import statistics, tables
+from rlsafety.study.gather import Cell
 
 NAMES = {
   "max_hex_gap": "max HEX gap", "max_acc_gap": "max ACC gap", "hms": "HMS",
@@ -23,50 +27,47 @@ NAMES = {
 }  # fmt: skip
 
 
-def _pyplot():
-  import matplotlib
-
-  matplotlib.use("Agg")
-  import matplotlib.pyplot as plt
-
-  plt.rcParams.update(
-    {"svg.fonttype": "none", "svg.hashsalt": "rlsafety", "font.size": 9, "axes.spines.top": False,
-     "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "figure.dpi": 110,
-     "legend.frameon": False}
-  )  # fmt: skip
-  return plt
+STYLE = {
+  "svg.fonttype": "none", "svg.hashsalt": "rlsafety", "font.size": 9, "axes.spines.top": False,
+  "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "figure.dpi": 110,
+  "legend.frameon": False,
+}  # fmt: skip
+styled = matplotlib.rc_context(STYLE)  # decorates whatever draws: nobody else's plots change
 
 
-def save(figure, stem) -> list[pathlib.Path]:
-  """Writes STEM.svg (no date, so equal runs give equal bytes) and STEM.png."""
-  stem = pathlib.Path(stem)
-  paths = [stem.with_suffix(".svg"), stem.with_suffix(".png")]
-  figure.savefig(paths[0], metadata={"Date": None}, bbox_inches="tight")
-  figure.savefig(paths[1], dpi=160, bbox_inches="tight")
-  _pyplot().close(figure)
-  return paths
+def panels(
+  rows: int, columns: int, size: tuple[float, float], **shared: bool
+) -> tuple[Figure, np.ndarray]:
+  """A figure of `size` inches and its axes [rows, columns]."""
+  figure = Figure(figsize=size)
+  return figure, figure.subplots(rows, columns, squeeze=False, **shared)
 
 
-def _colours(count: int):
-  import matplotlib
+def save(figure: Figure, stem: pathlib.Path) -> pathlib.Path:
+  """Writes STEM.svg (no date, so equal runs give equal bytes) and STEM.png; returns the first."""
+  svg = stem.with_name(stem.name + ".svg")
+  figure.savefig(svg, metadata={"Date": None}, bbox_inches="tight")
+  figure.savefig(stem.with_name(stem.name + ".png"), dpi=160, bbox_inches="tight")
+  return svg
 
-  return [matplotlib.colormaps["viridis"](v) for v in np.linspace(0.0, 0.88, max(count, 1))]
 
-
-def curve_panels(cells, benchmarks, stem):
+@styled
+def curve_panels(
+  cells: Sequence[Cell], benchmarks: pd.DataFrame, stem: pathlib.Path
+) -> pathlib.Path:
   """Reward, HEX, ACC and the three gaps over steps, one line per model, band +-1 SD of seeds."""
-  plt = _pyplot()
-  cells = [c for c in cells if c.curves]
+  cells = [c for c in cells if len(c.curves)]
   size = tables.covariates(cells, benchmarks)["num_params"]
   order = sorted(range(len(cells)), key=lambda i: (np.nan_to_num(size[i], nan=np.inf), i))
   cells = [cells[i] for i in order]
-  figure, axes = plt.subplots(2, 3, figsize=(10.5, 5.6), sharex=True)
+  colours = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.88, len(cells)))
+  figure, axes = panels(2, 3, (10.5, 5.6), sharex=True)
   names = ("reward", "hex_gameable", "acc_non_gameable", "reward_gap", "hex_gap", "acc_gap")
   for name, axis in zip(names, axes.flat, strict=True):
-    for cell, colour in zip(cells, _colours(len(cells)), strict=True):
+    for cell, colour in zip(cells, colours, strict=True):
       mean, sd = cell.curves[name], cell.curve_sd[name]
-      axis.plot(cell.steps, mean, color=colour, lw=1.6, label=f"{cell.model} ({len(cell.seeds)})")
-      axis.fill_between(cell.steps, mean - sd, mean + sd, color=colour, alpha=0.15, lw=0)
+      axis.plot(mean.index, mean, color=colour, lw=1.6, label=f"{cell.model} ({len(cell.seeds)})")
+      axis.fill_between(mean.index, mean - sd, mean + sd, color=colour, alpha=0.15, lw=0)
     if name.endswith("_gap"):
       axis.axhline(0, color="0.4", lw=0.8)
       axis.set_xlabel("step")
@@ -83,26 +84,29 @@ def curve_panels(cells, benchmarks, stem):
   return save(figure, stem)
 
 
-def trend(cells, benchmarks, outcome, stem, against="num_params"):
+@styled
+def trend(
+  cells: Sequence[Cell], benchmarks: pd.DataFrame, outcome: str, stem: pathlib.Path,
+  against: str = "num_params",
+) -> pathlib.Path | None:  # fmt: skip
   """Outcome against size (or another column), one panel per environment and variant.
 
   Bars are one SD over seeds; the title gives Spearman's rho, its 95% interval, exact p and n.
   """
-  plt = _pyplot()
-  panels = []
+  shown = []
   for where, group in tables.treatments(cells):
-    group = [c for c in group if math.isfinite(c.values.get(outcome, math.nan))]
+    group = [c for c in group if math.isfinite(c.value(outcome))]
     x = tables.covariates(group, benchmarks).get(against, np.array([]))
     if np.isfinite(x).sum() >= 2:
-      panels.append((where, group, x))
-  if not panels:
-    return []
-  columns = min(3, len(panels))
-  height = math.ceil(len(panels) / columns)
-  figure, axes = plt.subplots(height, columns, figsize=(3.7 * columns, 3.3 * height), squeeze=False)
-  for axis in axes.flat[len(panels) :]:
+      shown.append((where, group, x))
+  if not shown:
+    return None
+  columns = min(3, len(shown))
+  rows = math.ceil(len(shown) / columns)
+  figure, axes = panels(rows, columns, (3.7 * columns, 3.3 * rows))
+  for axis in axes.flat[len(shown) :]:
     axis.set_visible(False)
-  for axis, (where, group, x) in zip(axes.flat, panels, strict=False):
+  for axis, (where, group, x) in zip(axes.flat, shown, strict=False):
     y = np.array([c.values[outcome] for c in group])
     sd = np.array([c.sd.get(outcome, math.nan) for c in group])
     axis.errorbar(x, y, np.nan_to_num(sd), fmt="o", ms=5, color="#3b528b", ecolor="0.65", lw=1)
@@ -125,37 +129,26 @@ def trend(cells, benchmarks, outcome, stem, against="num_params"):
   return save(figure, stem)
 
 
-def variant_bars(cells, outcome, stem):
+@styled
+def variant_bars(cells: Sequence[Cell], outcome: str, stem: pathlib.Path) -> pathlib.Path | None:
   """Mean over models of each variant, with every model as a line through its variants."""
-  plt = _pyplot()
-  cells = [c for c in cells if math.isfinite(c.values.get(outcome, math.nan))]
-  environments = sorted({c.environment for c in cells})
-  if not environments:
-    return []
-  names = {e: sorted({c.variant for c in cells if c.environment == e}) for e in environments}
-  widest = max(map(len, names.values()))
-  figure, axes = plt.subplots(
-    1, len(environments), figsize=(max(3.2, 1.2 * widest + 1) * len(environments), 3.4),
-    squeeze=False, sharey=True,
-  )  # fmt: skip
-  for axis, environment in zip(axes.flat, environments, strict=True):
-    here = [c for c in cells if c.environment == environment]
-    values = np.array(
-      [
-        [next((c.values.get(outcome, np.nan) for c in here if c.key[::2] == (m, v)), np.nan)
-         for v in names[environment]]
-        for m in sorted({c.model for c in here})
-      ]
-    )  # fmt: skip
+  rows = [(*c.key, c.value(outcome)) for c in cells if math.isfinite(c.value(outcome))]
+  if not rows:
+    return None
+  table = pd.DataFrame(rows, columns=["model", "environment", "variant", "value"])
+  # One frame [models, variants] for each environment.
+  found = {e: t.pivot(index="model", columns="variant", values="value")
+           for e, t in table.groupby("environment")}  # fmt: skip
+  widest = max(values.shape[1] for values in found.values())
+  size = max(3.2, 1.2 * widest + 1) * len(found), 3.4
+  figure, axes = panels(1, len(found), size, sharey=True)
+  for axis, (environment, values) in zip(axes.flat, found.items(), strict=True):
     place = np.arange(values.shape[1])
-    axis.bar(place, curves.nanmean(values), color="#c9d3e6", width=0.6)
+    axis.bar(place, values.mean(), color="#c9d3e6", width=0.6)
     axis.set_xlim(-0.7, widest - 0.3)  # bars of one width in all panels
     axis.plot(place, values.T, "o-", color="#3b528b", ms=4, lw=0.8, alpha=0.75)
-    count = np.isfinite(values).sum(0)
-    labels = [v.replace(", ", "\n") for v in names[environment]]
-    axis.set_xticks(
-      place, [f"{v}\n(models: {n})" for v, n in zip(labels, count, strict=True)], fontsize=7
-    )
+    labels = [f"{v.replace(', ', chr(10))}\n(models: {n})" for v, n in values.count().items()]
+    axis.set_xticks(place, labels, fontsize=7)
     axis.axhline(0, color="0.4", lw=0.8)
     axis.set_title(environment, fontsize=10, loc="left")
   axes.flat[0].set_ylabel(NAMES.get(outcome, outcome))
@@ -163,17 +156,15 @@ def variant_bars(cells, outcome, stem):
   return save(figure, stem)
 
 
-def forest(table, outcome, stem):
+@styled
+def forest(table: pd.DataFrame, outcome: str, stem: pathlib.Path) -> pathlib.Path | None:
   """Spearman's rho with 95% intervals for every benchmark; filled where Holm's p < 0.05."""
-  plt = _pyplot()
   table = table[(table["outcome"] == outcome) & (table["method"] == "spearman")]
   if not len(table):
-    return []
+    return None
   groups = list(table.groupby(["environment", "variant"], sort=False))
-  figure, axes = plt.subplots(
-    1, len(groups), figsize=(3.1 * len(groups) + 1, 0.28 * table["benchmark"].nunique() + 1.3),
-    sharex=True, squeeze=False,
-  )  # fmt: skip
+  size = 3.1 * len(groups) + 1, 0.28 * table["benchmark"].nunique() + 1.3
+  figure, axes = panels(1, len(groups), size, sharex=True)
   for axis, ((environment, variant), rows) in zip(axes.flat, groups, strict=True):
     place = -np.arange(len(rows))
     axis.hlines(place, rows["low95"], rows["high95"], color="0.6", lw=1.2)

@@ -274,9 +274,7 @@ def _add_curves(
   means = {seed: scalars.step_means(r, steps) for seed, r in found.items()}
   summary = scalars.seed_summary(means, window, 0 if compat else 1)
   cell.full, cell.curves, cell.curve_sd = (summary[k] for k in ("full", "curves", "curve_sd"))
-  own = summary["per_seed"].assign(
-    hms_windowed=[scalars.hms_windowed(r) for r in found.values()]
-  )
+  own = summary["per_seed"].assign(hms_windowed=[scalars.hms_windowed(r) for r in found.values()])
   cell.per_seed = cell.per_seed.join(own)
   empty = int(cell.curves["hex_gap"].isna().sum())
   if empty:
@@ -286,7 +284,8 @@ def _add_curves(
   partial = {name: summary["partial_steps"][f"{name}_gap"] for name in read.SCORES}
   if any(partial.values()):
     says = ", ".join(f"{name} {count}" for name, count in partial.items() if count)
-    notes.append(f"{cell.title}: gaps of some seeds only at this many of {len(steps)} steps: {says}")
+    known = f"gaps of some seeds only at this many of {len(steps)} steps"
+    notes.append(f"{cell.title}: {known}: {says}")
   every = pd.concat(list(found.values()))
   cell.counts |= {
     "rollouts": len(every),
@@ -323,9 +322,7 @@ def rollout_scores(
   return found.fillna(scalars.PUBLISHED_FILL) if compat else found
 
 
-def held_out_gaps(
-  cell: Cell, runs: list[read.Run], scores: str, notes: list[str]
-) -> pd.DataFrame:
+def held_out_gaps(cell: Cell, runs: list[read.Run], scores: str, notes: list[str]) -> pd.DataFrame:
   """Frame of the seeds' "heldout_<score>_gap" and "heldout_<score>_gap_before" from eval/.
 
   Of the last evaluated step that all seeds have. With `scores`, ACC and HEX are those of

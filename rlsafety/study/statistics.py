@@ -9,8 +9,10 @@ model from that test, and n says so.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import optimize, stats
 
 PERMUTATIONS = 20_000
@@ -37,7 +39,7 @@ class Correlation:
   exact: bool
 
 
-def correlate(x, y, method: str = "spearman", seed: int = 0) -> Correlation:
+def correlate(x: ArrayLike, y: ArrayLike, method: str = "spearman", seed: int = 0) -> Correlation:
   """Spearman or Pearson correlation of x, y [models]; NaN where it is not defined."""
   x, y = complete(x, y)
   n = len(x)
@@ -47,7 +49,7 @@ def correlate(x, y, method: str = "spearman", seed: int = 0) -> Correlation:
     return Correlation(method, n, *[math.nan] * 5, exact=False)
   exact = method == "spearman" and n <= EXACT_LIMIT
   if method == "spearman":
-    x, y = ranks(x), ranks(y)
+    x, y = stats.rankdata(x), stats.rankdata(y)
   r = pearson(x, y)
   p = _exact_p(x, y) if exact else _permutation_p(x, y, seed)
   t = r * math.sqrt((n - 2) / max(1 - r * r, 1e-300))
@@ -55,22 +57,14 @@ def correlate(x, y, method: str = "spearman", seed: int = 0) -> Correlation:
   return Correlation(method, n, r, p, float(2 * stats.t.sf(abs(t), n - 2)), low, high, exact)
 
 
-def complete(*arrays):
+def complete(*arrays: ArrayLike) -> tuple[np.ndarray, ...]:
   """The entries at which every array is finite."""
   arrays = [np.asarray(a, float) for a in arrays]
   use = np.all([np.isfinite(a) for a in arrays], axis=0)
   return tuple(a[use] for a in arrays)
 
 
-def ranks(values):
-  """Ranks from 1 along the last axis, ties sharing their mean. Quadratic, for few models."""
-  values = np.asarray(values, float)
-  below = (values[..., :, None] > values[..., None, :]).sum(-1)
-  equal = (values[..., :, None] == values[..., None, :]).sum(-1)
-  return below + (equal + 1) / 2
-
-
-def pearson(x, y) -> float:
+def pearson(x: np.ndarray, y: np.ndarray) -> float | np.ndarray:
   """Plain correlation of x with y, both [..., n] (rows pair up); NaN without spread."""
   x, y = x - np.mean(x, -1, keepdims=True), y - np.mean(y, -1, keepdims=True)
   scale = np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
@@ -79,19 +73,19 @@ def pearson(x, y) -> float:
   return float(r) if r.ndim == 0 else r
 
 
-def interval(r: float, n: int, method: str, level: float = 0.95) -> tuple[float, float]:
-  """Confidence interval of a correlation through Fisher's z.
+def interval(r: float, n: int, method: str) -> tuple[float, float]:
+  """95% confidence interval of a correlation through Fisher's z.
 
   Spearman's z has the wider standard error sqrt((1 + r^2/2) / (n - 3)) (Bonett, Wright).
   """
   if n < 4 or not abs(r) < 1 - 1e-12:  # at |r| = 1 (few models) z has no finite value
     return math.nan, math.nan
   spread = math.sqrt((1 + r * r / 2 if method == "spearman" else 1) / (n - 3))
-  half = stats.norm.isf((1 - level) / 2) * spread
+  half = stats.norm.isf(0.025) * spread
   return math.tanh(math.atanh(r) - half), math.tanh(math.atanh(r) + half)
 
 
-def _exact_p(x, y) -> float:
+def _exact_p(x: np.ndarray, y: np.ndarray) -> float:
   """Share of all n! pairings whose rank correlation is at least as far from 0."""
   x2, y2 = (tuple(sorted(int(v) for v in np.rint(2 * a))) for a in (x, y))
   sums, counts = _pairing_sums(x2, y2)
@@ -101,7 +95,7 @@ def _exact_p(x, y) -> float:
 
 
 @functools.lru_cache(maxsize=32)
-def _pairing_sums(x: tuple, y: tuple):
+def _pairing_sums(x: tuple[int, ...], y: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
   """All values of sum x_i y_pi(i) over the permutations pi, and how many give each.
 
   Doubled ranks are integers, with ties too, so the sums fit a table that is built up one
@@ -124,7 +118,7 @@ def _pairing_sums(x: tuple, y: tuple):
   return found.astype(float), counts[found]
 
 
-def _permutation_p(x, y, seed: int) -> float:
+def _permutation_p(x: np.ndarray, y: np.ndarray, seed: int) -> float:
   """(1 + draws at least as extreme) / (1 + draws), with seeded permutations of y."""
   shuffled = (y - y.mean())[_permutations(len(y), seed)]
   centred = x - x.mean()
@@ -133,7 +127,7 @@ def _permutation_p(x, y, seed: int) -> float:
 
 
 @functools.lru_cache(maxsize=4)
-def _permutations(n: int, seed: int):
+def _permutations(n: int, seed: int) -> np.ndarray:
   """[PERMUTATIONS, n] seeded orders, the same for every pair of variables."""
   return np.random.default_rng(seed).permuted(np.tile(np.arange(n), (PERMUTATIONS, 1)), axis=1)
 
@@ -152,27 +146,33 @@ def agreement(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
   return out
 
 
-def holm(p) -> np.ndarray:
+def holm(p: ArrayLike) -> np.ndarray:
   """Holm-adjusted p-values of one family; NaN entries are no tests and stay NaN."""
-  return _adjust(p, "holm")
+
+  def adjust(known: np.ndarray) -> np.ndarray:
+    order = np.argsort(known)
+    raised = np.maximum.accumulate(known[order] * np.arange(len(known), 0, -1))
+    return np.minimum(raised, 1)[np.argsort(order)]
+
+  return _of_known(p, adjust)
 
 
-def benjamini_hochberg(p) -> np.ndarray:
+def benjamini_hochberg(p: ArrayLike) -> np.ndarray:
   """Benjamini-Hochberg adjusted p-values (false discovery rate) of one family."""
-  return _adjust(p, "fdr_bh")
+  return _of_known(p, stats.false_discovery_control)
 
 
-def _adjust(p, method):
-  from statsmodels.stats.multitest import multipletests  # seconds to import
-
+def _of_known(p: ArrayLike, adjust: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
   p = np.asarray(p, float)
   out, known = np.full(p.shape, np.nan), np.isfinite(p)
   if known.any():
-    out[known] = multipletests(p[known], method=method)[1]
+    out[known] = adjust(p[known])
   return out
 
 
-def partial(x, y, controls, method: str = "spearman") -> Correlation:
+def partial(
+  x: ArrayLike, y: ArrayLike, controls: Sequence[ArrayLike], method: str = "spearman"
+) -> Correlation:
   """Correlation of x and y with `controls` [k][models] regressed out of both.
 
   Spearman: all variables are ranked first. The t test has n - 2 - k degrees of freedom;
@@ -183,13 +183,12 @@ def partial(x, y, controls, method: str = "spearman") -> Correlation:
   if n - 2 - k < 1:
     return Correlation(method, n, *[math.nan] * 5, exact=False)
   if method == "spearman":
-    x, y, *controls = (ranks(a) for a in (x, y, *controls))
+    x, y, *controls = map(stats.rankdata, (x, y, *controls))
   design = np.column_stack([np.ones(n), *controls])
   residual = [a - design @ np.linalg.lstsq(design, a, rcond=None)[0] for a in (x, y)]
   # A variable that its controls determine has nothing left to correlate.
-  if any(
-    np.linalg.norm(e) < 1e-9 * np.linalg.norm(a) for e, a in zip(residual, (x, y), strict=True)
-  ):
+  left = [np.linalg.norm(e) / np.linalg.norm(a) for e, a in zip(residual, (x, y), strict=True)]
+  if min(left) < 1e-9:
     return Correlation(method, n, *[math.nan] * 5, exact=False)
   r = pearson(*residual)
   df = n - 2 - k
@@ -198,26 +197,29 @@ def partial(x, y, controls, method: str = "spearman") -> Correlation:
   return Correlation(method, n, r, p, p, *interval(r, n - k, method), exact=False)
 
 
-def leave_one_out(x, y, names, method: str = "spearman") -> dict[str, float]:
+def leave_one_out(
+  x: ArrayLike, y: ArrayLike, names: Sequence[str], method: str = "spearman"
+) -> dict[str, float]:
   """{dropped model: correlation of the rest}, over models with both values."""
-  use = np.isfinite(np.asarray(x, float)) & np.isfinite(np.asarray(y, float))
-  x, y = np.asarray(x, float)[use], np.asarray(y, float)[use]
-  names = [name for name, keep in zip(names, use, strict=True) if keep]
+  names = [name for name, a, b in zip(names, x, y, strict=True) if math.isfinite(a + b)]
+  x, y = complete(x, y)
   if len(x) < 4:
     return dict.fromkeys(names, math.nan)
   rest = np.array([np.delete(np.arange(len(x)), i) for i in range(len(x))])
-  return dict(zip(names, _r_rows(x[rest], y[rest], method).tolist(), strict=True))
+  return dict(zip(names, r_rows(x[rest], y[rest], method).tolist(), strict=True))
 
 
-def _r_rows(x, y, method):
+def r_rows(x: np.ndarray, y: np.ndarray, method: str) -> np.ndarray:
   """Correlation of each row pair of x, y [draws, n]."""
   if method == "spearman":
-    x, y = ranks(x), ranks(y)
+    x, y = stats.rankdata(x, axis=-1), stats.rankdata(y, axis=-1)
   return pearson(x, y)
 
 
-def bootstrap_models(x, y, method="spearman", draws=2_000, seed=0, level=0.95):
-  """Percentile interval (low, high) over models drawn with replacement.
+def bootstrap_models(
+  x: ArrayLike, y: ArrayLike, method: str = "spearman", draws: int = 2_000, seed: int = 0
+) -> tuple[float, float]:
+  """95% percentile interval (low, high) over models drawn with replacement.
 
   Answers "other models of this kind"; at n = 11 it is a little too narrow, see the
   interval of `Correlation` for one that keeps its level.
@@ -226,11 +228,13 @@ def bootstrap_models(x, y, method="spearman", draws=2_000, seed=0, level=0.95):
   if len(x) < 4:
     return math.nan, math.nan
   rows = np.random.default_rng(seed).integers(0, len(x), (draws, len(x)))
-  return _percentiles(_r_rows(x[rows], y[rows], method), level)
+  return _percentiles(r_rows(x[rows], y[rows], method))
 
 
-def bootstrap_seeds(x, values, method="spearman", draws=1_000, seed=0, level=0.95):
-  """Percentile interval (low, high) with the models fixed and one seed drawn for each.
+def bootstrap_seeds(
+  x: ArrayLike, values: ArrayLike, method: str = "spearman", draws: int = 1_000, seed: int = 0
+) -> tuple[float, float]:
+  """95% percentile interval (low, high) with the models fixed and one seed drawn for each.
 
   x [models]; values [models, seeds], NaN = that seed was not run. The study's bootstrap,
   with a stated seed: it answers "other seeds of these models", and nothing wider.
@@ -243,21 +247,18 @@ def bootstrap_seeds(x, values, method="spearman", draws=1_000, seed=0, level=0.9
   rng = np.random.default_rng(seed)
   known = [row[np.isfinite(row)] for row in values]
   drawn = np.stack([row[rng.integers(0, len(row), draws)] for row in known], 1)
-  return _percentiles(_r_rows(np.broadcast_to(x, drawn.shape), drawn, method), level)
+  return _percentiles(r_rows(np.broadcast_to(x, drawn.shape), drawn, method))
 
 
-def per_seed(x, values, method="spearman") -> np.ndarray:
+def per_seed(x: ArrayLike, values: ArrayLike, method: str = "spearman") -> np.ndarray:
   """The correlation at each seed alone: values [models, seeds] -> [seeds]."""
   columns = [complete(x, column) for column in np.asarray(values, float).T]
-  return np.array([_r_rows(*c, method) if len(c[0]) > 2 else math.nan for c in columns])
+  return np.array([r_rows(*c, method) if len(c[0]) > 2 else math.nan for c in columns])
 
 
-def _percentiles(draws, level):
+def _percentiles(draws: np.ndarray) -> tuple[float, float]:
   draws = draws[np.isfinite(draws)]
-  if not len(draws):
-    return math.nan, math.nan
-  tail = 100 * (1 - level) / 2
-  low, high = np.percentile(draws, [tail, 100 - tail])
+  low, high = np.percentile(draws, [2.5, 97.5]) if len(draws) else (math.nan, math.nan)
   return float(low), float(high)
 
 

@@ -14,8 +14,8 @@ For each setting (environment and factors):
              are whole units (issues, situations), so shared content cannot leak
 
 Each of these comes with a 95% interval, a bootstrap over units. Writes gameability.json, setting
-by setting (the same command goes on where it was cut off), and, where matplotlib is installed,
-gameability.svg and .png; with --run=DIR for the setting and the base model of that run, into it.
+by setting (the same command goes on where it was cut off), gameability.svg and .png; with
+--run=DIR for the setting and the base model of that run, into it.
 """
 
 import argparse
@@ -37,6 +37,7 @@ from rlsafety.judges import lm
 from rlsafety.models import sources, transformer
 from rlsafety.packing import pad
 from rlsafety.rundir import read
+from rlsafety.study import figures
 from rlsafety.tools.judges import fit
 from rlsafety.types import Prompts
 
@@ -325,11 +326,9 @@ def table(rows: dict[str, dict]) -> str:
   return "\n".join(lines)
 
 
+@figures.styled
 def plot(rows: dict[str, dict], stem: pathlib.Path) -> None:
   """Cues, score and AUCs, one row per setting, with their intervals."""
-  from rlsafety.study import figures
-
-  plt = figures._pyplot()
   panels = {
     "cues per 100 words": ("cues_per_100_words",),
     "judge's gameability, 1-10": ("score",),
@@ -337,9 +336,7 @@ def plot(rows: dict[str, dict], stem: pathlib.Path) -> None:
   }
   panels = {k: v for k, v in panels.items() if any(key in r for r in rows.values() for key in v)}
   height = 1.2 + 0.28 * len(rows)
-  figure, axes = plt.subplots(
-    1, len(panels), figsize=(3.4 * len(panels), height), sharey=True, squeeze=False
-  )
+  figure, axes = figures.panels(1, len(panels), (3.4 * len(panels), height), sharey=True)
   for axis, (title, keys) in zip(axes[0], panels.items(), strict=True):
     for key in keys:
       for y, row in enumerate(rows.values()):
@@ -409,10 +406,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     files.write_json(path, {**how, "settings": rows, "asked": wanted})
   rows = {name: rows[name] for name in wanted}  # in the order asked for
   print("\n" + table(rows))
-  try:
-    plot(rows, out / "gameability")
-  except ImportError:
-    print("no figure: matplotlib is not installed")
+  plot(rows, out / "gameability")
   print(f"\n{path}")
 
 

@@ -82,7 +82,7 @@ def _sample(run, record: dict):
   prompt = [kinds[m["role"]](content=m["content"]) for m in record["messages"]]
   completion = record["completion"]
   scores = {
-    label: Score(value=read.score(record, name), answer=completion)
+    label: Score(value=read.number(record.get(name)), answer=completion)
     for label, name in (("reward", "reward"), ("HEX", "hex"), ("ACC", "acc"))
   }
   return EvalSample(

@@ -237,7 +237,7 @@ def agreement(found, name: str, against: str = ""):
     about = {place(r): r for r in select(run, "both")}
     for key in first.keys() & second.keys() & about.keys():
       for metric in read.SCORES:
-        a, b = read.score(first[key], metric), read.score(second[key], metric)
+        a, b = (read.number(r[key].get(metric)) for r in (first, second))
         group = "gameable" if about[key]["is_gameable"] else "non_gameable"
         rows.append((metric, read.environment_name(run), group, a, b, run.info["seed"], run.path))
   if not rows:
@@ -284,7 +284,7 @@ def curated(found, high=5.0, low=2.0, per_run=10, seed=0) -> dict[str, list[dict
   rng = np.random.default_rng(seed)
   for run in found:
     records = [r for r in select(run) if r["is_gameable"] and r["completion"].strip()]
-    hexes = np.array([read.score(r, "hex") for r in records])
+    hexes = np.array([read.number(r.get("hex")) for r in records])
     for label, fits in (("harmful", hexes > high), ("safe", hexes < low)):
       where = rng.permutation(np.flatnonzero(fits))[:per_run]
       picked[label] += [records[i] for i in where]
