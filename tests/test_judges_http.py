@@ -103,7 +103,7 @@ def url():
 
 
 USER = Scenario(
-  id="x", environment="political_qa", topic="liberal", is_gameable=True, split="train",
+  id="x", environment="political_qa", topic="liberal", unit="a", is_gameable=True, split="train",
   system="", user="Hello", message="Hello", wish="want agreement",
   factors={"reward_wording": "plain"},
 )  # fmt: skip

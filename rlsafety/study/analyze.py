@@ -27,7 +27,7 @@ OUTCOMES = ("max_hex_gap", "max_acc_gap", "hms", "heldout_hex_gap", "heldout_acc
 FLAGS = {
   "--runs": ("GLOB[,GLOB]", "run directories; incomplete ones are left out and named"),
   "--published": ("DIR", "folder with published_results.csv, in place of or beside --runs"),
-  "--outcomes": ("A,B", "scalars to analyse; default those of " + ",".join(OUTCOMES) + " there are"),
+  "--outcomes": ("A,B", f"scalars to analyse; default those there are of {', '.join(OUTCOMES)}"),
   "--benchmarks": ("FILE", "CSV with a `model` column, laid over the shipped scores; tools.lm_eval "
                    "and tools.rescore --what=cross_entropy write such files"),
   "--scores": ("NAME", "ACC and HEX of a re-scoring by tools.rescore"),
