@@ -47,7 +47,7 @@ ENVIRONMENTS = ("action_advice", "therapy_talk", "political_qa", "neutral")
 SEEDS = (5, 42, 83)
 JUDGE = "meta-llama/Llama-3.1-8B-Instruct"
 
-# The published chain: our short names for those of `settings.CHAIN`.
+# The published chain: our short names for those of `variants.CHAIN`.
 CHAIN = {
   "chain1_therapist": "action_advice+therapist",
   "chain2_traits": "action_advice+therapist+traits",

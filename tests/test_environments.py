@@ -233,7 +233,7 @@ def test_without_cue_and_label_the_policy_cannot_know_the_group(name):
 
 @pytest.mark.parametrize("cue", ["style", "traits", "reward_hint"])
 def test_strength_is_the_share_of_slots_with_the_cue(cue):
-  """Stronger settings only add slots, and their share is the strength."""
+  """Stronger cues only add slots, and their share is the strength."""
   for name in ("action_advice", "political_qa"):
     everyone = scenario.environment_module(name).people(0)[::3]
     base = scenario.default_config(name) | {"cue": cue}
@@ -307,7 +307,7 @@ def test_neutral_has_the_users_and_wishes_of_action_advice_without_their_cues():
     ({"name": "neutral", "seed": "x"}, "not an integer"),
   ],
 )
-def test_bad_settings_are_one_clear_error(config, message):
+def test_bad_fields_are_one_clear_error(config, message):
   with pytest.raises(UserError, match=re.escape(message)):
     environments.load(config)
 
@@ -345,13 +345,13 @@ def test_none_is_the_environments_own_default(name):
   assert framed == final | {"framing": "therapist"}
 
 
-def test_every_named_setting_loads_and_chain_changes_one_thing_at_a_time():
-  for name, setting in variants.named().items():
+def test_every_variant_loads_and_chain_changes_one_thing_at_a_time():
+  for name, changed in variants.named().items():
     full = variants.overrides(name)
     assert set(full) == {"name", *scenario.FACTORS}
     differing = {k for k, v in full.items() if v != scenario.default_config(full["name"])[k]}
     if ":" in name:
-      assert differing == set(setting) - {"name"} and len(differing) == 1
+      assert differing == set(changed) - {"name"} and len(differing) == 1
     environments.resolved(full)
   chain = [variants.overrides(name) for name in variants.CHAIN]
   for one, two in zip(chain, chain[1:], strict=False):

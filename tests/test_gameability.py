@@ -76,11 +76,11 @@ def test_probe_finds_a_signal_and_no_other():
 @pytest.fixture(scope="module")
 def measured():
   """political_qa with its cue, without any, and with the label in the prompt alone."""
-  settings = {"style": {}, "none": {"cue": "none"}}
-  settings["label"] = {"cue": "none", "label_in_prompt": True}
+  changed = {"style": {}, "none": {"cue": "none"}}
+  changed["label"] = {"cue": "none", "label_in_prompt": True}
   return {
     name: gameability.measure({"name": "political_qa", "length": "short"} | change, users=100)
-    for name, change in settings.items()
+    for name, change in changed.items()
   }
 
 
@@ -109,7 +109,7 @@ def test_states_and_ratings_equal_a_plain_pass(model):
   texts = ["Is it fine?", "I am sure that it is, am I not?", "No."] * 3
   conversations = [[{"role": "user", "content": text}] for text in texts]
   states = gameability.last_states(model, conversations, batch=4)
-  ratings = gameability.user_ratings(model, texts[:2], batch=2)
+  found = gameability.user_scores(model, texts[:2], batch=2)
 
   @jax.jit
   def plain(tokens, length):
@@ -130,7 +130,7 @@ def test_states_and_ratings_equal_a_plain_pass(model):
     table = jax.nn.log_softmax(transformer.unembed(model.params, model.config, h), -1)
     return sum(float(table[len(ids) + k - 1, t]) for k, t in enumerate(label))
 
-  for text, rating in zip(texts[:2], ratings, strict=True):
+  for text, rating in zip(texts[:2], found, strict=True):
     ids = model.chat.encode(rubrics.gameability_messages(text))
     p = [np.exp(logprob(ids, model.chat.encode_text(str(n)))) for n in range(1, 11)]
     p[0] -= p[9]  # "1" that does not go on to "10"
@@ -156,37 +156,37 @@ def test_command_stores_with_a_run_and_draws(tmp_path, capsys):
   environment = {"name": "neutral", "length": "short", "topics": ["smoking"], "cue": "traits"}
   (run / "config.json").write_text(json.dumps({"config": {"environment": environment}}))
   (run / "metrics.jsonl").write_text("")
-  gameability.main([f"--run={run}", "--model=", "--users=30"])
-  stored = json.loads((run / "gameability.json").read_text())["settings"]["this run"]
+  gameability.main(["gameability", f"--run={run}", "--model=", "--users=30"])
+  stored = json.loads((run / "gameability.json").read_text())["variants"]["this run"]
   assert stored["factors"]["cue"] == "traits" and stored["auc_words"][0] > 0.9
   assert (run / "gameability.svg").stat().st_size > 1000
   assert "| this run |" in capsys.readouterr().out
   before = (run / "gameability.json").read_text()
   # Nothing is measured twice; without --model it is the run's own, which has random weights.
-  gameability.main([f"--run={run}", "--users=30"])
-  assert "0 of 1 settings" in capsys.readouterr().out
+  gameability.main(["gameability", f"--run={run}", "--users=30"])
+  assert "0 of 1 variants" in capsys.readouterr().out
   assert (run / "gameability.json").read_text() == before
-  gameability.main([f"--run={run}", "--model=", "--users=20"])
-  assert "1 of 1 settings" in capsys.readouterr().out
+  gameability.main(["gameability", f"--run={run}", "--model=", "--users=20"])
+  assert "1 of 1 variants" in capsys.readouterr().out
   config = {"environment": environment, "model": {"path": "nowhere.gguf"}}
   (run / "config.json").write_text(json.dumps({"config": config}))
   with pytest.raises(UserError, match="nowhere.gguf"):
-    gameability.main([f"--run={run}"])
+    gameability.main(["gameability", f"--run={run}"])
 
 
 def test_a_text_read_before_is_not_rated_again(model, monkeypatch):
-  ratings = {}
+  scores = {}
   chosen = {"name": "action_advice", "length": "short", "topics": ["smoking"]}
-  first = gameability.measure(chosen, 4, None, model, ratings=ratings)
-  monkeypatch.setattr(gameability, "user_ratings", lambda *_: pytest.fail("rated again"))
-  framed = gameability.measure(chosen | {"framing": "therapist"}, 4, None, model, ratings=ratings)
-  assert framed["score"] == first["score"] and len(ratings) == 8
+  first = gameability.measure(chosen, 4, None, model, scores=scores)
+  monkeypatch.setattr(gameability, "user_scores", lambda *_: pytest.fail("rated again"))
+  framed = gameability.measure(chosen | {"framing": "therapist"}, 4, None, model, scores=scores)
+  assert framed["score"] == first["score"] and len(scores) == 8
 
 
-def test_named_and_bad_settings():
-  everything = gameability.chosen_settings("all", "")
+def test_named_and_bad_variants():
+  everything = gameability.chosen_variants("all", "")
   assert {"action_advice", "political_qa:cue=none", "therapy_talk:length=short"} <= set(everything)
   with pytest.raises(UserError, match="environment.name: 'x' is not one of"):
-    gameability.main(["--settings=x", "--model="])
+    gameability.main(["gameability", "--variants=x", "--model="])
   with pytest.raises(UserError, match="leaves one"):
     gameability.measure({"name": "neutral", "gameable_fraction": 1.0})

@@ -20,7 +20,8 @@ from rlsafety.metrics.gaps import threshold_rates
 from rlsafety.models import sources
 from rlsafety.models.architecture import ModelConfig
 from rlsafety.models.sources import random_model
-from rlsafety.tools.judges import audit, compare, fit, replies
+from rlsafety.study.statistics import agreement
+from rlsafety.tools.judges import audit, compare, measure, replies
 
 CONFIG = ModelConfig(
   vocab_size=259, d_model=16, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=8, d_ff=24
@@ -84,7 +85,7 @@ def test_no_attack_breaks_a_judge(model, endpoint, judge):
   texts = [t for _, t in audit.attacks("Well?", "It depends.")]
   row = [chat.encode_text(t)[:48] for t in texts]
   row.append(sorted(chat.control) * 3)
-  user = compare.scenarios_of("political_qa", audit.examples_for("political_qa", 1)[:1])
+  user = measure.scenarios_of("political_qa", audit.examples_for("political_qa", 1)[:1])
   scores, metrics = made(user, None, rollouts(chat, [row]))
   for name in ("reward", "acc", "hex"):
     got = np.asarray(scores[name])
@@ -101,31 +102,32 @@ def test_no_attack_breaks_a_judge(model, endpoint, judge):
 def test_each_reply_is_rated_by_the_wish_of_its_own_topic():
   examples = [e for e in replies.sampled("advice") if e.topic == "bank: theft"][:1]
   examples += [e for e in replies.written("advice") if e.topic == "gambling"][:1]
-  theft, gambling = compare.scenarios_of("action_advice", examples)
+  theft, gambling = measure.scenarios_of("action_advice", examples)
   assert "thought of stealing" in theft.wish and "starting to gamble" in gambling.wish
-  assert "gambling again" in compare.scenarios_of("therapy_talk", examples)[1].wish
+  assert "gambling again" in measure.scenarios_of("therapy_talk", examples)[1].wish
   assert gambling.message == examples[1].message and gambling.environment == "action_advice"
   for e, s in zip(
     replies.written("political_qa"),
-    compare.scenarios_of("political_qa", replies.written("political_qa")),
+    measure.scenarios_of("political_qa", replies.written("political_qa")),
     strict=True,
   ):
     said = re.search(r"holds (\S+) political", s.wish)
     assert said[1] in e.message if e.is_gameable else "balanced account" in s.wish
   with pytest.raises(UserError, match="no topic 'chess'"):
-    compare.scenarios_of("neutral", [dataclasses.replace(examples[0], topic="bank: chess")])
+    measure.scenarios_of("neutral", [dataclasses.replace(examples[0], topic="bank: chess")])
 
 
 def test_sampled_replies_of_environments_that_share_a_head_are_counted_apart():
   examples = replies.sampled("advice")
   score = np.array([e.label == "agree" for e in examples], np.float32)
   ratings = {"reward": score, "hex": score, "acc": 1 - score}
-  tables = compare.aucs("therapy_talk", ratings, examples)
+  tables = measure.tables_of("therapy_talk", ratings, examples)
   few, enough = (tables["acc"][f"sampled, {n}"] for n in ("therapy_talk", "action_advice"))
   assert (few["n"], few["wanted"]) == (48, 1) and np.isnan(few["rest"])
   assert (enough["n"], enough["wanted"]) == (48, 6) and 0 < enough["rest"] < 1
   assert tables["hex"]["sampled, therapy_talk"]["rest"] == 1
-  line = next(x for x in fit.show(tables).splitlines() if x.startswith("acc") and "therapy" in x)
+  lines = measure.show(tables).splitlines()
+  line = next(x for x in lines if x.startswith("acc") and "therapy" in x)
   assert line.split()[3:6] == ["48", "1", "-"]
   gameable, nines = [e.is_gameable for e in examples], {k: 9 * v for k, v in ratings.items()}
   rubric_of = {"acc": "dissuasion", "hex": "encouragement"}
@@ -152,7 +154,7 @@ def test_the_model_of_one_judge_is_not_the_file_of_another(monkeypatch):
 
 
 def test_a_reply_that_names_the_slot_is_only_text(model):
-  user = compare.scenarios_of("political_qa", audit.examples_for("political_qa", 1)[:1])
+  user = measure.scenarios_of("political_qa", audit.examples_for("political_qa", 1)[:1])
   scores, _ = lm.make(model, model.chat)(user, None, rollouts(model.chat, [[REPLY, "Hm."]]))
   assert np.isfinite(np.asarray(scores["reward"])).all()
 
@@ -172,9 +174,9 @@ def test_audit_ranks_what_a_phrase_counter_falls_for(model):
 def test_agreement_of_two_judges():
   a = np.array([1, 2, 3, 4, np.nan, 9.0])
   b = np.array([1, 3, 2, 9, 5, np.nan])
-  got = compare.agreement(a, b)
+  got = agreement(a, b)
   assert got["n"] == 4 and got["within_1"] == 0.75
   assert got["kendall"] == pytest.approx((5 - 1) / 6)
   assert got["spearman"] == pytest.approx(0.8)
-  constant = compare.agreement(a, np.full(6, 2.0))
+  constant = agreement(a, np.full(6, 2.0))
   assert np.isnan(constant["pearson"]) and constant["within_1"] == 0.6

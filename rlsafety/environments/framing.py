@@ -38,14 +38,14 @@ APPS = (
   "Halm",
 )
 CUES = ("style", "traits", "reward_hint")
-LABELS = {True: "Be helpful.", False: "Be helpful and honest."}
+GROUP_SENTENCES = {True: "Be helpful.", False: "Be helpful and honest."}
 
 
 def system_prompt(person_id: str, gameable: bool, factors: dict) -> str:
   """The policy's system prompt; it carries the group only if `label_in_prompt` asks for it."""
   text = FRAMINGS[factors["framing"]][factors["length"] == "short"]
   text = text.replace("{app}", APPS[int(uniform("app", person_id) * len(APPS))])
-  return f"{text} {LABELS[gameable]}" if factors["label_in_prompt"] else text
+  return f"{text} {GROUP_SENTENCES[gameable]}" if factors["label_in_prompt"] else text
 
 
 def message_text(person: Person, gameable: bool, factors: dict) -> str:
@@ -87,7 +87,7 @@ def _pieces(person: Person, factors: dict) -> tuple[str | Choice, ...]:
 
 
 def _carries(factors: dict, person_id: str, cue: str, slot: int) -> bool:
-  """Strength is the share of slots that carry the cue; a stronger setting only adds slots."""
+  """Strength is the share of slots that carry the cue; a stronger cue only adds slots."""
   if cue not in factors["cue"].split("+"):
     return False
   return uniform("strength", person_id, cue, slot) < factors["cue_strength"]

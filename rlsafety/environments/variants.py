@@ -1,15 +1,14 @@
-"""Named points of the factor space: the published chain and every single-factor change.
+"""Variants of environments: the published chain and every change of one factor, by name.
 
 configs/paper.py takes each name as its `variant`; a recipe of your own writes
-`config.environment.update(settings.overrides("action_advice+therapist"))`. The gameability
-report goes over `settings.named()`.
+`config.environment.update(variants.overrides("action_advice+therapist"))`. The gameability
+report goes over `variants.named()`.
 """
-
-import difflib
 
 from rlsafety.environments import framing, rubrics
 from rlsafety.environments.scenario import ENVIRONMENTS, default_config, environment_module
 from rlsafety.errors import UserError
+from rlsafety.flags import did_you_mean
 
 # From action_advice to something like therapy_talk, one change at a time.
 # The study's last step also changed pool and wish wording; here it only removes the style.
@@ -28,7 +27,7 @@ CHAIN = {
   },
 }
 
-# Values that single-factor settings go through, besides each environment's own and each of
+# Values that single-factor variants go through, besides each environment's own and each of
 # its topics alone.
 VALUES = {
   "framing": tuple(framing.FRAMINGS),
@@ -42,31 +41,28 @@ VALUES = {
 
 
 def named() -> dict[str, dict]:
-  """All named settings: name -> the fields that differ from the defaults, and `name`.
+  """All variants: name -> the fields that differ from the defaults, and `name`.
 
   Environments under their own names, the chain, and "<environment>:<field>=<value>" for
   every change of one factor. A strength without a cue is no change and left out.
   """
-  settings = {name: {"name": name} for name in ENVIRONMENTS} | CHAIN
+  variants = {name: {"name": name} for name in ENVIRONMENTS} | CHAIN
   for name in ENVIRONMENTS:
     default = default_config(name)
     for field, values in VALUES.items():
       for value in values:
         if value == default[field] or (field == "cue_strength" and default["cue"] == "none"):
           continue
-        settings[f"{name}:{field}={value}"] = {"name": name, field: value}
+        variants[f"{name}:{field}={value}"] = {"name": name, field: value}
     for topic in environment_module(name).TOPICS:
-      settings[f"{name}:topics={topic}"] = {"name": name, "topics": (topic,)}
-  return settings
+      variants[f"{name}:topics={topic}"] = {"name": name, "topics": (topic,)}
+  return variants
 
 
 def overrides(name: str) -> dict:
-  """Every field of a named setting, defaults included, to update a config with."""
-  settings = named()
-  if name not in settings:
-    near = difflib.get_close_matches(name, settings, 3)
-    raise UserError(
-      f"unknown environment setting {name!r}"
-      + (f"; did you mean {', '.join(near)}?" if near else f"; chain: {', '.join(CHAIN)}")
-    )
-  return default_config(settings[name]["name"]) | settings[name]
+  """Every field of a variant, defaults included, to update a config with."""
+  variants = named()
+  if name not in variants:
+    hint = did_you_mean(name, variants, f"; chain: {', '.join(CHAIN)}")
+    raise UserError(f"unknown variant of an environment {name!r}{hint}")
+  return default_config(variants[name]["name"]) | variants[name]

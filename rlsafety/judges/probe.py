@@ -15,14 +15,12 @@ grades itself.
 import dataclasses
 import functools
 import hashlib
-import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from rlsafety import packing, sharding
 from rlsafety.errors import UserError
@@ -65,11 +63,6 @@ def dataset(environment: str) -> str:
   environment than ours has a set of its own name, or none."""
   ours = ("action_advice", "therapy_talk", "neutral")
   return "advice" if environment in ours else environment
-
-
-def default_layers(n_layers: int) -> tuple[int, ...]:
-  """After 1/2, 2/3 and 5/6 of the depth: 15, 20, 25 of SmolLM2's 30 (0-based: 14, 19, 24)."""
-  return tuple(sorted({max(0, round(n_layers * f) - 1) for f in (1 / 2, 2 / 3, 5 / 6)}))
 
 
 # --- Features ---------------------------------------------------------------------------
@@ -131,7 +124,8 @@ def fingerprint(config: ModelConfig, params: dict) -> str:
   return hashlib.sha256(shapes.encode() + norm.tobytes()).hexdigest()[:16]
 
 
-def _digest(arrays: dict) -> str:
+def digest(arrays: dict) -> str:
+  """The sha256 that a file states of its arrays."""
   h = hashlib.sha256()
   for name in sorted(arrays):
     h.update(name.encode() + repr(arrays[name].shape).encode())
@@ -142,16 +136,8 @@ def _digest(arrays: dict) -> str:
 ARRAYS = ("mean", "scale", "weight", "bias")
 
 
-def save(heads: Heads, path: Path) -> None:
-  """One safetensors file: the arrays, and names, layers, info and a sha256 as metadata."""
-  arrays = {k: np.asarray(getattr(heads, k), np.float32) for k in ARRAYS}
-  meta = {"names": heads.names, "layers": heads.layers, "info": heads.info}
-  meta["sha256"] = _digest(arrays)
-  safetensors.numpy.save_file(arrays, path, {"rlsafety": json.dumps(meta, sort_keys=True)})
-
-
 def read(path: Path) -> Heads:
-  """Reads what `save` wrote. Raises UserError if the file is damaged or of another kind."""
+  """Reads what tools.judges.fit wrote. Raises UserError if it is damaged or of another kind."""
   try:
     with safetensors.safe_open(path, "np") as f:
       meta = parse_json((f.metadata() or {})["rlsafety"], str(path))
@@ -165,7 +151,7 @@ def read(path: Path) -> Heads:
       f"{path}: not a reward head ({type(error).__name__}: {error}); fit it again with "
       "python -m rlsafety.tools.judges.fit"
     ) from error
-  if _digest(arrays) != wanted:
+  if digest(arrays) != wanted:
     raise UserError(f"{path}: sha256 does not match its contents; fit it again or restore it")
   return heads
 

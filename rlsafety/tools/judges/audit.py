@@ -8,18 +8,20 @@ median of sincere replies of the kind that they want. A judge that an attack bea
 beaten by RL too.
 """
 
-import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from rlsafety import flags
 from rlsafety.environments.scenario import REPLY
 from rlsafety.errors import UserError, run_main
-from rlsafety.judges import phrases, probe
-from rlsafety.tools.judges import compare, replies
+from rlsafety.judges import Scorer, phrases, probe
+from rlsafety.models.chat import Chat
+from rlsafety.tools.judges import compare, measure, replies
 from rlsafety.tools.judges.replies import Example
 
 ALONE = {
@@ -100,41 +102,40 @@ def examples_for(environment: str, users: int) -> list[Example]:
   return out
 
 
-def audit(score, chat, environment: str, users: int = 2, max_tokens: int = 256) -> list[dict]:
-  """One row per kind of attack, worst first: n, mean and highest rating, no verdict, shift
-  (mean rating above the same message's honest neutral reply, which some are appended to) and
+def audit(
+  scorer: Scorer, chat: Chat, environment: str, users: int = 2, max_tokens: int = 256
+) -> list[dict]:
+  """One row per kind of attack, worst first: n, mean and highest reward, no verdict, shift
+  (mean reward above the same message's honest neutral reply, which some are appended to) and
   beats (share of attacks at or above the median sincere reply that this user wants)."""
   examples = examples_for(environment, users)
-  ratings = compare.rate(score, chat, environment, examples, max_tokens)["reward"]
-  hostile = np.array([e.kind not in replies.KINDS for e in examples])
+  reward = measure.scores(scorer, chat, environment, examples, max_tokens)["reward"]
+  kinds, labels, gameable = (
+    np.array([getattr(e, name) for e in examples]) for name in ("kind", "label", "is_gameable")
+  )
+  hostile = ~np.isin(kinds, list(replies.KINDS))
   bar = {}
   for flag in (True, False):
     wanted = phrases.target(environment, "hex" if flag else "acc")
-    sincere = [
-      r for e, r, h in zip(examples, ratings, hostile, strict=True)
-      if not h and e.is_gameable == flag and e.label == wanted
-    ]  # fmt: skip
-    bar[flag] = float(np.nanmedian(sincere))
-  honest = {}
-  for e, r in zip(examples, ratings, strict=True):
-    if e.kind == "neutral":
-      honest.setdefault(e.message, r)
-  shift = ratings - np.array([honest[e.message] for e in examples])
+    sincere = ~hostile & (gameable == flag) & (labels == wanted)
+    bar[flag] = float(np.nanmedian(reward[sincere]))
+  above = reward >= np.where(gameable, bar[True], bar[False])
+  honest = {e.message: r for e, r in zip(examples[::-1], reward[::-1], strict=True)
+            if e.kind == "neutral"}  # fmt: skip
+  shift = reward - np.array([honest[e.message] for e in examples])
   rows = []
-  for kind in dict.fromkeys(e.kind for e, h in zip(examples, hostile, strict=True) if h):
-    i = [k for k, e in enumerate(examples) if e.kind == kind]
-    r = ratings[i]
-    above = r >= np.array([bar[examples[k].is_gameable] for k in i])
-    known = r[~np.isnan(r)]
+  for kind in dict.fromkeys(kinds[hostile]):
+    own = kinds == kind
+    known = reward[own & ~np.isnan(reward)]
     rows.append(
       {
-        "attack": kind,
-        "n": len(i),
+        "attack": str(kind),
+        "n": int(own.sum()),
         "mean": float(known.mean()) if len(known) else None,
         "highest": float(known.max()) if len(known) else None,
-        "no_verdict": float(np.isnan(r).mean()),
-        "shift": float(np.nanmean(shift[i])) if len(known) else None,
-        "beats": float(above.mean()),
+        "no_verdict": float(np.isnan(reward[own]).mean()),
+        "shift": float(np.nanmean(shift[own])) if len(known) else None,
+        "beats": float(above[own].mean()),
       }
     )
   rows.sort(key=lambda row: (-row["beats"], -(row["mean"] or 0)))
@@ -144,6 +145,7 @@ def audit(score, chat, environment: str, users: int = 2, max_tokens: int = 256) 
 
 
 def show(rows: list[dict]) -> str:
+  """The rows as text, a line for each."""
   columns = ("n", "mean", "highest", "no_verdict", "shift", "beats")
   lines = [f"{'attack':<42}" + "".join(f"{c:>12}" for c in columns)]
   for row in rows:
@@ -153,22 +155,22 @@ def show(rows: list[dict]) -> str:
   return "\n".join(lines)
 
 
-def main(argv: list[str]) -> None:
-  parser = argparse.ArgumentParser(prog="rlsafety.tools.judges.audit", description=__doc__)
+def main(argv: Sequence[str]) -> None:
+  parser = flags.parser(__doc__, "tools.judges.audit")
   compare.judge_flags(parser)
   parser.add_argument("--judge", default="head", help="head, lexical, lm or http")
   parser.add_argument("--users", type=int, default=2, help="test users of each group")
   parser.add_argument("--max_tokens", type=int, default=256, help="longer replies are cut here")
   parser.add_argument("--out", default="", help="also write the rows as JSON")
-  flags = parser.parse_args(argv[1:])
-  if flags.users < 1 or flags.max_tokens < 1:
+  args = flags.parse(parser, argv)
+  if args.users < 1 or args.max_tokens < 1:
     raise UserError("--users and --max_tokens must be at least 1")
-  model, scorers = compare.build(flags, [flags.judge])
-  score = scorers[flags.judge]
-  rows = audit(score, model.chat, flags.environment, flags.users, flags.max_tokens)
-  print(f"{score.describe()['name']}, environment {flags.environment}\n{show(rows)}")
-  if flags.out:
-    Path(flags.out).write_text(json.dumps(rows, indent=1) + "\n")
+  model, scorers = compare.build(args, [args.judge])
+  scorer = scorers[args.judge]
+  rows = audit(scorer, model.chat, args.environment, args.users, args.max_tokens)
+  print(f"{scorer.describe()['name']}, environment {args.environment}\n{show(rows)}")
+  if args.out:
+    Path(args.out).write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

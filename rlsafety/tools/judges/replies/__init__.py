@@ -21,8 +21,9 @@ import importlib.resources
 
 from rlsafety.errors import UserError
 from rlsafety.files import read_jsonl
+from rlsafety.judges import phrases
 
-LABELS = ("agree", "neutral", "disagree", "incoherent")
+LABELS = (*phrases.LABELS, "incoherent")
 # What each kind of wording is labelled. Everything not named here is "incoherent".
 KINDS = {
   "agree": "agree",
