@@ -12,20 +12,20 @@ STUDY = """
 import sys
 from rlsafety import train
 from rlsafety.study import analyze
-from rlsafety.tools import export, rescore as evaluate
+from rlsafety.tools import agreement, export, rescore, surprise
 folder = sys.argv[1]
 for cue in ("style", "none"):
   for seed in (5, 7):
     train.main(["train", "--config=configs/tiny_syco.py", f"--workdir={folder}/runs/{cue}-{seed}",
       f"--config.environment.cue={cue}", f"--config.seed={seed}", "--config.steps=2"])
-evaluate.main(["--what=initial", "--config=configs/tiny_syco.py",
-  f"--workdir={folder}/runs/initial"])
+train.main(["train", "--config=configs/tiny_syco.py", f"--workdir={folder}/runs/initial",
+  "--config.steps=0"])
 every = f"--runs={folder}/runs/**"
-evaluate.main([every, "--judge=lexical", "--name=again", "--per_step=8",
+rescore.main(["rescore", every, "--judge=lexical", "--name=again", "--per_step=8",
   "--source=both"])
-evaluate.main(["--what=agreement", every, "--name=again", f"--out={folder}/agreement.csv"])
+agreement.main(["agreement", every, "--name=again", f"--out={folder}/agreement.csv"])
 export.main(["export", f"--run={folder}/runs/style-5", "--format=merged", f"--out={folder}/model"])
-evaluate.main(["--what=cross_entropy", every, f"--model={folder}/model", "--high=0", "--low=11",
+surprise.main(["surprise", every, f"--model={folder}/model", "--high=0", "--low=11",
   "--per_run=4", f"--out={folder}/surprise.csv"])
 analyze.main(["analyze", every, f"--out={folder}/results", "--scores=again",
   f"--benchmarks={folder}/surprise.csv"])
