@@ -29,7 +29,7 @@ FLAGS = {
   "--published": ("DIR", "folder with published_results.csv, in place of or beside --runs"),
   "--outcomes": ("A,B", f"scalars to analyse; default those there are of {', '.join(OUTCOMES)}"),
   "--benchmarks": ("FILE", "CSV with a `model` column, laid over the shipped scores; tools.lm_eval "
-                   "and tools.rescore --what=cross_entropy write such files"),
+                   "and tools.surprise write such files"),
   "--scores": ("NAME", "ACC and HEX of a re-scoring by tools.rescore"),
   "--reference": ("VARIANT", "variant that the others are compared with"),
 }  # fmt: skip
