@@ -37,6 +37,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+from rlsafety import flags as command_line
 from rlsafety.config import read_flags
 from rlsafety.errors import UserError, run_main
 
@@ -275,9 +276,8 @@ def apply_k8s(command: list[str]) -> None:
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-  )
+  parser = command_line.parser(__doc__, "")
+  parser.prog = "python launch/sweep.py"
   parser.add_argument("--config", required=True)
   parser.add_argument("--sweep", required=True, help="directory of the runs")
   parser.add_argument("--grid", action="append", default=[], metavar="FIELD=A,B")
@@ -288,7 +288,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
   parser.add_argument("--status", action="store_true", help="show every run and end")
   parser.add_argument("--dry-run", action="store_true")
   at = argv.index("--") if "--" in argv else len(argv)
-  return parser.parse_args(argv[:at]), argv[at + 1 :]
+  return command_line.parse(parser, ["sweep", *argv[:at]]), argv[at + 1 :]
 
 
 def main(argv: list[str]) -> int:

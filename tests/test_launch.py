@@ -41,7 +41,8 @@ DRY_RUNS = {
     "--config.seed=7 --workdir=~/s/seed-7",
   ),
   "launch/k8s/render.py": (
-    f"--name=a --device=v5e-16 --image=i --bucket=b --dry-run -- {TINY_RECIPE}",
+    f"--name=a --device=v5e-16 --image=i --bucket=b --dry-run -- {TINY_RECIPE} "
+    "--config.prompts_per_step=32",
     "driver: gcsfuse.csi.storage.gke.io",
   ),
 }

@@ -9,22 +9,34 @@ JobSet and Kueue must be installed in the cluster, and the Cloud Storage FUSE dr
 One pod per host, every pod the same program. A pod that fails restarts all of them, which go on
 from the last checkpoint; exit code 2 (bad input) ends the run at once. The image comes from
 launch/k8s/Dockerfile. No secret is read or written: the bucket is reached through the
-Kubernetes service account, keys of HTTP judges come from a Secret named with --env-from.
+Kubernetes service account; the token of gated models (HF_TOKEN) and keys of HTTP judges come from
+a Secret named with --env-from, made once by
+  (umask 077; printenv HF_TOKEN | sed s/^/HF_TOKEN=/) |
+    kubectl create secret generic rlsafety --from-env-file=/dev/stdin
 """
 
 import argparse
+import math
 import re
 import sys
 
 import yaml
+from jax.sharding import AbstractMesh
 
+from rlsafety import flags as command_line
+from rlsafety import sharding
 from rlsafety.config import read_flags
 from rlsafety.errors import UserError, run_main
+from rlsafety.tools.access import hub_names
 from rlsafety.tools.devices import Device, device
 
 PORT = 8476  # JAX's coordinator
 MOUNT = "/bucket"
 BAD_INPUT = 2
+KUEUE = "kueue.x-k8s.io/v1beta2"  # served from Kueue 0.15 on; from 0.20 on alone
+DRIVER = (
+  "/usr/local/nvidia/lib64"  # where GKE mounts libcuda into containers; no linker looks there
+)
 GRACE_SECONDS = 120  # SIGTERM to SIGKILL; spot nodes give 25 at most, whatever is written here
 
 
@@ -41,16 +53,19 @@ def node_selector(target: Device, spot: bool) -> dict:
 
 def resource(target: Device) -> tuple[str, int]:
   """Name of the extended resource, and how many of it one host has."""
-  name = "google.com/tpu" if target.is_tpu else "nvidia.com/gpu"
-  return name, min(target.chips, target.chip.per_host)
+  return "google.com/tpu" if target.is_tpu else "nvidia.com/gpu", target.per_host
 
 
 def environment(name: str, target: Device) -> list[dict]:
-  """GKE tells TPU pods who they are; GPU pods learn it here. One host needs nothing."""
-  if target.is_tpu or target.hosts == 1:
+  """GKE tells TPU pods who they are and where their library is; GPU pods learn both here."""
+  if target.is_tpu:
     return []
+  driver = {"name": "LD_LIBRARY_PATH", "value": DRIVER}
+  if target.hosts == 1:
+    return [driver]
   index = {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}
   return [
+    driver,
     {"name": "JAX_COORDINATOR_ADDRESS", "value": f"{name}-host-0-0.{name}:{PORT}"},
     {"name": "JAX_NUM_PROCESSES", "value": str(target.hosts)},
     {"name": "JAX_PROCESS_ID", "valueFrom": {"fieldRef": index}},
@@ -130,22 +145,21 @@ def job_set(name: str, target: Device, options: argparse.Namespace, flags: list[
 
 def queue(target: Device, options: argparse.Namespace) -> list[dict]:
   """Flavour, cluster queue and local queue for `slices` slices (or boxes) of one kind."""
-  api = "kueue.x-k8s.io/v1beta1"
   flavour = target.name.lower()
-  name, _ = resource(target)
-  quota = {"name": name, "nominalQuota": options.slices * target.chips}
+  name, per_host = resource(target)
+  quota = {"name": name, "nominalQuota": options.slices * target.hosts * per_host}
   group = {"coveredResources": [name], "flavors": [{"name": flavour, "resources": [quota]}]}
   labels = node_selector(target, options.spot)
   local = {"name": options.queue, "namespace": options.namespace or "default"}
   return [
     {
-      "apiVersion": api,
+      "apiVersion": KUEUE,
       "kind": "ResourceFlavor",
       "metadata": {"name": flavour},
       "spec": {"nodeLabels": labels},
     },
     {
-      "apiVersion": api,
+      "apiVersion": KUEUE,
       "kind": "ClusterQueue",
       "metadata": {"name": options.queue},
       "spec": {
@@ -155,7 +169,7 @@ def queue(target: Device, options: argparse.Namespace) -> list[dict]:
       },
     },
     {
-      "apiVersion": api,
+      "apiVersion": KUEUE,
       "kind": "LocalQueue",
       "metadata": local,
       "spec": {"clusterQueue": options.queue},
@@ -163,46 +177,54 @@ def queue(target: Device, options: argparse.Namespace) -> list[dict]:
   ]
 
 
-def check_mesh(flags: list[str], target: Device) -> None:
-  """Raises UserError where config.mesh cannot cover the slice: found here, not after queueing."""
-  mesh = read_flags(["train", *flags])[0].mesh
-  sizes = (mesh.data, mesh.fsdp, mesh.tensor)
-  known = 1
-  for size in sizes:
-    known *= size if size > 0 else 1
+def check_split(config, target: Device) -> None:
+  """Raises UserError where config.mesh cannot cover the slice, or the recipe's batch cannot be
+  split over it: found here, not after queueing on a machine that costs."""
+  names = ("data", "fsdp", "tensor")
+  sizes = [getattr(config.mesh, name) for name in names]
+  known = math.prod(size for size in sizes if size > 0)
   if target.chips % known or (-1 not in sizes and known != target.chips):
     raise UserError(
-      f"config.mesh (data, fsdp, tensor)={sizes} does not cover {target.name} "
-      f"({target.chips} chips); set one of config.mesh.* to -1"
+      f"config.mesh (data, fsdp, tensor)={tuple(sizes)} does not cover {target.name} "
+      f"({target.chips} devices); set one of config.mesh.* to -1"
     )
+  mesh = AbstractMesh(tuple(s if s > 0 else target.chips // known for s in sizes), names)
+  try:
+    sharding.check_batch(mesh, config.prompts_per_step, config.learner.microbatches)
+  except UserError as error:
+    raise UserError(
+      f"{target.name}: {error}; or raise config.mesh.tensor (python -m rlsafety.tools.plan "
+      f"--device={target.name} --mesh=auto finds a mesh)"
+    ) from None
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-  )
+  parser = command_line.parser(__doc__, "")
+  parser.prog = "python launch/k8s/render.py"
   parser.add_argument("--name", help="of the JobSet and the run directory: letters, digits, dashes")
-  parser.add_argument("--device", required=True, help="v5e-16, v6e-8, H100-8, ...")
+  parser.add_argument("--device", default="", help="v5e-16, tpu7x-16, H100-8, ...")
   parser.add_argument("--image", help="container image with rlsafety in it")
   parser.add_argument("--bucket", help=f"Cloud Storage bucket, mounted at {MOUNT}")
   parser.add_argument("--queue", default="rlsafety", help="Kueue's queue")
   parser.add_argument("--namespace", default="")
   parser.add_argument("--service-account", default="rlsafety", help="may use the bucket")
-  parser.add_argument("--env-from", default="", help="Secret whose keys become variables")
+  parser.add_argument(
+    "--env-from", default="", help="Secret whose keys become variables, such as HF_TOKEN"
+  )
   parser.add_argument("--max-restarts", type=int, default=20)
   parser.add_argument("--spot", action="store_true")
   parser.add_argument("--kueue", action="store_true", help="print the queue instead of a run")
   parser.add_argument("--slices", type=int, default=1, help="with --kueue: quota")
   parser.add_argument("--dry-run", action="store_true", help="what it does anyway: print only")
   at = argv.index("--") if "--" in argv else len(argv)
-  return parser.parse_args(argv[:at]), argv[at + 1 :]
+  return command_line.parse(parser, ["render", *argv[:at]]), argv[at + 1 :]
 
 
 def main(argv: list[str]) -> None:
   options, flags = parse(argv)
   target = device(options.device)
   if not target.chip.gke:
-    raise UserError(f"--device={options.device}: GKE has no such pool")
+    raise UserError(f"--device={options.device}: GKE has no such pool, or none that this renders")
   if options.kueue:
     print(yaml.safe_dump_all(queue(target, options), sort_keys=False), end="")
     return
@@ -214,7 +236,10 @@ def main(argv: list[str]) -> None:
       raise UserError(f"--{field} is missing")
   if not any(flag.startswith("--config=") for flag in flags):
     raise UserError("no --config=FILE after --")
-  check_mesh(flags, target)
+  config = read_flags(["train", *flags])[0]
+  check_split(config, target)
+  if (models := hub_names(config)) and not options.env_from:
+    print(f"render.py: {', '.join(models)}: if gated, give --env-from=SECRET", file=sys.stderr)
   if not any(flag.startswith("--workdir=") for flag in flags):
     flags = [*flags, f"--workdir={MOUNT}/runs/{options.name}"]
   print(yaml.safe_dump(job_set(options.name, target, options, flags), sort_keys=False), end="")
