@@ -142,15 +142,18 @@ import collections, sys, time, jax
 import numpy as np
 from rlsafety import runtime
 from rlsafety.judges import http
+from rlsafety.judges.endpoint import Asked, Endpoint
 runtime.start()
 runtime.barrier("both are here", 60)
 
-async def answer(url, model, requests, plain):
-  return np.array(requests, np.float32), collections.Counter(asked=len(requests))
+async def answer(endpoint, requests):
+  words = f"no from {jax.process_index()}" if jax.process_index() else ""
+  return Asked(np.array(requests, np.float32), collections.Counter(asked=len(requests)), words)
 
 http.ask_all = answer
-ratings, counts = http._everywhere("", "", [1, 2, 3, 4, 5], set(), {})
-assert ratings.tolist() == [1, 2, 3, 4, 5] and counts == {"asked": 5}, (ratings, counts)
+asked = http.ask_everywhere(Endpoint("", "", ""), [1, 2, 3, 4, 5], {})
+assert asked.scores.tolist() == [1, 2, 3, 4, 5] and asked.counts == {"asked": 5}, asked
+assert asked.words == "no from 1", asked
 if jax.process_index() == 1:
   time.sleep(8)
 else:
