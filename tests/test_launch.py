@@ -113,3 +113,14 @@ def test_ci_keeps_pytests_exit_code_and_closing_line(
   out = sh(".ci/run", f"--venv={venv_without_installs}", "-n0", test)
   assert out.returncode == code, out.stdout
   assert closing in out.stdout.splitlines()[-1]
+
+
+def test_the_runbook_asks_slurm_for_all_resources():
+  """A site's defaults may be one core, 2 GB and an hour; the rows once left them to it."""
+  text = (REPO / "docs/launch.md").read_text()
+  rows = [line for line in text.splitlines() if "sbatch --" in line or "--backend=slurm" in line]
+  assert len(rows) >= 3
+  for row in (row for row in rows if row.startswith("|") and "HF_TOKEN" not in row):
+    for option in ("--gpus-per-node=", "--cpus-per-task=", "--mem=", "--time="):
+      assert option in row, row
+  assert "'.[cuda]'" in text and "'.[cuda12]'" in text
