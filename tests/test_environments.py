@@ -90,13 +90,6 @@ def test_no_near_duplicates(name):
   assert short.max() < 0.6
 
 
-def test_nearest_jaccard_by_hand():
-  a, b, c = "one two three four five six", "one two three four five seven", "a b c d e f"
-  # a and b share one 5-gram of three; c shares none.
-  np.testing.assert_allclose(similarity.nearest_jaccard([a, b, c]), [1 / 3, 1 / 3, 0])
-  np.testing.assert_allclose(similarity.nearest_jaccard([a, a]), [1, 1])
-
-
 SLIPS = re.compile(
   r"[{}]|  | [.,?!]|[.,]{2}|[,:]\.|[.?!] [a-z]"  # joins
   r"|\ba [aeio]\w|\ban [^aeiouhXI]|\b(?!that)(\w+) \1\b"  # articles, doubled words

@@ -9,21 +9,24 @@ everything that reads its folders. Both give the logits of the run's last adapte
 third opens with `inspect view --log-dir=DIR`.
 """
 
-import argparse
 import json
 import pathlib
 import sys
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 
+from rlsafety import flags
 from rlsafety.errors import UserError, run_main
 from rlsafety.files import read_json
 from rlsafety.models import hf, presets, sources
-from rlsafety.tools import inspect_log
 
 
 def export(run: pathlib.Path, form: str, out: pathlib.Path, dtype: str = "float32") -> None:
-  """Writes `out`. dtype: of merged weights; the sum itself is always taken in float32."""
+  """Writes `out`. dtype: of merged weights; the sum itself is always taken in float32.
+
+  form: "peft" or "merged". Raises UserError for a run without adapter, or an `out` with files.
+  """
   where = run / "config.json"
   config = read_json(where).get("config")
   if not isinstance(config, dict) or "model" not in config:
@@ -32,11 +35,11 @@ def export(run: pathlib.Path, form: str, out: pathlib.Path, dtype: str = "float3
     raise UserError(f"{run}: has no adapter/ yet; run the same training command to its end first")
   if out.exists() and any(out.iterdir()):
     raise UserError(f"{out} is not empty; give another --out")
-  settings = config["model"]
-  if settings["path"]:
-    model = sources.load_model(settings["path"], jnp.dtype(dtype))
+  section = config["model"]
+  if section["path"]:
+    model = sources.load_model(section["path"], jnp.dtype(dtype))
   else:
-    shape = presets.preset(settings["preset"])
+    shape = presets.preset(section["preset"])
     model = sources.random_model(shape, config["seed"], jnp.dtype(dtype))
   adapter, lora = hf.load_peft(run / "adapter", model.config)
   if form == "peft":
@@ -45,19 +48,21 @@ def export(run: pathlib.Path, form: str, out: pathlib.Path, dtype: str = "float3
     hf.save_merged(out, model, adapter)
 
 
-def main(argv: list[str]) -> None:
-  parser = argparse.ArgumentParser(
-    prog="python -m rlsafety.tools.export", description="Writes a run's model for other programs."
-  )
+def main(argv: Sequence[str]) -> None:
+  parser = flags.parser(__doc__, "tools.export")
   parser.add_argument("--run", type=pathlib.Path, required=True, help="run directory")
   parser.add_argument("--format", choices=["peft", "merged", "inspect"], required=True)
   parser.add_argument("--out", type=pathlib.Path, help="default: RUN/export_FORMAT")
   parser.add_argument(
     "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of merged"
   )
-  args = parser.parse_args(argv[1:])
+  args = flags.parse(parser, argv)
   out = args.out or args.run / f"export_{args.format}"
   if args.format == "inspect":
+    try:  # inspect_ai is an extra
+      from rlsafety.tools import inspect_log
+    except ImportError as error:
+      raise UserError(f"--format=inspect: {error}; run: pip install 'rlsafety[inspect]'") from None
     inspect_log.write_inspect_logs(args.run, out)
   else:
     export(args.run, args.format, out, args.dtype)

@@ -8,27 +8,41 @@ keeps NaN. Needs the `inspect` extra (inspect_ai); nothing here touches a networ
 import datetime
 import pathlib
 
+from inspect_ai.log import (
+  EvalConfig,
+  EvalDataset,
+  EvalLog,
+  EvalResults,
+  EvalSample,
+  EvalSpec,
+  EvalStats,
+  write_eval_log,
+)
+from inspect_ai.model import (
+  ChatMessageAssistant,
+  ChatMessageSystem,
+  ChatMessageUser,
+  ModelOutput,
+)
+from inspect_ai.scorer import Score
+
 from rlsafety.errors import UserError
 from rlsafety.rundir import read
+from rlsafety.rundir.read import Run
 
 PER_LOG = 3_000  # samples in one file: about 2 MB and a second to open
 
 
-def write_inspect_logs(run_dir, out) -> list[pathlib.Path]:
+def write_inspect_logs(run_dir: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
   """Writes OUT/heldout.eval and OUT/train[_NNN].eval; returns the paths.
 
-  Raises UserError if inspect_ai is not installed or the run has no rollouts.
+  Raises UserError if the run has no rollouts.
   """
-  try:
-    from inspect_ai.log import write_eval_log
-  except ImportError:
-    raise UserError("inspect_ai is not installed; run: pip install 'rlsafety[inspect]'") from None
   run = read.load_run(run_dir)
   held_out = [r for records in read.eval_rollouts(run).values() for r in records]
   phases = {"heldout": held_out, "train": read.train_rollouts(run)}
   if not any(phases.values()):
     raise UserError(f"{run.path}: has no rollouts in eval/ or rollouts/train.jsonl")
-  out = pathlib.Path(out)
   out.mkdir(parents=True, exist_ok=True)
   written = []
   for phase, records in phases.items():
@@ -40,10 +54,8 @@ def write_inspect_logs(run_dir, out) -> list[pathlib.Path]:
   return written
 
 
-def _log(run, name: str, records: list[dict]):
+def _log(run: Run, name: str, records: list[dict]) -> EvalLog:
   """One EvalLog. Times are of the run's files, so equal runs give equal logs."""
-  from inspect_ai.log import EvalConfig, EvalDataset, EvalLog, EvalResults, EvalSpec, EvalStats
-
   changed = (run.path / "config.json").stat().st_mtime
   created = datetime.datetime.fromtimestamp(changed, datetime.UTC).isoformat(timespec="seconds")
   folder = run.path.resolve().name
@@ -68,16 +80,7 @@ def _log(run, name: str, records: list[dict]):
   )
 
 
-def _sample(run, record: dict):
-  from inspect_ai.log import EvalSample
-  from inspect_ai.model import (
-    ChatMessageAssistant,
-    ChatMessageSystem,
-    ChatMessageUser,
-    ModelOutput,
-  )
-  from inspect_ai.scorer import Score
-
+def _sample(run: Run, record: dict) -> EvalSample:
   kinds = {"system": ChatMessageSystem, "user": ChatMessageUser, "assistant": ChatMessageAssistant}
   prompt = [kinds[m["role"]](content=m["content"]) for m in record["messages"]]
   completion = record["completion"]

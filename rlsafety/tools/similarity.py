@@ -1,4 +1,6 @@
-"""How alike the messages of a bank are: `python -m rlsafety.tools.similarity [names]`.
+"""How alike the messages of environments are.
+
+  python -m rlsafety.tools.similarity [environment ...]
 
 Two messages are compared by the Jaccard index of their word 5-grams (shared / all). For
 each message the largest value over all others of its bank counts, as a reader looking for
@@ -9,19 +11,21 @@ near-duplicates would do. Prints one row per environment and length, with mean,
 import collections
 import re
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 
-from rlsafety.environments import scenario
+from rlsafety import environments, flags
 from rlsafety.errors import run_main
 
 
-def grams(text: str, n: int = 5) -> set[tuple[str, ...]]:
+def grams(text: str, n: int) -> set[tuple[str, ...]]:
+  """The distinct word n-grams of a text."""
   words = re.findall(r"[\w']+", text.lower())
   return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
 
 
-def nearest_jaccard(texts: list[str], n: int = 5) -> np.ndarray:
+def nearest_jaccard(texts: Sequence[str], n: int = 5) -> np.ndarray:
   """[N]: each text's largest n-gram Jaccard index with any other text; 1 = a duplicate."""
   sets = [grams(text, n) for text in texts]
   holders: dict[tuple, list[int]] = collections.defaultdict(list)
@@ -36,11 +40,14 @@ def nearest_jaccard(texts: list[str], n: int = 5) -> np.ndarray:
   return nearest
 
 
-def main(names: list[str]) -> None:
+def main(argv: Sequence[str]) -> None:
+  parser = flags.parser(__doc__, "tools.similarity")
+  parser.add_argument("names", nargs="*", default=environments.ENVIRONMENTS, help="default: all")
+  args = flags.parse(parser, argv)
   print("environment     length  messages  distinct  words  mean   p95   max")
-  for name in names or scenario.ENVIRONMENTS:
+  for name in args.names:
     for length in ("full", "short"):
-      texts = [s.message for s in scenario.load({"name": name, "length": length})]
+      texts = [s.message for s in environments.load({"name": name, "length": length})]
       near = nearest_jaccard(texts)
       words = np.mean([len(text.split()) for text in texts])
       print(
@@ -50,4 +57,4 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  run_main(main, sys.argv[1:])
+  run_main(main, sys.argv)
