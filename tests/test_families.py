@@ -5,11 +5,14 @@ Without torch the committed values of goldens/make_families.py stand in for it.
 
 import functools
 import json
+import math
 import pathlib
 
 import family_cases as cases
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rlsafety.errors import UserError
 from rlsafety.models import architecture, families, presets
@@ -119,6 +122,10 @@ def test_transformers_reads_the_exported_config_alike(name):
   assert families.model_config({k: v for k, v in again.items() if v is not None}) == config
 
 
+WRONG_FLAGS = ("false", "no", 0, 2, {}, [False])
+WRONG_NUMBERS = (math.nan, math.inf, 0, -1.0, "10000", [1], {}, True)
+
+
 def test_unknown_preset_suggests():
   with pytest.raises(UserError, match="qwen1.5-7b-chat"):
     presets.preset("qwen1.5-7b")
@@ -145,6 +152,25 @@ def test_unknown_preset_suggests():
     ({"auto_map": {"AutoModel": "m.py"}}, "remote code"),
     ({"logits_scaling": 8.0}, "logits_scaling=8.0 is not known"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+    ({"add_cross_attention": True}, "add_cross_attention=True"),
+    *(({"tie_word_embeddings": v}, "tie_word_embeddings=.*true or false") for v in WRONG_FLAGS),
+    *(({"rope_theta": v}, "rope_theta=") for v in WRONG_NUMBERS),
+    *(({"rope_parameters": {"rope_theta": v}}, "rope_theta=") for v in WRONG_NUMBERS),
+    *(({"rope_scaling": {"type": "linear", "factor": v}}, "factor=") for v in WRONG_NUMBERS),
+    *(({"rms_norm_eps": v}, "rms_norm_eps=") for v in WRONG_NUMBERS),
+    ({"rope_scaling": "linear"}, "rope_scaling='linear' must be an object"),
+    ({"rope_scaling": {"type": ["linear"]}}, "rope_scaling="),
+    (
+      {"rope_scaling": {"type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4,
+                        "original_max_position_embeddings": 8192}},
+      "low_freq_factor below high",
+    ),
+    ({"layer_types": 3}, "layer_types=3"),
+    ({"layer_types": [["full_attention"]] * 2}, "layer_types="),
+    ({"hidden_act": ["silu"]}, "hidden_act="),
+    ({"model_type": ["llama"]}, "model_type="),
+    ({"num_hidden_layers": True}, "num_hidden_layers=True"),
+    ({"vocab_size": 1e9}, "vocab_size="),
   ],
 )
 def test_what_would_change_the_numbers_is_refused(change, message):
@@ -159,3 +185,71 @@ def test_gemma3_with_vision_gives_its_text_part():
   text |= {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
   whole = {"model_type": "gemma3", "text_config": text, "vision_config": {"hidden_size": 1152}}
   assert families.model_config(whole) == presets.preset("gemma-3-4b-it")
+  # What stands beside the parts holds for the whole; in the text part nobody reads the flag.
+  for flag in (True, False):
+    found = families.model_config(whole | {"tie_word_embeddings": flag})
+    assert found.tie_embeddings is flag
+  inner = whole | {"text_config": text | {"tie_word_embeddings": False}}
+  assert families.model_config(inner).tie_embeddings
+  for field, value in (("quantization_config", {}), ("rope_theta", 3.0), ("hidden_size", 8)):
+    with pytest.raises(UserError, match=field):
+      families.model_config(whole | {field: value})
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    {"sliding_window": -3},
+    {"use_sliding_window": "false"},
+    {"max_window_layers": "2"},
+    {"attn_logit_softcapping": -5.0},
+    {"final_logit_softcapping": 0},
+    {"final_logit_softcapping": math.nan},
+    {"query_pre_attn_scalar": -8},
+    {"sliding_window_pattern": 0},
+    {"rope_parameters": {"full_attention": [], "sliding_attention": {"rope_theta": 1.0}}},
+    {"rope_parameters": []},
+    {"rope_local_base_freq": 0},
+  ],
+)
+def test_values_of_windows_caps_and_two_ropes_are_in_range(change):
+  name = {"use_sliding_window": "qwen2_window", "max_window_layers": "qwen2_window"}.get(
+    next(iter(change)), "gemma3_mqa"
+  )
+  config = dict(cases.CASES[name])
+  if "sliding_window_pattern" in change:
+    del config["layer_types"]
+  with pytest.raises(UserError, match=f"model/config.json: {next(iter(change))}"):
+    families.model_config(config | change, "model/config.json")
+
+
+def test_fields_of_common_tools_pass():
+  """As unsloth, older transformers and TRL write them into files of Llama and Gemma."""
+  extra = {"unsloth_fixed": True, "unsloth_version": "2025.3.19", "temperature": 0.6}
+  extra |= {"do_sample": True, "top_p": 0.9, "num_beams": 1, "torchscript": False}
+  extra |= {"add_cross_attention": False, "pruned_heads": {}, "_flash_attn_2_enabled": True}
+  extra |= {"neftune_noise_alpha": 5, "rope_scaling": {"rope_type": "default"}}
+  plain = cases.CASES["llama2_mha"]
+  assert families.model_config(plain | extra) == families.model_config(plain)
+
+
+JUNK = st.one_of(
+  st.none(), st.booleans(), st.integers(-(10**30), 10**30), st.floats(), st.text(max_size=8),
+  st.lists(st.none() | st.text(max_size=3), max_size=3),
+  st.dictionaries(st.sampled_from(["rope_type", "factor", "rope_theta"]), st.integers()),
+)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_any_value_in_any_field_is_a_model_or_a_clear_error(data):
+  config = dict(cases.CASES[data.draw(st.sampled_from(list(cases.CASES)))])
+  more = "rope_scaling layer_types hidden_act use_sliding_window max_window_layers text_config"
+  names = sorted({*config, *more.split(), "tie_word_embeddings", "sliding_window_pattern"})
+  config |= data.draw(st.dictionaries(st.sampled_from(names), JUNK, min_size=1, max_size=3))
+  if data.draw(st.booleans()):
+    config = {"model_type": "gemma3", "text_config": config, "tie_word_embeddings": data.draw(JUNK)}
+  try:
+    families.model_config(config, "some/config.json")
+  except UserError as error:
+    assert str(error).startswith("some/config.json: ")

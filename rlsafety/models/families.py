@@ -1,8 +1,11 @@
 """From a Hugging Face config.json to a ModelConfig and back.
 
 A family is a handful of numbers. Every field of the file is either used here, known to
-leave inference alone, or refused: a field that is quietly ignored is a wrong model.
+leave inference alone, or refused: a field that is quietly ignored is a wrong model. What is
+used must have its type and range, since "false" counts as true and NaN passes most tests.
 """
+
+from typing import Any, NoReturn
 
 from rlsafety.errors import UserError
 from rlsafety.models.architecture import ModelConfig, Rope
@@ -18,16 +21,28 @@ FAMILIES = {
   "gemma3_text": "Gemma 3 (text; of gemma3 the text part)",
 }
 
-# Names, bookkeeping, generation defaults and training-time initialisation.
+# Names, bookkeeping, generation defaults (of old files: newer ones have generation_config.json)
+# and training-time settings.
 _HARMLESS = set(
   "architectures model_type _name_or_path name_or_path torch_dtype dtype transformers_version "
-  "initializer_range use_cache bos_token_id eos_token_id pad_token_id unk_token_id "
-  "cache_implementation pretraining_tp chunk_size_feed_forward id2label label2id problem_type "
-  "output_attentions output_hidden_states return_dict is_encoder_decoder _attn_implementation "
-  "_attn_implementation_autoset attn_implementation tokenizer_class hidden_activation "
-  "_sliding_window_pattern max_window_layers transformers.js_config".split()
+  "initializer_range use_cache bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id "
+  "decoder_start_token_id cache_implementation pretraining_tp chunk_size_feed_forward id2label "
+  "label2id problem_type output_attentions output_hidden_states return_dict is_decoder "
+  "_attn_implementation _attn_implementation_internal _attn_implementation_autoset "
+  "attn_implementation _flash_attn_2_enabled use_flash_attn tokenizer_class hidden_activation "
+  "_sliding_window_pattern max_window_layers transformers.js_config torchscript use_bfloat16 "
+  "tf_legacy_loss finetuning_task task_specific_params _commit_hash prefix model_max_length "
+  "unsloth_fixed unsloth_version neftune_noise_alpha gradient_checkpointing max_new_tokens "
+  "assistant_confidence_threshold assistant_lookbehind bad_words_ids begin_suppress_tokens "
+  "diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size "
+  "encoder_repetition_penalty epsilon_cutoff eta_cutoff exponential_decay_length_penalty "
+  "forced_bos_token_id forced_eos_token_id length_penalty max_length min_length "
+  "no_repeat_ngram_size num_assistant_tokens num_assistant_tokens_schedule num_beam_groups "
+  "num_beams num_return_sequences output_scores remove_invalid_values repetition_penalty "
+  "return_dict_in_generate suppress_tokens target_lookbehind temperature top_k top_p "
+  "typical_p".split()
 )
-# Fields that only one value of is supported.
+# Fields that only these values of are supported.
 _FIXED = {
   "attention_bias": (False, None),
   "mlp_bias": (False, None),
@@ -36,6 +51,23 @@ _FIXED = {
   "rope_interleaved": (False, None),
   "is_llama_config": (True, False, None),
   "partial_rotary_factor": (1, 1.0, None),
+  "is_encoder_decoder": (False, None),
+  "tie_encoder_decoder": (False, None),
+  "add_cross_attention": (False, None),
+  "pruned_heads": ({}, None),
+}
+# Of Gemma 3 with a vision tower, what is about images alone.
+_VISION = set(
+  "text_config vision_config mm_tokens_per_image boi_token_index eoi_token_index "
+  "image_token_index boi_token_id eoi_token_id image_token_id".split()
+)
+_GEMMA3_DEFAULTS = {
+  "vocab_size": 262_208,
+  "num_attention_heads": 8,
+  "num_key_value_heads": 4,
+  "head_dim": 256,
+  "max_position_embeddings": 131_072,
+  "sliding_window": 4096,
 }
 _ACTIVATIONS = {
   "silu": "silu",
@@ -51,158 +83,194 @@ _ROPE_FIELDS = {
 }
 
 
-def model_config(hf: dict, source: str = "config.json") -> ModelConfig:
+class _Fields:
+  """The fields of one file that are left to be used; `source` names the file in errors."""
+
+  def __init__(self, values: dict[str, Any], source: str):
+    self.left, self.source = dict(values), source
+
+  def fail(self, field: str, value: Any, why: str) -> NoReturn:
+    raise UserError(f"{self.source}: {field}={value!r:.200} {why}")
+
+  def take(self, field: str, default: Any = None) -> Any:
+    """A field's value, which is used up; null is the default too, as in transformers."""
+    value = self.left.pop(field, None)
+    return default if value is None else value
+
+  def number(self, field: str, default: float | None = None, whole: bool = True,
+             limit: float = 10**9) -> Any:  # fmt: skip
+    """A number in (0, limit], an integer if `whole`."""
+    return self.positive(field, self.take(field, default), whole, limit)
+
+  def positive(self, field: str, value: Any, whole: bool = False, limit: float = 10**9) -> Any:
+    kinds = int if whole else (int, float)
+    if not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value <= limit:
+      self.fail(field, value, f"must be {'an integer' if whole else 'a number'} in (0, {limit}]")
+    return value
+
+  def flag(self, field: str, default: bool) -> bool:
+    value = self.take(field, default)
+    if not isinstance(value, bool):
+      self.fail(field, value, "must be true or false")
+    return value
+
+
+def model_config(hf: dict[str, Any], source: str = "config.json") -> ModelConfig:
   """The ModelConfig of a config.json's content, with transformers' defaults where absent.
 
   Raises UserError naming `source` and the field for whatever is not supported.
   """
-  left = dict(hf)
-  if left.get("model_type") == "gemma3" and isinstance(left.get("text_config"), dict):
-    # The text part states only what differs from transformers' defaults.
-    left = _GEMMA3_DEFAULTS | left["text_config"] | {"model_type": "gemma3_text"}
-  kind = left.get("model_type")
-  if kind not in FAMILIES:
+  if hf.get("model_type") == "gemma3" and isinstance(hf.get("text_config"), dict):
+    # The text part states only what differs from transformers' defaults. What the file says
+    # beside the two parts holds for the whole, above all whether the head is tied.
+    text = {k: v for k, v in hf["text_config"].items() if k != "tie_word_embeddings"}
+    for field in sorted(set(hf) - _VISION - _HARMLESS - {"tie_word_embeddings"}):
+      if hf[field] not in _FIXED.get(field, (None,)) and hf[field] != text.get(field):
+        raise UserError(f"{source}: {field}={hf[field]!r} stands beside text_config, not in it")
+    text["tie_word_embeddings"] = hf.get("tie_word_embeddings")
+    hf = _GEMMA3_DEFAULTS | text | {"model_type": "gemma3_text"}
+  kind = hf.get("model_type")
+  if not isinstance(kind, str) or kind not in FAMILIES:
     supported = "; ".join(f"{k}: {v}" for k, v in FAMILIES.items())
     raise UserError(f"{source}: model_type={kind!r} is not supported. Supported: {supported}")
-  if left.get("auto_map"):
+  fields = _Fields(hf, source)
+  if fields.take("auto_map"):
     raise UserError(f"{source}: auto_map asks for remote code, which is never run")
   gemma = kind.startswith("gemma")
-
-  def fail(field, value, why):
-    raise UserError(f"{source}: {field}={value!r} {why}")
-
-  def number(field, default=None, types=int, limit=10**9):
-    value = left.pop(field, None)
-    value = default if value is None else value
-    if not isinstance(value, types) or isinstance(value, bool) or not 0 < value <= limit:
-      fail(field, value, f"must be a number in (0, {limit}] (model_type {kind})")
-    return value
-
-  heads = number("num_attention_heads")
-  width = number("hidden_size")
-  depth = number("num_hidden_layers", limit=1000)
-  kv_heads = number("num_key_value_heads", heads if kind in ("llama", "gemma") else None)
+  heads = fields.number("num_attention_heads")
+  width = fields.number("hidden_size")
+  depth = fields.number("num_hidden_layers", limit=1000)
+  kv_heads = fields.number("num_key_value_heads", heads if kind in ("llama", "gemma") else None)
   if heads % kv_heads:
-    fail("num_key_value_heads", kv_heads, f"must divide num_attention_heads={heads}")
+    fields.fail("num_key_value_heads", kv_heads, f"must divide num_attention_heads={heads}")
   head_dim = {"qwen3": 128}.get(kind, 256 if gemma else width // heads)
-  head_dim = number("head_dim", head_dim)
+  head_dim = fields.number("head_dim", head_dim)
   if head_dim % 2:
-    fail("head_dim", head_dim, "must be even")
+    fields.fail("head_dim", head_dim, "must be even")
   config = {
-    "vocab_size": number("vocab_size"),
+    "vocab_size": fields.number("vocab_size"),
     "d_model": width,
     "n_layers": depth,
     "n_heads": heads,
     "n_kv_heads": kv_heads,
     "head_dim": head_dim,
-    "d_ff": number("intermediate_size"),
-    "norm_eps": float(number("rms_norm_eps", 1e-6, (int, float))),
+    "d_ff": fields.number("intermediate_size"),
+    "norm_eps": float(fields.number("rms_norm_eps", 1e-6, whole=False)),
     "norm_offset": gemma,
     "embed_scale": float(width) ** 0.5 if gemma else 1.0,
     "qkv_bias": kind == "qwen2",
     "qk_norm": kind in ("qwen3", "gemma3_text"),
     "post_norms": kind in ("gemma2", "gemma3_text"),
-    "tie_embeddings": bool(left.pop("tie_word_embeddings", gemma)),
-    "max_positions": number("max_position_embeddings"),
+    "tie_embeddings": fields.flag("tie_word_embeddings", gemma),
+    "max_positions": fields.number("max_position_embeddings"),
   }
-  activation = left.pop("hidden_act", None)
+  activation = fields.take("hidden_act")
   if gemma:
-    activation = left.get("hidden_activation") or activation or "gelu_pytorch_tanh"
+    activation = fields.left.get("hidden_activation") or activation or "gelu_pytorch_tanh"
     if kind == "gemma" and activation == "gelu":  # The first release meant the tanh form.
       activation = "gelu_pytorch_tanh"
   activation = activation or "silu"
-  if activation not in _ACTIVATIONS:
-    fail("hidden_act", activation, f"is not supported: {', '.join(_ACTIVATIONS)}")
+  if not isinstance(activation, str) or activation not in _ACTIVATIONS:
+    fields.fail("hidden_act", activation, f"is not supported: {', '.join(_ACTIVATIONS)}")
   config["activation"] = _ACTIVATIONS[activation]
-  config |= _windows(kind, left, depth, number, fail)
-  config |= _ropes(kind, left, number, fail)
+  config |= _windows(kind, fields, depth)
+  config |= _ropes(kind, fields)
   if kind in ("gemma2", "gemma3_text"):
-    config["query_scale"] = float(number("query_pre_attn_scalar", 256, (int, float))) ** -0.5
+    config["query_scale"] = float(fields.number("query_pre_attn_scalar", 256, False)) ** -0.5
     for ours, theirs, default in (
       ("attn_softcap", "attn_logit_softcapping", 50.0),
       ("final_softcap", "final_logit_softcapping", 30.0),
     ):
-      value = left.pop(theirs, default if kind == "gemma2" else None)
-      config[ours] = None if value is None else float(value)
-  for field, value in left.items():
+      # null is no cap: not the default, which holds where the field is absent.
+      value = fields.left.pop(theirs, default if kind == "gemma2" else None)
+      config[ours] = None if value is None else float(fields.positive(theirs, value))
+  for field, value in fields.left.items():
     if field in _FIXED:
       if value not in _FIXED[field]:
-        fail(field, value, f"is not supported, only {_FIXED[field][0]!r}")
+        fields.fail(field, value, f"is not supported, only {_FIXED[field][0]!r}")
     elif field not in _HARMLESS and value is not None:
-      fail(field, value, f"is not known for model_type {kind}; it may change the numbers")
+      fields.fail(field, value, f"is not known for model_type {kind}; it may change the numbers")
   return ModelConfig(**config)
 
 
-_GEMMA3_DEFAULTS = {
-  "vocab_size": 262_208,
-  "num_attention_heads": 8,
-  "num_key_value_heads": 4,
-  "head_dim": 256,
-  "max_position_embeddings": 131_072,
-  "sliding_window": 4096,
-}
-
-
-def _windows(kind, left, depth, number, fail) -> dict:
+def _windows(kind: str, fields: _Fields, depth: int) -> dict[str, Any]:
   """Which layers see only the last `window` positions."""
-  types = left.pop("layer_types", None)
-  pattern = left.pop("sliding_window_pattern", left.get("_sliding_window_pattern", 6))
-  switched_on = left.pop("use_sliding_window", False)
-  window = left.pop("sliding_window", 4096 if kind != "llama" else None)
+  types = fields.take("layer_types")
+  fields.left.setdefault("sliding_window_pattern", fields.left.get("_sliding_window_pattern"))
+  pattern = fields.number("sliding_window_pattern", 6)
+  switched_on = fields.flag("use_sliding_window", False)
+  # null is no window: not the default, which holds where the field is absent.
+  window = fields.left.pop("sliding_window", 4096 if kind != "llama" else None)
   if kind in ("llama", "gemma"):
     if kind == "llama" and window is not None:
-      fail("sliding_window", window, "is not a field of llama models")
+      fields.fail("sliding_window", window, "is not a field of llama models")
     local = [False] * depth
   elif kind == "mistral":
     local = [window is not None] * depth
   elif kind in ("qwen2", "qwen3"):
-    first = left.get("max_window_layers", 28)
-    local = [bool(switched_on) and window is not None and i >= first for i in range(depth)]
+    first = fields.left.get("max_window_layers")
+    first = 28 if first is None else first
+    if not isinstance(first, int) or isinstance(first, bool):
+      fields.fail("max_window_layers", first, "must be an integer")
+    local = [switched_on and window is not None and i >= first for i in range(depth)]
   else:
     period = 2 if kind == "gemma2" else pattern
     local = [(i + 1) % period != 0 for i in range(depth)]
   if types is not None:
-    if len(types) != depth or set(types) - {"full_attention", "sliding_attention"}:
-      fail("layer_types", types, f"must name full_attention or sliding_attention {depth} times")
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(types, list) or len(types) != depth or any(t not in known for t in types):
+      fields.fail("layer_types", types, f"must name {' or '.join(known)} {depth} times")
     local = [t == "sliding_attention" for t in types]
   if not any(local):
     return {}
-  if not isinstance(window, int) or window < 1:
-    fail("sliding_window", window, "must be a positive number")
+  window = fields.positive("sliding_window", window, whole=True)
   return {"window": window, "local_layers": tuple(local)}
 
 
-def _ropes(kind, left, number, fail) -> dict:
+def _ropes(kind: str, fields: _Fields) -> dict[str, Rope]:
   """The rotary embedding, from rope_theta and rope_scaling or from rope_parameters."""
 
-  def rope(fields, theta, where):
-    fields = {k: v for k, v in (fields or {}).items() if v is not None}
-    theta = fields.pop("rope_theta", theta)
-    form = fields.pop("rope_type", fields.pop("type", "default"))
-    fields.pop("type", None)
-    if form not in _ROPE_FIELDS:
-      fail(where, form, f"is not supported: {', '.join(_ROPE_FIELDS)}")
-    if set(fields) != _ROPE_FIELDS[form] and not (form == "default" and not fields):
-      fail(where, fields, f"of rope_type {form} must have just {sorted(_ROPE_FIELDS[form])}")
-    original = fields.pop("original_max_position_embeddings", 8192)
-    return Rope(float(theta), form, original_positions=int(original), **fields)
+  def table(where: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict | None):
+      fields.fail(where, value, "must be an object")
+    return {k: v for k, v in (value or {}).items() if v is not None}
+
+  def rope(value: Any, theta: float, where: str) -> Rope:
+    given = table(where, value)
+    theta = fields.positive(f"{where}.rope_theta", given.pop("rope_theta", theta), limit=10**12)
+    older = given.pop("type", "default")
+    form = given.pop("rope_type", older)
+    if not isinstance(form, str) or form not in _ROPE_FIELDS:
+      fields.fail(where, form, f"is not supported: {', '.join(_ROPE_FIELDS)}")
+    if given.pop("partial_rotary_factor", 1) != 1:
+      fields.fail(where, value, "turns a part of each head only, which is not supported")
+    if set(given) != _ROPE_FIELDS[form]:
+      fields.fail(where, given, f"of rope_type {form} must have just {sorted(_ROPE_FIELDS[form])}")
+    for name, x in given.items():
+      fields.positive(f"{where}.{name}", x, name == "original_max_position_embeddings")
+    if form == "llama3" and given["low_freq_factor"] >= given["high_freq_factor"]:
+      fields.fail(where, given, "must have low_freq_factor below high_freq_factor")
+    original = given.pop("original_max_position_embeddings", 8192)
+    return Rope(float(theta), form, original_positions=original, **given)
 
   gemma3 = kind == "gemma3_text"
-  theta = number("rope_theta", 1_000_000.0 if gemma3 else 10_000.0, (int, float))
-  scaling, parameters = left.pop("rope_scaling", None), left.pop("rope_parameters", None)
+  theta = fields.number("rope_theta", 1_000_000.0 if gemma3 else 10_000.0, False, 10**12)
+  scaling, parameters = fields.take("rope_scaling"), fields.take("rope_parameters")
   if scaling is not None and parameters is not None:
-    fail("rope_scaling", scaling, "and rope_parameters are both given; keep one")
-  local_theta = number("rope_local_base_freq", 10_000.0, (int, float)) if gemma3 else None
+    fields.fail("rope_scaling", scaling, "and rope_parameters are both given; keep one")
   if not gemma3:
-    where = "rope_scaling" if parameters is None else "rope_parameters"
-    return {"rope": rope(scaling or parameters, theta, where)}
-  both = parameters or {"full_attention": scaling}
+    if parameters is None:
+      return {"rope": rope(scaling, theta, "rope_scaling")}
+    return {"rope": rope(parameters, theta, "rope_parameters")}
+  local_theta = fields.number("rope_local_base_freq", 10_000.0, False, 10**12)
+  both = {"full_attention": scaling}
+  if parameters is not None:
+    both = table("rope_parameters", parameters)
   if set(both) - {"full_attention", "sliding_attention"}:
-    fail("rope_parameters", parameters, "must have full_attention and sliding_attention")
-  return {
-    "rope": rope(both.get("full_attention"), theta, "rope_parameters.full_attention"),
-    "local_rope": rope(both.get("sliding_attention"), local_theta, "rope_parameters.sliding"),
-  }
+    fields.fail("rope_parameters", parameters, "must have full_attention and sliding_attention")
+  where = "rope_scaling" if parameters is None else "rope_parameters.full_attention"
+  local = rope(both.get("sliding_attention"), local_theta, "rope_parameters.sliding_attention")
+  return {"rope": rope(both.get("full_attention"), theta, where), "local_rope": local}
 
 
 def family(config: ModelConfig) -> str:
@@ -239,7 +307,7 @@ def hf_config(config: ModelConfig) -> dict:
   activation = {v: k for k, v in reversed(_ACTIVATIONS.items())}[config.activation]
   hf["hidden_activation" if config.post_norms else "hidden_act"] = activation
 
-  def scaling(rope):
+  def scaling(rope: Rope) -> dict[str, Any] | None:
     if rope.kind == "default":
       return None
     fields = {"rope_type": rope.kind, "factor": rope.factor}
