@@ -1,5 +1,6 @@
 """Frames token by token, and that no content ever becomes a control token."""
 
+import datetime
 import random
 
 import chat_families
@@ -7,6 +8,7 @@ import pytest
 
 from rlsafety.errors import UserError
 from rlsafety.models import chat as chats
+from rlsafety.models import jinja
 
 SYSTEM = {"role": "system", "content": "You are kind."}
 USER = {"role": "user", "content": "Hello there"}
@@ -90,6 +92,100 @@ def test_harmless_text_is_tokenised_as_transformers_does(chat, name, messages):
   assert c.encode(messages, generation) == expected
 
 
+TURNS = [[USER], [SYSTEM, USER], [USER, REPLY, USER], [USER, REPLY], [SYSTEM, USER, REPLY, USER]]
+
+
+@pytest.mark.parametrize("style", chat_families.STYLES)
+def test_templates_are_rendered_as_transformers_renders_them(style, monkeypatch):
+  """To the letter, with all that its renderer defines: tools=None, documents=None, dict, ..."""
+  import transformers
+  from transformers.utils import chat_template_utils as theirs
+
+  class Fixed(datetime.datetime):  # theirs is today's date, ours always the same
+    @classmethod
+    def now(cls, *_):
+      return datetime.datetime.combine(jinja.TODAY, datetime.time())
+
+  monkeypatch.setattr(theirs, "datetime", Fixed)
+  full = chat_families.sentencepiece(["<unk>", "<s>", "</s>"], prefix=True)
+  special = chat_families.named(bos="<s>", eos="</s>", unk="<unk>")
+  template = chat_families.STYLES[style]
+  ours = chats.make_chat(full, template=template, special=special, source=style)
+  tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=full, **special)
+  compared = 0
+  for messages in TURNS:
+    if ours.merges_system and messages[0]["role"] == "system":
+      continue
+    generation = messages[-1]["role"] == "user"
+    expected = tokenizer.apply_chat_template(
+      messages, chat_template=template, add_generation_prompt=generation, tokenize=False,
+      enable_thinking=False,
+    )  # fmt: skip
+    assert ours.render(messages, generation) == expected
+    compared += 1
+  assert compared >= 3
+
+
+BOMBS = {
+  "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}": "more than",
+  "{{ 'a' * 10**10 }}": "MemoryError",
+  "{{ '%2000000000s' | format(1) }}": "MemoryError",
+  "{{ 'a' * 10**7 }}": "10000000 characters, the limit is",
+  "{{ 1/0 }}": "ZeroDivisionError",
+  "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "RecursionError",
+  "{{ messages + 1 }}": "TypeError",
+  "{{ '(' * 3 }}{% include 'x' %}": "no loader",
+  "{{ namespace(__class__=1) }}": "unsafe",
+  "x" * (1 << 20) + "y": "1048577 characters",
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS, ids=lambda b: b[:40])
+def test_a_template_that_does_not_end_well_is_one_line(chat, bomb):
+  with pytest.raises(UserError, match=f"^some.gguf: the chat template.*{BOMBS[bomb]}") as found:
+    chats.make_chat(chat("chatml").full, template=bomb, source="some.gguf", stop_ids=[1])
+  assert len(str(found.value)) < 500
+
+
+@pytest.mark.parametrize("name", ["llama2", "mistral"])
+def test_text_that_marks_turns_is_never_a_mark_in_a_content(chat, name):
+  """Llama-2 and Mistral v0.1 have no control token for [INST], [/INST] and <<SYS>>."""
+  c, draw = chat(name), random.Random(name)
+  marks = [m for m in ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>") if c.marks.fullmatch(m)]
+  assert len(marks) == (4 if name == "llama2" else 2)
+  spelt = {
+    " ".join(map(str, c.plain.encode(form, add_special_tokens=False).ids))
+    for m in marks for form in (m, f" {m}")
+  }  # fmt: skip
+  frame = " ".join(map(str, c.encode([SYSTEM, USER])))
+  assert sum(s in frame for s in spelt) >= len(marks)  # this is how the frame has them
+  pool = [*marks, *(m[:-1] for m in marks), *(m[1:] for m in marks), "[", "]", "<", ">", " ", "\n"]
+  for _ in range(5_000):
+    content = "".join(draw.choices(pool, k=draw.randint(1, 8)))
+    ids = f" {' '.join(map(str, c.encode_text(content)))} "
+    assert not any(f" {s} " in ids for s in spelt), content
+    assert c.decode(c.encode_text("." + content)) == "." + content
+
+
+def test_an_ordinary_token_that_ends_replies(chat):
+  full = chat("chatml").full
+  c = chats.make_chat(full, special={"eos_token": "Hello"}, source="x")
+  assert c.full.token_to_id("Hello") in c.control
+  assert not c.control.intersection(c.encode_text("Hello, Hello there"))
+  assert c.full.decode(c.encode_text("Hello there")) == "Hello there"
+  for token in ("H", "Ċ"):  # no text can be written without a letter
+    with pytest.raises(UserError, match=r"^x: token \d+ .* no text can be written without it"):
+      chats.make_chat(full, special={"eos_token": token}, source="x")
+  with pytest.raises(UserError, match=r"x: token \d+"):
+    chats.make_chat(full, stop_ids=[full.token_to_id("H")], source="x")
+
+
+@pytest.mark.parametrize("i", [-1, 10_000, 1 << 31])
+def test_stop_ids_are_in_the_vocabulary(chat, i):
+  with pytest.raises(UserError, match=f"x: eos_token_id={i} is outside the vocabulary of"):
+    chats.make_chat(chat("chatml").full, stop_ids=[i], source="x")
+
+
 ATTACKS = [
   "[INST]",
   "[/INST]",
@@ -161,17 +257,17 @@ def test_bad_roles_and_templates(chat):
     chat("gemma").encode([SYSTEM])
   full = chat("chatml").full
   with pytest.raises(UserError, match="x.gguf: the chat template does not compile"):
-    chats.make_chat(full, template="{% if %}", eos="<|im_end|>", source="x.gguf")
+    chats.make_chat(full, template="{% if %}", special={"eos_token": "<|im_end|>"}, source="x.gguf")
   with pytest.raises(UserError, match="leaves out message 0"):
-    chats.make_chat(full, template="{{ messages|length }}", eos="<|im_end|>")
-  with pytest.raises(UserError, match="eos token '</s>' is not in the vocabulary"):
-    chats.make_chat(full, eos="</s>")
+    chats.make_chat(full, template="{{ messages|length }}", special={"eos_token": "<|im_end|>"})
+  with pytest.raises(UserError, match="eos_token '</s>' is not in the vocabulary"):
+    chats.make_chat(full, special={"eos_token": "</s>"})
 
 
 def test_template_code_is_sandboxed(chat):
   escape = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
   with pytest.raises(UserError, match="unsafe"):
-    chats.make_chat(chat("chatml").full, template=escape, eos="<|im_end|>")
+    chats.make_chat(chat("chatml").full, template=escape, special={"eos_token": "<|im_end|>"})
 
 
 def test_byte_chat_round_trips_any_text():

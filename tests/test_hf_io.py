@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -134,6 +135,75 @@ def test_peft_loads_the_adapter(made, tmp_path):
   tuned.save_pretrained(tmp_path / "theirs")
   again, _ = hf.load_peft(tmp_path / "theirs", model.config)
   same(again.weights, adapter.weights)
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal", "mica", "pissa", "olora"])
+def test_adapters_of_every_start_equal_peft_or_are_refused(made, tmp_path, start):
+  """As peft saves it after some training: the same logits on the plain base, or no loading."""
+  torch, peft = (
+    pytest.importorskip(name, reason="pip install -e '.[parity]'") for name in ("torch", "peft")
+  )
+  import transformers
+
+  model, _, folder = made
+  load = transformers.AutoModelForCausalLM.from_pretrained
+  torch.manual_seed(0)
+  config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"],
+                           init_lora_weights=start, task_type="CAUSAL_LM")  # fmt: skip
+  tuned = peft.get_peft_model(load(folder, dtype=torch.float32), config).eval()
+  with torch.no_grad():
+    for name, x in tuned.named_parameters():
+      if "lora_" in name:
+        x += 0.05 * torch.randn_like(x)
+    expected = tuned(torch.tensor(TOKENS, dtype=torch.long)).logits.numpy()
+  tuned.save_pretrained(tmp_path)
+  if start in CHANGES_THE_BASE and start is not True:
+    with pytest.raises(UserError, match=f"adapter_config.json: init_lora_weights='{start}'"):
+      hf.load_peft(tmp_path, model.config)
+    return
+  ours = logits(model, hf.load_peft(tmp_path, model.config)[0], TOKENS)
+  np.testing.assert_allclose(ours, expected, atol=2e-5)
+
+
+def test_a_tied_flag_beside_another_head(made, tmp_path, capsys):
+  """As merges leave it: both tensors are used, as transformers does; equal ones stay tied."""
+  torch = pytest.importorskip("torch", reason="pip install -e '.[parity]'")
+  import transformers
+
+  model, _, _ = made
+  hf.save_merged(tmp_path, model, None)
+  embed = np.asarray(model.params["embed"])
+  for head, tied in ((embed, True), (embed[::-1].copy(), False)):
+    rewrite(tmp_path, lambda t, head=head: t.update({"lm_head.weight": head}))
+    ours = sources.load_model(str(tmp_path))
+    assert ours.config.tie_embeddings is tied
+    said = capsys.readouterr().err
+    assert said == "" if tied else "lm_head.weight differs from model.embed_tokens" in said
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+      expected = theirs(torch.tensor(TOKENS, dtype=torch.long)).logits.numpy()
+    np.testing.assert_allclose(logits(ours, None, TOKENS), expected, atol=2e-5)
+
+
+def test_gemma3_with_vision_equals_transformers_tied_or_not(tmp_path):
+  torch = pytest.importorskip("torch", reason="pip install -e '.[parity]'")
+  import transformers
+
+  text = dict(cases.CASES["gemma3_mqa"]) | {"tie_word_embeddings": True}
+  vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+            "num_attention_heads": 1, "image_size": 28, "patch_size": 14}  # fmt: skip
+  whole = {"text_config": text, "vision_config": vision, "tie_word_embeddings": False}
+  config = transformers.Gemma3Config(**whole, mm_tokens_per_image=4)
+  torch.manual_seed(0)
+  theirs = transformers.Gemma3ForConditionalGeneration(config).eval()
+  theirs.save_pretrained(tmp_path)
+  ours_config = families.model_config(read_json(tmp_path / "config.json"))
+  assert not ours_config.tie_embeddings
+  params = assemble.assemble(ours_config, hf.read_tensors(tmp_path), jnp.float32)
+  ours = logits(sources.Model(ours_config, params, None, {}), None, TOKENS)
+  with torch.no_grad():
+    expected = theirs(torch.tensor(TOKENS, dtype=torch.long)).logits.numpy()
+  np.testing.assert_allclose(ours, expected, atol=2e-5)
 
 
 def test_export_of_a_run(made, tmp_path):
@@ -328,6 +398,22 @@ def test_shards_and_index(folder):
     read(folder)
 
 
+def test_two_models_in_one_folder(folder):
+  """An older sharded save beside a newer single file, and an adapter beside its base."""
+  whole = folder / "model.safetensors"
+  good = whole.read_bytes()
+  table = shard(folder)
+  write_index(folder, table)
+  whole.write_bytes(good)
+  with pytest.raises(UserError, match="two models, model.safetensors and the shards that model."):
+    read(folder)
+  write_index(folder, dict.fromkeys(table, "model.safetensors"))  # an index of the one file
+  read(folder)
+  (folder / "adapter_config.json").write_text("{}")
+  with pytest.raises(UserError, match="adapter_config.json lies beside the weights"):
+    read(folder)
+
+
 def test_pickle_is_refused(folder):
   (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
   with pytest.raises(UserError, match="pytorch_model.bin is a pickle file.*refused"):
@@ -349,6 +435,89 @@ def test_a_tokenizer_larger_than_the_embedding(made, tmp_path):
     sources.load_model(str(tmp_path))
 
 
+TEMPLATE = (
+  "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+  "{% if m.role=='assistant' %}{{ eos_token }}{% endif %}{% endfor %}{{ cls_token }}"
+)
+BOS, END = "<|endoftext|>", {"content": "<|im_end|>", "lstrip": False, "normalized": False,
+                             "rstrip": False, "single_word": False}  # fmt: skip
+TYPED = END | {"__type": "AddedToken"}
+
+
+@pytest.mark.parametrize(
+  ("config", "beside"),
+  [
+    ({}, {"bos_token": BOS, "eos_token": END}),
+    ({"bos_token": "<|im_start|>"}, {"bos_token": BOS, "eos_token": END, "cls_token": "H"}),
+    ({"eos_token": TYPED, "bos_token": None}, {"pad_token": BOS}),
+    ({"eos_token": TYPED, "added_tokens_decoder": {}}, {"bos_token": BOS, "cls_token": BOS}),
+    ({"eos_token": TYPED, "additional_special_tokens": ["<|im_start|>"]}, {}),
+  ],
+)
+def test_named_tokens_are_read_as_transformers_reads_them(made, tmp_path, config, beside):
+  """special_tokens_map.json counts, and wins, where tokenizer_config.json is of the old form."""
+  import transformers
+
+  model_tokenizer(made[0], tmp_path)
+  config = config | {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE}
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+  if beside:
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(beside))
+  ours = hf.read_chat(tmp_path)
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  assert {k: v for k, v in ours.special.items() if v} == theirs.special_tokens_map
+  messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+  assert ours.render(messages) == theirs.apply_chat_template(messages, tokenize=False)
+
+
+@pytest.mark.parametrize(
+  ("file", "content", "says"),
+  [
+    ("tokenizer_config.json", {"chat_template": {"rag": "x"}}, "chat_template holds rag and no"),
+    ("tokenizer_config.json", {"chat_template": [{"name": "a", "template": "x"}]}, "s a and no"),
+    ("tokenizer_config.json", {"chat_template": ["x"]}, "must name templates"),
+    ("tokenizer_config.json", {"chat_template": 3}, "chat_template=3 is no template"),
+    ("tokenizer_config.json", {"chat_template": {"default": 3}}, "chat_template=3 is no template"),
+    ("tokenizer_config.json", {"eos_token": 7}, "eos_token=7 is no token"),
+    ("tokenizer_config.json", {"pad_token": {"id": 7}}, "pad_token={'id': 7} is no token"),
+    ("special_tokens_map.json", {"bos_token": ["<s>"]}, "bos_token=.* is no token"),
+    ("generation_config.json", {"eos_token_id": "2"}, "eos_token_id='2' is no token id"),
+    ("generation_config.json", {"eos_token_id": [2, True]}, "eos_token_id=.* is no token id"),
+    ("generation_config.json", {"eos_token_id": 1 << 31}, "eos_token_id=2147483648 is outside"),
+    ("config.json", {"eos_token_id": -1}, "eos_token_id=-1 is outside the vocabulary"),
+  ],
+)
+def test_a_chat_that_cannot_be_read_names_file_field_and_value(made, tmp_path, file, content, says):
+  model_tokenizer(made[0], tmp_path)
+  settings = {"eos_token": "<|im_end|>"} if file != "tokenizer_config.json" else {}
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+  (tmp_path / file).write_text(json.dumps(content))
+  with pytest.raises(UserError, match=f"{file}: .*{says}"):
+    hf.read_chat(tmp_path)
+
+
+def test_a_template_among_several_and_in_other_files(made, tmp_path):
+  model_tokenizer(made[0], tmp_path)
+  text = "{% for m in messages %}{{ m.content }}{% endfor %}"
+  several = {"default": text + "1", "tool_use": text + "2"}
+  listed = [{"name": k, "template": v} for k, v in several.items()]
+  for template in (several, listed):
+    content = {"eos_token": "<|im_end|>", "chat_template": template}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(content))
+    assert hf.read_chat(tmp_path).template == text + "1"
+  (tmp_path / "chat_template.jinja").write_text(text + "3")
+  assert hf.read_chat(tmp_path).template == text + "3"
+  (tmp_path / "additional_chat_templates").mkdir()
+  assert hf.read_chat(tmp_path).template == text + "3"
+  (tmp_path / "chat_template.jinja").unlink()
+  with pytest.raises(UserError, match="additional_chat_templates: without a chat_template.jinja"):
+    hf.read_chat(tmp_path)
+  (tmp_path / "additional_chat_templates").rmdir()
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+  (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": text + "4"}))
+  assert hf.read_chat(tmp_path).template == text + "4"
+
+
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
 def test_broken_json_is_named(made, tmp_path, name):
   hf.save_merged(tmp_path, made[0], None)
@@ -358,13 +527,25 @@ def test_broken_json_is_named(made, tmp_path, name):
     sources.load_model(str(tmp_path))
 
 
+# These subtract what they start from out of the base, which the adapter then belongs to.
+CHANGES_THE_BASE = ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "OLoRA", 1, "?")
+
+
 @pytest.mark.parametrize(
   ("change", "message"),
   [
     ({"use_dora": True}, "use_dora=True"),
     ({"bias": "all"}, "bias='all'"),
     ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
-    ({"r": None}, "lora_alpha or lora_dropout"),
+    ({"r": None}, "r=None"),
+    *(({"init_lora_weights": v}, "init_lora_weights=") for v in CHANGES_THE_BASE),
+    *(({"use_rslora": v}, "use_rslora=") for v in ("false", "no", 0, 2, {})),
+    *(({"lora_alpha": v}, "lora_alpha=") for v in (math.nan, math.inf, 0, -1, "8", None, True)),
+    *(({"lora_dropout": v}, "lora_dropout=") for v in (math.nan, 1.0, -0.1, "0")),
+    *(({"r": v}, "adapter_config.json: r=") for v in (0, -4, 4.0, True, 10**30)),
+    ({"use_bdlora": {"nblocks": 2}}, "use_bdlora"),
+    ({"a_new_field": 3}, "a_new_field=3"),
+    ({"peft_type": None}, "peft_type=None"),
     ({"r": 3}, r"lora_A.weight has shape \(4, 32\), not \(3, 32\)"),
     ({"peft_type": "IA3"}, "peft_type='IA3'"),
   ],

@@ -151,7 +151,7 @@ def test_a_judge_with_another_tokenizer_reads_the_same_text(model):
   full.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
   full.decoder = decoders.ByteLevel()
   full.add_special_tokens([AddedToken(m, special=True, normalized=False) for m in marks])
-  other = make_chat(full, eos=marks[2], pad=marks[0])
+  other = make_chat(full, special={"eos_token": marks[2], "pad_token": marks[0]})
   users, texts = [scenario(), scenario(False)], [["Yes, indeed.", ""], ["On the one hand.", "No."]]
   want, metrics = lm.make(model, ours, min_mass=0.0)(users, None, rollouts(ours, texts, 32))
   assert "judge_hex_invalid" in metrics and other.encode_text("No.") != ours.encode_text("No.")

@@ -3,55 +3,29 @@
 A chat template is rendered with placeholders where the contents go; the frame between
 them is tokenised with all control tokens, each content with none, and the ids are
 spliced. A user, a reply or a wish that spells out a control token is therefore plain
-text to every model, policy and judge alike.
+text to every model, policy and judge alike. Some older models mark turns by ordinary text
+("[/INST]"): in a content such a mark is tokenised letter by letter, so that its ids are
+never those of the frame.
 """
 
 import dataclasses
-import datetime
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-import jinja2
-from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from rlsafety.errors import UserError
+from rlsafety.models import templates
 
 ROLES = ("system", "user", "assistant")
-
-# Templates of models that ship without one (base models, some GGUF files), chosen by
-# the control token that their vocabulary has.
-_CHATML = (
-  "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
-  "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+# Ordinary text by which frames mark turns, where no control token does.
+_TEXT_MARKS = re.compile(
+  r"\[/?[A-Z_]{2,}\]|<</?[A-Z]{2,}>>|<\|[\w .]{1,40}\|>|</?[a-z_]{3,20}>|#{2,4} ?[A-Z]\w+:?"
+  r"|\b(?:USER|ASSISTANT|SYSTEM|HUMAN|User|Assistant|System|Human):"
 )
-_GEMMA = (
-  "{{ bos_token }}{% for m in messages %}"
-  "{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-  "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else 'user') + '\n' }}"
-  "{{ m.content | trim }}{{ '<end_of_turn>\n' }}{% endfor %}"
-  "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
-)
-_LLAMA3 = (
-  "{{ bos_token }}{% for m in messages %}"
-  "{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' }}{{ m.content | trim }}"
-  "{{ '<|eot_id|>' }}{% endfor %}"
-  "{% if add_generation_prompt %}"
-  "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-_PLAIN = (
-  "{{ bos_token }}{% for m in messages %}{{ m.role | capitalize + ': ' + m.content + '\n\n' }}"
-  "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-)
-_DEFAULTS = {"<|im_start|>": _CHATML, "<start_of_turn>": _GEMMA, "<|start_header_id|>": _LLAMA3}
-
-# Around each placeholder: a space that frames never use, to see whether the template trims.
-_PROBE = "\u2005"
-_SLOT = re.compile(f"({_PROBE}?)\ue000(\\d+)\ue001({_PROBE}?)")
-_TODAY = datetime.date(2024, 7, 26)  # Llama 3.1's default; a run must not depend on its date
+MAX_ID = 1 << 24  # of a token: libraries walk from 0 to the largest
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,17 +35,22 @@ class Chat:
   full: the tokenizer with its control tokens, for frames only. plain: the same without
   control tokens and without a space put in front, for contents.
   control: ids that no content may ever hold. stop_ids end a reply, ascending.
+  marks: matches the ordinary text that marks turns in this template.
+  special: {"bos_token": text or None, ...}, also eos, unk, sep, pad, cls and mask.
+  source: the file that the template is from, for errors.
   """
 
   full: Tokenizer
   plain: Tokenizer
   template: str
-  special: dict  # {"bos_token", "eos_token", "pad_token"}: str or None
+  special: dict[str, str | None]
   control: frozenset[int]
   merges_system: bool  # no system role: its text goes on top of the user's turn
   stop_ids: tuple[int, ...]
   pad_id: int
   vocab_size: int
+  marks: re.Pattern
+  source: str
 
   def encode(self, messages: Sequence[dict], generation: bool = True) -> list[int]:
     """Ids of [{"role", "content"}, ...], with the header of the reply if `generation`."""
@@ -98,10 +77,23 @@ class Chat:
     return before, after
 
   def encode_text(self, text: str) -> list[int]:
-    """Ids of text alone: no control token, nothing put in front."""
+    """Ids of text alone: no control token, no mark of a turn, nothing put in front."""
     # A lone surrogate is no character: it becomes "?", as tokenizers cannot take it.
     text = text.encode("utf-8", "replace").decode()
-    return self.plain.encode(text, add_special_tokens=False).ids
+    ids, end = [], 0
+    for mark in self.marks.finditer(text):
+      ids += self._plain_ids(text[end : mark.start()])
+      for letter in mark[0]:
+        ids += self._plain_ids(letter)
+      end = mark.end()
+    return ids + self._plain_ids(text[end:])
+
+  def _plain_ids(self, text: str) -> list[int]:
+    return self.plain.encode(text, add_special_tokens=False).ids if text else []
+
+  def render(self, messages: Sequence[dict], generation: bool = True) -> str:
+    """The conversation as text. Encoding that loses what is frame and what is content."""
+    return "".join(text for text, *_ in self._pieces(messages, generation))
 
   def decode(self, ids: Sequence[int]) -> str:
     """The text of ids, control tokens left out."""
@@ -116,10 +108,10 @@ class Chat:
     if follows:
       found = _marker(self.full).search(text)
       at = found.start() if found else len(text)
-    head = self.encode_text(text[:at])
+    head = self._plain_ids(text[:at])  # frame: its marks are meant
     return head + self.full.encode(text[at:], add_special_tokens=False).ids
 
-  def _pieces(self, messages, generation) -> list[tuple[str, bool, bool]]:
+  def _pieces(self, messages: Sequence[dict], generation: bool) -> list[tuple[str, bool, bool]]:
     """[(text, is content, follows a content), ...] of the rendered conversation."""
     for m in messages:
       if m["role"] not in ROLES:
@@ -130,7 +122,9 @@ class Chat:
         raise UserError("this model has no system role: a user message must follow the system's")
       text = f"{system['content']}\n\n{messages[0]['content']}"
       messages = [{"role": "user", "content": text}, *messages[1:]]
-    parts = _frame(self.template, tuple(m["role"] for m in messages), generation, **self.special)
+    special = tuple((k, v) for k, v in self.special.items() if v is not None)
+    roles = tuple(m["role"] for m in messages)
+    parts = templates.frame(self.template, roles, generation, special, self.source)
     pieces, trailing, follows = [], "", False
     for part in parts:
       if isinstance(part, str):
@@ -151,63 +145,6 @@ class Chat:
     return pieces
 
 
-# --- Templates ----------------------------------------------------------------------------
-
-
-class _Generation(Extension):
-  """{% generation %} marks what transformers masks for training; here it does nothing."""
-
-  tags = {"generation"}
-
-  def parse(self, parser):
-    next(parser.stream)
-    return parser.parse_statements(["name:endgeneration"], drop_needle=True)
-
-
-def _raise(message):
-  raise jinja2.TemplateError(message)
-
-
-@functools.lru_cache(64)
-def _compile(template: str):
-  environment = ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
-  )
-  environment.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
-  environment.globals |= {"raise_exception": _raise, "strftime_now": _TODAY.strftime}
-  return environment.from_string(template)
-
-
-@functools.lru_cache(1024)
-def _frame(template: str, roles: tuple[str, ...], generation: bool, **special) -> list:
-  """The rendered frame: strings, and for each content (message, trims left, trims right)."""
-  messages = [
-    {"role": role, "content": f"{_PROBE}\ue000{i}\ue001{_PROBE}"} for i, role in enumerate(roles)
-  ]
-  special = {name: token for name, token in special.items() if token is not None}
-  try:
-    text = _compile(template).render(
-      messages=messages, add_generation_prompt=generation, enable_thinking=False, **special
-    )
-  except jinja2.TemplateError as error:
-    raise UserError(f"the chat template refuses roles {', '.join(roles)}: {error}") from error
-  parts, end = [], 0
-  for slot in _SLOT.finditer(text):
-    parts += [text[end : slot.start()], (int(slot[2]), not slot[1], not slot[3])]
-    end = slot.end()
-  missing = set(range(len(roles))) - {part[0] for part in parts if not isinstance(part, str)}
-  if missing:
-    raise UserError(f"the chat template leaves out message {min(missing)} ({roles[min(missing)]})")
-  return [part for part in [*parts, text[end:]] if part != ""]
-
-
-def _has_system_role(template: str, special: dict) -> bool:
-  try:
-    return bool(_frame(template, ("system", "user"), True, **special))
-  except UserError:
-    return False
-
-
 # --- Tokenizers ---------------------------------------------------------------------------
 
 
@@ -222,14 +159,18 @@ def _is_marker(token: AddedToken) -> bool:
   return bool(token.content.replace("▁", "").strip())
 
 
-def _plain(full: Tokenizer, source: str) -> Tokenizer:
-  """`full` without markers and without a space put in front of the text."""
+def _plain(full: Tokenizer, control: set[int], source: str) -> Tokenizer:
+  """`full` without what structures a text, and without a space put in front of it.
+
+  Raises UserError for an id of `control` that text needs: no content could then be without.
+  """
   spec = json.loads(full.to_str())
   model = spec["model"]
   if model["type"] != "BPE":
     raise UserError(f"{source}: tokenizer model {model['type']} is not supported, only BPE")
   vocab = model["vocab"]
-  markers = {t.content for t in full.get_added_tokens_decoder().values() if _is_marker(t)}
+  added = {t.content for t in full.get_added_tokens_decoder().values() if _is_marker(t)}
+  markers = added | {t for t, i in full.get_vocab(True).items() if i in control}
   spec["added_tokens"] = [
     t for t in spec["added_tokens"] if t["content"] not in markers and t["content"] in vocab
   ]
@@ -254,56 +195,89 @@ def _plain(full: Tokenizer, source: str) -> Tokenizer:
 
   for key in ("normalizer", "pre_tokenizer"):
     spec[key] = without_prefix(spec[key])
-  return Tokenizer.from_str(json.dumps(spec))
+  plain = Tokenizer.from_str(json.dumps(spec))
+  for marker in sorted(markers - added):  # an ordinary token that is to end replies, say
+    i = full.token_to_id(marker)
+    text = full.decode([i], skip_special_tokens=False)
+    if plain.decode(plain.encode(f".{text}.", add_special_tokens=False).ids) != f".{text}.":
+      raise UserError(f"{source}: token {i} ({text!r}) is to structure the text or end replies, "
+                      "and no text can be written without it")  # fmt: skip
+  return plain
+
+
+def _text_marks(template: str, special: tuple, source: str, full: Tokenizer) -> re.Pattern:
+  """The marks of turns in the frames of this template that are no control tokens."""
+  found, tokens = set(), _marker(full)
+  for roles in (("user", "assistant", "user"), ("system", "user", "assistant", "user")):
+    try:
+      parts = templates.frame(template, roles, True, special, source)
+    except templates.Refusal:
+      continue
+    for part in parts:
+      if isinstance(part, str):
+        found |= {m[0] for m in _TEXT_MARKS.finditer(tokens.sub(" ", part))}
+  return re.compile("|".join(map(re.escape, sorted(found, key=len, reverse=True))) or r"(?!)")
 
 
 def make_chat(
   full: Tokenizer,
   *,
   template: str | None = None,
-  bos: str | None = None,
-  eos: str | None = None,
-  pad: str | None = None,
+  special: Mapping[str, str | None] | None = None,
   stop_ids: Sequence[int] = (),
   source: str = "tokenizer",
 ) -> Chat:
   """A Chat from a tokenizer and what its config says. Missing template: by vocabulary.
 
-  stop_ids: besides `eos` and the token that the template puts after a reply.
+  special: named tokens, "bos_token" and so on. stop_ids: besides the eos token and the token
+  that the template puts after a reply. source: the file of the template, for errors.
+  Raises UserError naming it for a template that cannot be rendered, and for tokens that are
+  not there or that no text can do without.
   """
+  ids = full.get_vocab(with_added_tokens=True)
+  vocab_size = max(ids.values(), default=-1) + 1
+  if vocab_size > MAX_ID:
+    raise UserError(f"{source}: token id {vocab_size - 1} is more than the limit of {MAX_ID}")
   full.no_padding()
   full.no_truncation()
   if template is None:
-    known = [t for name, t in _DEFAULTS.items() if full.token_to_id(name) is not None]
-    template = known[0] if known else _PLAIN
-  try:
-    _compile(template)
-  except jinja2.TemplateError as error:
-    raise UserError(f"{source}: the chat template does not compile ({error})") from error
-  for name, token in (("bos", bos), ("eos", eos), ("pad", pad)):
-    if token is not None and full.token_to_id(token) is None:
-      raise UserError(f"{source}: {name} token {token!r} is not in the vocabulary")
-  special = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
-  added = full.get_added_tokens_decoder()
-  control = {i for i, t in added.items() if _is_marker(t)}
-  control |= {full.token_to_id(t) for t in (bos, eos, pad) if t is not None}
-  stops = {int(i) for i in stop_ids} | ({full.token_to_id(eos)} if eos else set())
-  ending = _frame(template, ("user", "assistant"), False, **special)[-1]
+    known = [t for name, t in templates.BY_TOKEN.items() if name in ids]
+    template = known[0] if known else templates.PLAIN
+  special = dict.fromkeys(("bos_token", "eos_token", "pad_token")) | dict(special or {})
+  for name, token in special.items():
+    if token is not None and token not in ids:
+      raise UserError(f"{source}: {name} {token!r:.200} is not in the vocabulary")
+  named = tuple((k, v) for k, v in special.items() if v is not None)
+  ending = templates.frame(template, ("user", "assistant"), False, named, source)[-1]
+  eos, pad = special["eos_token"], special["pad_token"]
+  stops = set(stop_ids) | ({ids[eos]} if eos is not None else set())
+  if bad := [i for i in stops if not 0 <= i < vocab_size]:
+    raise UserError(f"{source}: eos_token_id={bad[0]} is outside the vocabulary of {vocab_size}")
   marker = _marker(full).match(ending) if isinstance(ending, str) else None
   if marker:
-    stops.add(full.token_to_id(marker[0]))
+    stops.add(ids[marker[0]])
   if not stops:
     raise UserError(f"{source}: no token ends a reply: no eos token, none in the chat template")
+  control = {i for i, t in full.get_added_tokens_decoder().items() if _is_marker(t)} | stops
+  control |= {ids[special[f"{name}_token"]] for name in ("bos", "eos", "pad")
+              if special[f"{name}_token"] is not None}  # fmt: skip
+  try:
+    templates.frame(template, ("system", "user"), True, named, source)
+    has_system = True
+  except templates.Refusal:
+    has_system = False
   return Chat(
     full=full,
-    plain=_plain(full, source),
+    plain=_plain(full, control, source),
     template=template,
     special=special,
-    control=frozenset(control | stops),
-    merges_system=not _has_system_role(template, special),
+    control=frozenset(control),
+    merges_system=not has_system,
     stop_ids=tuple(sorted(stops)),
-    pad_id=min(stops) if pad is None else full.token_to_id(pad),
-    vocab_size=max(full.get_vocab(with_added_tokens=True).values()) + 1,
+    pad_id=min(stops) if pad is None else ids[pad],
+    vocab_size=vocab_size,
+    marks=_text_marks(template, named, source, full),
+    source=source,
   )
 
 
@@ -315,4 +289,5 @@ def byte_chat() -> Chat:
   full.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
   full.decoder = decoders.ByteLevel()
   full.add_special_tokens([AddedToken(m, special=True, normalized=False) for m in marks])
-  return make_chat(full, template=_CHATML, eos=marks[2], pad=marks[0], source="byte tokenizer")
+  special = {"eos_token": marks[2], "pad_token": marks[0]}
+  return make_chat(full, template=templates.CHATML, special=special, source="byte tokenizer")

@@ -322,7 +322,7 @@ NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)
 
 
 def read_tokenizer(file: File) -> tuple[Tokenizer, dict]:
-  """The tokenizer, and {"template", "bos", "eos", "pad"} (strings or None)."""
+  """The tokenizer, and for `make_chat` {"special", "template"}."""
   tokens = file.need("tokenizer.ggml.tokens")
   kinds = file.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
   if len(kinds) != len(tokens) or len(set(tokens)) != len(tokens):
@@ -346,8 +346,9 @@ def read_tokenizer(file: File) -> tuple[Tokenizer, dict]:
       raise UserError(f"{file.path}: tokenizer.ggml.{key}_token_id={i}, of {len(tokens)} tokens")
     return None if i is None else tokens[i]
 
-  special = {"bos": token("bos"), "eos": token("eos"), "pad": token("padding")}
-  return tokenizer, special | {"template": file.get("tokenizer.chat_template")}
+  names = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+  special = {f"{ours}_token": token(theirs) for ours, theirs in names.items()}
+  return tokenizer, {"special": special, "template": file.get("tokenizer.chat_template")}
 
 
 def _byte_level(file: File, tokens: list[str]) -> Tokenizer:

@@ -6,7 +6,9 @@ Files that we write carry a checksum per tensor, which reading them back compare
 
 import json
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,9 +29,21 @@ from rlsafety.models.lora import TARGETS, Adapter, LoraConfig
 CHECKSUM = "crc32 "  # + tensor name: metadata of files that we wrote
 
 
+INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
+
+
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-  """{name: Tensor} of a folder's safetensors, single or sharded with an index."""
-  index = folder / "model.safetensors.index.json"
+  """{name: Tensor} of a folder's safetensors, single or sharded with an index.
+
+  Raises UserError where two answers are possible: weights both with an index and without, or
+  an adapter beside them, which transformers would add.
+  """
+  index, table = folder / INDEX, {}
+  if (folder / "adapter_config.json").exists():
+    raise UserError(
+      f"{folder}: adapter_config.json lies beside the weights, and transformers adds such an "
+      "adapter to them; move it to a folder of its own (config.model.adapter names it)"
+    )
   if index.exists():
     table = read_json(index).get("weight_map")
     if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
@@ -37,21 +51,25 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     shards = sorted(set(table.values()))
     if bad := [s for s in shards if Path(s).name != s or not s.endswith(".safetensors")]:
       raise UserError(f"{index}: {bad[0]!r} is no safetensors file of this folder")
-  elif (folder / "model.safetensors").exists():
-    table, shards = None, ["model.safetensors"]
+    if (folder / WEIGHTS).exists() and WEIGHTS not in shards:
+      raise UserError(
+        f"{folder}: holds two models, {WEIGHTS} and the shards that {INDEX} names; move the "
+        "older one away"
+      )
+  elif (folder / WEIGHTS).exists():
+    shards = [WEIGHTS]
   else:
     other = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
     hint = f"; {other[0]} is a pickle file, which can run code and is refused" if other else ""
-    raise UserError(f"{folder}: no model.safetensors and no model.safetensors.index.json{hint}")
-  tensors = {}
+    raise UserError(f"{folder}: no {WEIGHTS} and no {INDEX}{hint}")
+  tensors: dict[str, Tensor] = {}
   for shard in shards:
-    found = open_file(folder / shard)
-    for name, tensor in found.items():
-      if name in tensors or (table is not None and table.get(name) != shard):
-        raise UserError(f"{folder / shard}: tensor {name} is not where {index.name} says")
+    for name, tensor in open_file(folder / shard).items():
+      if name in tensors or (table and table.get(name) != shard):
+        raise UserError(f"{folder / shard}: tensor {name} is not where {INDEX} says")
       tensors[name] = tensor
-  for name in sorted(set(table or ()) - set(tensors)):
-    raise UserError(f"{folder / table[name]}: tensor {name} is missing, though {index.name} has it")
+  for name in sorted(set(table) - set(tensors)):
+    raise UserError(f"{folder / table[name]}: tensor {name} is missing, though {INDEX} has it")
   return _text_part(tensors)
 
 
@@ -109,43 +127,88 @@ def _tensor(path: Path, name: str, shape: tuple, dtype: str, checksum: str | Non
   return Tensor(str(path), shape, read)
 
 
+SPECIAL = tuple(f"{name}_token" for name in "bos eos unk sep pad cls mask".split())
+
+
 def read_chat(folder: Path) -> Chat:
-  """The tokenizer and template of a folder, by transformers only where there is no
-  tokenizer.json (old SentencePiece folders)."""
-  path = folder / "tokenizer.json"
-  if path.exists():
-    try:
-      full = Tokenizer.from_file(str(path))
-    except Exception as error:
-      raise UserError(f"{path}: not a readable tokenizer ({error})") from error
-  else:
-    from transformers import AutoTokenizer
+  """The tokenizer and template of a folder, as transformers reads them.
 
-    try:
-      full = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).backend_tokenizer
-    except Exception as error:
-      raise UserError(f"{folder}: no tokenizer.json and no other usable tokenizer ({error})") from (
-        error
-      )
+  transformers itself makes the tokenizer only where there is no tokenizer.json (old
+  SentencePiece folders). Raises UserError naming file, field and value.
+  """
 
-  def optional(name):
+  def optional(name: str) -> dict[str, Any]:
     return read_json(folder / name) if (folder / name).exists() else {}
 
-  settings = optional("tokenizer_config.json")
-  template = settings.get("chat_template")
-  if isinstance(template, list):  # Several by name: [{"name", "template"}, ...]
-    template = {t["name"]: t["template"] for t in template}.get("default")
+  special = dict.fromkeys(SPECIAL)
+  sources = ["tokenizer_config.json"]
+  if "added_tokens_decoder" not in optional(sources[0]):  # the newer form: all is in one file
+    sources.append("special_tokens_map.json")
+  for file in sources:
+    for name, token in optional(file).items():
+      if name in special:
+        content = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(content, str | None) or (content is None and token is not None):
+          raise UserError(f"{folder / file}: {name}={token!r:.200} is no token")
+        special[name] = content
+  full, stops = _tokenizer(folder), []
+  size = max(full.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+  for file in ("generation_config.json", "config.json"):
+    ids = optional(file).get("eos_token_id")
+    for i in ids if isinstance(ids, list) else [] if ids is None else [ids]:
+      if not isinstance(i, int) or isinstance(i, bool):
+        raise UserError(f"{folder / file}: eos_token_id={ids!r:.200} is no token id")
+      if not 0 <= i < size:
+        raise UserError(f"{folder / file}: eos_token_id={i} is outside the vocabulary of {size}")
+      stops.append(i)
+  template, source = _template(folder, optional)
+  return make_chat(full, template=template, special=special, stop_ids=stops, source=source)
+
+
+def _template(folder: Path, optional: Callable[[str], dict[str, Any]]) -> tuple[str | None, str]:
+  """A folder's chat template (None: it has none), and the file that it is from."""
+  for name in ("tokenizer_config.json", "chat_template.json"):  # the latter of vision models
+    found, source = optional(name).get("chat_template"), str(folder / name)
+    if found is not None:
+      break
   if (folder / "chat_template.jinja").exists():
-    template = read_text(folder / "chat_template.jinja")
-  special = {}
-  for name in ("bos", "eos", "pad"):
-    token = settings.get(f"{name}_token")
-    special[name] = token["content"] if isinstance(token, dict) else token
-  stops = []
-  for name in ("generation_config.json", "config.json"):
-    ids = optional(name).get("eos_token_id")
-    stops += ids if isinstance(ids, list) else [] if ids is None else [ids]
-  return make_chat(full, template=template, stop_ids=stops, source=str(folder), **special)
+    source = str(folder / "chat_template.jinja")
+    return read_text(source), source
+  if (folder / "additional_chat_templates").exists():
+    raise UserError(f"{folder / 'additional_chat_templates'}: without a chat_template.jinja it is "
+                    "not said which template is the usual one")  # fmt: skip
+  if isinstance(found, list):  # Several by name: [{"name", "template"}, ...]
+    if not all(isinstance(t, dict) and {"name", "template"} <= set(t) for t in found):
+      raise UserError(f"{source}: chat_template={found!r:.200} must name templates")
+    found = {str(t["name"]): t["template"] for t in found}
+  if isinstance(found, dict):
+    if "default" not in found:
+      raise UserError(
+        f"{source}: chat_template holds {', '.join(map(str, found))} and no 'default'; write the "
+        f"one that is meant to {folder / 'chat_template.jinja'}"
+      )
+    found = found["default"]
+  if not isinstance(found, str | None):
+    raise UserError(f"{source}: chat_template={found!r:.200} is no template")
+  return found, source
+
+
+def _tokenizer(folder: Path) -> Tokenizer:
+  path = folder / "tokenizer.json"
+  try:
+    if path.exists():
+      return Tokenizer.from_file(str(path))
+    # Heavy, and hardly ever needed.
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False).backend_tokenizer
+  except (KeyboardInterrupt, SystemExit):
+    raise
+  except BaseException as error:  # a panic of the Rust library is no Exception
+    what = f"{path}: not a readable tokenizer"
+    if not path.exists():
+      what = f"{folder}: no tokenizer.json and no other usable tokenizer"
+    raise UserError(f"{what} ({error})") from None
 
 
 # --- Writing ------------------------------------------------------------------------------
@@ -232,50 +295,63 @@ def save_peft(folder: Path, adapter: Adapter, model, lora: LoraConfig) -> None:
   (folder / "README.md").write_text(card, "utf-8")
 
 
-# Fields of adapter_config.json that change the numbers, and what they must be.
+# Fields of adapter_config.json that change the numbers, and what they must be. PiSSA, OLoRA,
+# CorDA, LoftQ and LoRA-GA start from a changed base: their adapters do not fit the plain one.
 _PEFT_FIXED = {
   "peft_type": ("LORA",),
   "bias": ("none",),
-  "use_dora": (False, None),
-  "fan_in_fan_out": (False, None),
-  "modules_to_save": ([], None),
-  "rank_pattern": ({}, None),
-  "alpha_pattern": ({}, None),
-  "layers_to_transform": ([], None),
-  "layer_replication": ([], None),
-  "trainable_token_indices": ([], {}, None),
-  "target_parameters": ([], None),
-  "lora_bias": (False, None),
-  "use_qalora": (False, None),
-  "alora_invocation_tokens": ([], None),
+  "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva", "mica"),
 }
+# Fields that name, choose or train; which modules have an adapter, the tensors say themselves.
+_PEFT_HARMLESS = set(
+  "task_type auto_mapping base_model_name_or_path revision inference_mode peft_version r "
+  "lora_alpha lora_dropout use_rslora target_modules exclude_modules layers_pattern eva_config "
+  "loftq_config corda_config lora_ga_config velora_config megatron_config megatron_core "
+  "runtime_config qalora_group_size ensure_weight_tying unsloth_fixed".split()
+)
+
+
+def _peft_settings(where: Path, targets: tuple[str, ...]) -> LoraConfig:
+  """The settings of an adapter_config.json. Raises UserError naming the field."""
+  settings = read_json(where)
+  for field, value in settings.items():
+    allowed = _PEFT_FIXED.get(field, (None, False))
+    # Whatever a newer PEFT adds and does not use is empty.
+    unused = field not in _PEFT_FIXED and isinstance(value, (list, dict)) and not value
+    known = any(value is a or (isinstance(a, str) and value == a) for a in allowed)
+    if field not in _PEFT_HARMLESS and not unused and not known:
+      raise UserError(f"{where}: {field}={value!r:.200} is not supported, only {allowed[0]!r}")
+  if "peft_type" not in settings:
+    raise UserError(f"{where}: peft_type is missing; only 'LORA' is supported")
+
+  def number(field: str, default: float | None, kinds: type | tuple, low: float, high: float):
+    value = settings.get(field, default)
+    if not isinstance(value, kinds) or isinstance(value, bool) or not low <= value < high:
+      raise UserError(f"{where}: {field}={value!r:.200} must be a number in [{low}, {high})")
+    return value
+
+  rslora = settings.get("use_rslora")
+  if not isinstance(rslora, bool | None):
+    raise UserError(f"{where}: use_rslora={rslora!r:.200} must be true or false")
+  alpha = float(number("lora_alpha", None, (int, float), 1e-6, 1e6))
+  dropout = float(number("lora_dropout", 0.0, (int, float), 0, 1))
+  return LoraConfig(number("r", None, int, 1, 1 << 20), alpha, bool(rslora), dropout, targets)
 
 
 def load_peft(folder: Path, config: ModelConfig) -> tuple[Adapter, LoraConfig]:
-  """A PEFT LoRA adapter of `config`'s layers (numpy, float32) and its settings."""
-  folder = Path(folder)
-  where = folder / "adapter_config.json"
-  settings = read_json(where)
-  for field, allowed in _PEFT_FIXED.items():
-    value = settings.get(field, allowed[0])
-    if value not in allowed:
-      raise UserError(f"{where}: {field}={value!r} is not supported, only {allowed[0]!r}")
-  path = folder / "adapter_model.safetensors"
+  """A PEFT LoRA adapter of `config`'s layers (numpy, float32) and its settings.
+
+  Raises UserError naming file and field for what would be another adapter here.
+  """
+  path = Path(folder) / "adapter_model.safetensors"
   tensors = open_file(path)
   flat = flat_weights(config)
-  try:
-    rank, alpha = int(settings["r"]), float(settings["lora_alpha"])
-    rslora, dropout = bool(settings.get("use_rslora")), float(settings.get("lora_dropout", 0.0))
-    present = [t for t in TARGETS if any(f".{t}_proj.lora_A." in name for name in tensors)]
-    lora = LoraConfig(rank, alpha, rslora, dropout, tuple(present))
-  except (KeyError, TypeError, ValueError) as error:
-    raise UserError(f"{where}: r, lora_alpha or lora_dropout is missing or wrong ({error})") from (
-      error
-    )
+  present = tuple(t for t in TARGETS if any(f".{t}_proj.lora_A." in name for name in tensors))
+  lora = _peft_settings(Path(folder) / "adapter_config.json", present)
   weights = {}
   for target in present:
     layers, d_in, d_out = flat[f"layers.{target}"].shape
-    shapes = {"a": (d_in, rank), "b": (rank, d_out)}
+    shapes = {"a": (d_in, lora.rank), "b": (lora.rank, d_out)}
     weights[target] = {k: np.empty((layers, *s), np.float32) for k, s in shapes.items()}
     for i in range(layers):
       for key, shape in shapes.items():
@@ -291,6 +367,8 @@ def load_peft(folder: Path, config: ModelConfig) -> tuple[Adapter, LoraConfig]:
         weights[target][key][i] = value
   if tensors:
     raise UserError(f"{path}: tensor {min(tensors)} fits no linear layer of the base model")
+  if not present:
+    raise UserError(f"{path}: holds no tensor at all")
   return Adapter(weights=weights, scale=lora.scale), lora
 
 

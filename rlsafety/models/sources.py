@@ -11,10 +11,12 @@ import hashlib
 import importlib.metadata
 import os
 import re
+import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rlsafety import sharding
 from rlsafety.errors import UserError
@@ -22,7 +24,7 @@ from rlsafety.files import read_json
 from rlsafety.models import architecture, families, gguf, hf, presets
 from rlsafety.models import chat as chats
 from rlsafety.models.architecture import ModelConfig
-from rlsafety.models.assemble import assemble
+from rlsafety.models.assemble import Tensor, assemble
 from rlsafety.models.chat import Chat
 
 
@@ -57,6 +59,7 @@ def load_model(path: str, dtype=jnp.float32, shardings=None) -> Model:
     tokenizer, special = gguf.read_tokenizer(file)
     chat = chats.make_chat(tokenizer, source=str(real), **special)
     tensors = gguf.read_tensors(file, fields)
+  config = untied(config, tensors, str(real))
   check_vocabulary(config, chat, str(real))
   targets = shardings(config) if callable(shardings) else shardings
   params = assemble(config, tensors, dtype, targets)
@@ -64,6 +67,27 @@ def load_model(path: str, dtype=jnp.float32, shardings=None) -> Model:
   if real.parent.name == "snapshots":  # the hub's cache names the folder after the commit
     source["revision"] = real.name
   return Model(config, params, chat, source)
+
+
+def untied(config: ModelConfig, tensors: dict[str, Tensor], where: str) -> ModelConfig:
+  """`config`, with a head of its own where the file has one that differs from the embedding.
+
+  Merges often leave the config's word that they are tied behind. transformers unties them too.
+  """
+  embed, head = (tensors.get(f"{n}.weight") for n in ("model.embed_tokens", "lm_head"))
+  if not config.tie_embeddings or embed is None or head is None:
+    return config
+  rows, columns = config.vocab_size, slice(0, config.d_model)
+  if embed.shape == head.shape == (rows, config.d_model):  # other shapes: `assemble` refuses
+    blocks = (slice(i, min(i + 4096, rows)) for i in range(0, rows, 4096))
+    if all(np.array_equal(embed.read(b, columns), head.read(b, columns)) for b in blocks):
+      return config
+  print(
+    f"rlsafety: {where}: tie_word_embeddings is true, but lm_head.weight differs from "
+    "model.embed_tokens.weight: both are used, not tied",
+    file=sys.stderr,
+  )
+  return dataclasses.replace(config, tie_embeddings=False)
 
 
 def random_model(config: ModelConfig, seed: int, dtype=jnp.float32, shardings=None) -> Model:

@@ -100,7 +100,7 @@ class LanguageModel(TemplateLM):
 
   def apply_chat_template(self, chat_history, add_generation_prompt=True) -> str:
     """The rendered text; the harness encodes it, so a marker inside a question counts as one."""
-    return "".join(t for t, *_ in self.model.chat._pieces(chat_history, add_generation_prompt))
+    return self.model.chat.render(chat_history, add_generation_prompt)
 
   def tok_encode(self, string, add_special_tokens=None, **kwargs) -> list[int]:
     bos = self.model.chat.special.get("bos_token")
