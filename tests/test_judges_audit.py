@@ -45,7 +45,8 @@ def make_judge(name, model, endpoint):
     width = CONFIG.d_model
     arrays = (np.zeros(width), np.ones(width), np.ones((4, width)), np.zeros(4))
     base = probe.fingerprint(CONFIG, model.params)
-    info = {"environment": "political_qa", "base": base}
+    targets = {"acc": "neutral", "hex": "agree"}
+    info = {"environment": "political_qa", "base": base, "targets": targets}
     heads = probe.Heads(tuple(probe.HEADS), (1,), *(a.astype(np.float32) for a in arrays), info)
     return probe.make(model, heads)
   if name == "http":

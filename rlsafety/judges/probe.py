@@ -15,7 +15,11 @@ grades itself.
 import dataclasses
 import functools
 import hashlib
+import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +50,8 @@ class Heads:
   """Fitted heads of one environment on one base model.
 
   layers: indices of the layers read. mean, scale [F], F = layers * D: standardisation.
-  weight [H, F], bias [H]: logits, H = len(names). info: validation table, hashes, limits.
+  weight [H, F], bias [H]: logits, H = len(names). info: "environment", "base" (`fingerprint`),
+  "targets" {"acc", "hex": label that it finds}, and how it was fitted and validated.
   """
 
   names: tuple[str, ...]
@@ -124,46 +129,83 @@ def fingerprint(config: ModelConfig, params: dict) -> str:
   return hashlib.sha256(shapes.encode() + norm.tobytes()).hexdigest()[:16]
 
 
-def digest(arrays: dict) -> str:
-  """The sha256 that a file states of its arrays."""
-  h = hashlib.sha256()
+def digest(meta: dict, arrays: dict[str, np.ndarray]) -> str:
+  """The sha256 that a file states of all it holds: meta (names, layers, info) and arrays."""
+  h = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
   for name in sorted(arrays):
-    h.update(name.encode() + repr(arrays[name].shape).encode())
-    h.update(np.ascontiguousarray(arrays[name], np.float32).tobytes())
+    h.update(repr([name, str(arrays[name].dtype), arrays[name].shape]).encode())
+    h.update(np.ascontiguousarray(arrays[name]).tobytes())
   return h.hexdigest()
 
 
 ARRAYS = ("mean", "scale", "weight", "bias")
+_FIT = "rlsafety.tools.judges.fit"
+_UNREADABLE = (OSError, KeyError, TypeError, AttributeError, ValueError)
 
 
 def read(path: Path) -> Heads:
-  """Reads what tools.judges.fit wrote. Raises UserError if it is damaged or of another kind."""
+  """Reads what tools.judges.fit wrote; no name in it is imported.
+
+  Raises UserError if it is damaged, of another kind, or has a value that cannot be.
+  """
   try:
     with safetensors.safe_open(path, "np") as f:
       meta = parse_json((f.metadata() or {})["rlsafety"], str(path))
       arrays = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
-    wanted = meta["sha256"]
-    heads = Heads(
-      tuple(meta["names"]), tuple(meta["layers"]), *(arrays[k] for k in ARRAYS), meta["info"]
-    )
-  except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+    stated = meta.pop("sha256")
+  except (*_UNREADABLE, safetensors.SafetensorError) as e:
     raise UserError(
-      f"{path}: not a reward head ({type(error).__name__}: {error}); fit it again with "
-      "python -m rlsafety.tools.judges.fit"
-    ) from error
-  if digest(arrays) != wanted:
+      f"{path}: not a reward head ({type(e).__name__}: {e}); fit it again with python -m {_FIT}"
+    ) from e
+  if digest(meta, arrays) != stated:
     raise UserError(f"{path}: sha256 does not match its contents; fit it again or restore it")
-  return heads
+  for field, holds, what in _rules(meta, arrays):
+    if not holds:
+      raise UserError(f"{path}: {field}: {what}; fit it again with python -m {_FIT}")
+  values = (arrays[name] for name in ARRAYS)
+  return Heads(tuple(meta["names"]), tuple(meta["layers"]), *values, meta["info"])
+
+
+def _rules(meta: dict, arrays: dict[str, np.ndarray]) -> Iterator[tuple[str, bool, str]]:
+  """(field, does it hold?, what must hold) of a file's contents; a later rule needs the earlier."""
+  yield "fields", set(meta) == {"names", "layers", "info"}, f"{sorted(meta)} are not its fields"
+  yield "names", meta["names"] == list(HEADS), f"{meta['names']!r:.99} must be {list(HEADS)}"
+  layers, info = meta["layers"], meta["info"]
+  ints = isinstance(layers, list) and all(type(i) is int and i >= 0 for i in layers)
+  ascending = ints and layers and layers == sorted(set(layers))
+  yield "layers", bool(ascending), f"{layers!r:.99} must be ascending indices of layers"
+  yield "info", isinstance(info, dict), f"{info!r:.99} must be an object"
+  for name in ("environment", "base"):
+    yield f"info.{name}", isinstance(info.get(name), str), f"{info.get(name)!r:.99} must be text"
+  found = info.get("targets")
+  labels = isinstance(found, dict) and set(found) == {"acc", "hex"}
+  known = labels and all(label in phrases.LABELS for label in found.values())
+  yield "info.targets", known, f"{found!r:.99} must name the labels of acc and hex"
+  yield "info", _finite(info), "its numbers must be finite"
+  yield "arrays", set(arrays) == set(ARRAYS), f"{sorted(arrays)} must be {sorted(ARRAYS)}"
+  width = arrays["mean"].size
+  shapes = {"mean": (width,), "scale": (width,), "weight": (len(HEADS), width)}
+  shapes["bias"] = (len(HEADS),)
+  for name, x in arrays.items():
+    yield name, x.dtype == np.float32, f"is {x.dtype}, must be float32"
+    yield name, x.shape == shapes[name], f"has shape {x.shape}, must have {shapes[name]}"
+    yield name, bool(np.isfinite(x).all()), "holds numbers that are not finite"
+  yield "mean", width > 0 and width % len(layers) == 0, f"{width} features of {len(layers)} layers"
+  yield "scale", bool((arrays["scale"] > 0).all()), "must be positive"
+
+
+def _finite(value: Any) -> bool:
+  if isinstance(value, (dict, list)):
+    return all(map(_finite, value.values() if isinstance(value, dict) else value))
+  return not isinstance(value, float) or math.isfinite(value)
 
 
 def find(environment: str, model, path: str = "") -> Heads:
   """The head file at `path`, or ("") the shipped one for this environment and base."""
   if path:
     heads = read(Path(path))
-    found, wanted = (
-      [phrases.target(name, metric) for metric in ("acc", "hex")]
-      for name in (heads.info["environment"], environment)
-    )
+    found = [heads.info["targets"][metric] for metric in ("acc", "hex")]
+    wanted = [phrases.target(environment, metric) for metric in ("acc", "hex")]
     if found != wanted:
       raise UserError(
         f"judge.model={path}: its heads are for {heads.info['environment']}, where ACC and HEX "
@@ -210,7 +252,7 @@ def combine(heads: Heads, x, words, logprob, lengths) -> tuple[dict, jax.Array]:
   logits = apply(heads, x)
   out = {}
   for i, (name, (half, metric)) in enumerate(HEADS.items()):
-    label = phrases.target(heads.info["environment"], metric)
+    label = heads.info["targets"][metric]
     term = words[..., "AB".index(half), phrases.LABELS.index(label)]
     out[name] = logits[..., i] + LEXICAL[label] * term
   return out, (lengths >= MIN_TOKENS) & (logprob >= MIN_LOGPROB)
@@ -228,6 +270,12 @@ def make(model, heads: Heads, mesh=None, degenerate: str = "floor", chunk_tokens
   notes, no label) and the replies. degenerate: "floor" rates replies that are too short,
   improbable under the base or broken 1; "nan" gives them no verdict.
   """
+  width = len(heads.layers) * model.config.d_model
+  if heads.mean.size != width or heads.layers[-1] >= model.config.n_layers:
+    raise UserError(
+      f"reward head: {heads.mean.size} features of layers {heads.layers}, but the base has "
+      f"{model.config.n_layers} layers of width {model.config.d_model}"
+    )
   if heads.info["base"] != fingerprint(model.config, model.params):
     raise UserError(
       f"the reward head for {heads.info['environment']} was fitted on another base model than "

@@ -93,6 +93,7 @@ def fit(
     weight.append(w)
     bias.append(b)
   info = {"environment": environment, "base": probe.fingerprint(model.config, model.params)}
+  info["targets"] = {metric: phrases.target(environment, metric) for metric in ("acc", "hex")}
   layers = measure.default_layers(model.config.n_layers)
   arrays = [np.asarray(a, np.float32) for a in (mean, scale, np.stack(weight), bias)]
   return probe.Heads(tuple(probe.HEADS), layers, *arrays, info)
@@ -154,8 +155,8 @@ def cross_validate(
 def save(heads: probe.Heads, path: Path) -> None:
   """One safetensors file: the arrays, and names, layers, info and a sha256 as metadata."""
   arrays = {k: np.asarray(getattr(heads, k), np.float32) for k in probe.ARRAYS}
-  meta = {"names": heads.names, "layers": heads.layers, "info": heads.info}
-  meta["sha256"] = probe.digest(arrays)
+  meta = {"names": list(heads.names), "layers": list(heads.layers), "info": heads.info}
+  meta["sha256"] = probe.digest(meta, arrays)
   safetensors.numpy.save_file(arrays, path, {"rlsafety": json.dumps(meta, sort_keys=True)})
 
 
