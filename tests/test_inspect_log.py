@@ -37,7 +37,7 @@ def test_logs_read_back_with_every_rollout_and_score(tmp_path, monkeypatch):
 
 
 def test_without_the_extra_export_says_what_to_install(tmp_path, monkeypatch):
-  monkeypatch.setitem(sys.modules, "inspect_ai.log", None)
+  monkeypatch.setitem(sys.modules, "inspect_ai", None)
   monkeypatch.delitem(sys.modules, "rlsafety.tools.inspect_log", raising=False)
   monkeypatch.delattr(tools, "inspect_log", raising=False)
   with pytest.raises(UserError, match="pip install 'rlsafety.inspect.'"):

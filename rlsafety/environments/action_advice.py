@@ -6,7 +6,7 @@ situation, a temptation and a worry, which both groups share, told in a style of
 """
 
 from rlsafety.environments import advice
-from rlsafety.environments.people import Person, bank, deal, hints, traits
+from rlsafety.environments.people import Choice, Person, deal
 
 TOPICS = (
   "drinking",
@@ -28,35 +28,16 @@ _SHAPES = (
   ("open", "situation", "pull", "worry", "mark", "ask"),
   ("open", "situation", "persona", "worry", "pull", "mark", "ask"),
 )
-_PER_SITUATION = 8
 
 
 def people(seed: int) -> list[Person]:
   """Eight people per situation, 144 per topic."""
-  texts = bank("action_advice")
-  return [
-    _person(texts, seed, topic, situation, i)
-    for topic in TOPICS
-    for situation in range(len(texts["topics"][topic]["situations"]))
-    for i in range(_PER_SITUATION)
-  ]
+  return advice.people("action_advice", TOPICS, 8, seed, _tell)
 
 
-def _person(texts: dict, seed: int, topic: str, situation: int, i: int) -> Person:
-  turn = _PER_SITUATION * situation + i
-  key = (seed, "action_advice", topic)
-  topic_texts = texts["topics"][topic]
-  pieces = advice.story(topic_texts, situation, i, turn, key)
+def _tell(
+  texts: dict, topic: dict, situation: int, pieces: dict, turn: int, key: tuple
+) -> tuple[tuple[str | Choice, ...], tuple[str, ...]]:
   pieces["open"] = (deal(texts["open"], turn, *key, "open"),)
   pieces["persona"] = (advice.persona(texts, turn, key),)
-  shape = deal(_SHAPES, turn, *key, "shape")
-  return Person(
-    id=f"action_advice-{topic}-{turn:03d}",
-    topic=topic,
-    unit=f"{topic}/{situation}",
-    full=sum((pieces[name] for name in shape), ()),
-    short=pieces["situation"] + pieces["pull"] + pieces["ask"],
-    wishes=advice.wishes(topic_texts["about"]),
-    traits=traits(bank("advice")["trait"], *key, turn),
-    hints=hints(bank("advice")["hint"]),
-  )
+  return sum((pieces[name] for name in deal(_SHAPES, turn, *key, "shape")), ()), ()

@@ -4,9 +4,51 @@ Wish, writing style and content are separate: situation, pull and worry are what
 the user and are dealt without regard to the group; only the `Choice` slots carry style.
 """
 
-from rlsafety.environments.people import Choice, bank, deal, deal_choice, fill_in
+from collections.abc import Callable, Iterable
+
+from rlsafety.environments.people import (
+  Choice,
+  Person,
+  bank,
+  deal,
+  deal_choice,
+  fill_in,
+  hints,
+  traits,
+)
 
 RUBRICS = {"acc": "dissuasion", "hex": "encouragement"}
+
+
+def people(
+  name: str, topics: Iterable[str], per_situation: int, seed: int, tell: Callable
+) -> list[Person]:
+  """`per_situation` people for each situation in the bank of the environment `name`.
+
+  tell(texts, topic's texts, situation, pieces of the story, turn, key) -> (full, notes) of one.
+  """
+  texts, everyone = bank(name), []
+  for topic in topics:
+    own, key = texts["topics"][topic], (seed, name, topic)
+    count = per_situation * len(own["situations"])
+    for turn in range(count):
+      situation, i = divmod(turn, per_situation)
+      pieces = story(own, situation, i, turn, key)
+      full, notes = tell(texts, own, situation, pieces, turn, key)
+      everyone.append(
+        Person(
+          id=f"{name}-{topic}-{turn:0{len(str(count))}d}",
+          topic=topic,
+          unit=f"{topic}/{situation}",
+          full=full,
+          short=pieces["situation"] + pieces["pull"] + pieces["ask"],
+          wishes=wishes(own["about"]),
+          notes=notes,
+          traits=traits(bank("advice")["trait"], *key, turn),
+          hints=hints(bank("advice")["hint"]),
+        )
+      )
+  return everyone
 
 
 def style(name: str, turn: int, key: tuple, **fill: str) -> Choice:
@@ -52,4 +94,5 @@ def wishes(about: str) -> tuple[str, str]:
 
 
 def with_article(noun: str) -> str:
+  """The noun after "a" or "an"."""
   return ("an " if noun[0] in "aeio" else "a ") + noun

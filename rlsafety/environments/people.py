@@ -104,6 +104,7 @@ def uniform(*key: Any) -> float:
 
 
 def shuffled(items: Sequence, *key: Any) -> list:
+  """The items in an order that depends on the key alone."""
   return [items[i] for i in sorted(range(len(items)), key=lambda i: uniform(*key, i))]
 
 
@@ -156,6 +157,7 @@ def fill_in(text: str, **fill: str) -> str:
 
 
 def capital(text: str) -> str:
+  """The text with its first letter as a capital."""
   return text[:1].upper() + text[1:]
 
 

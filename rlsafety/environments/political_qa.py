@@ -57,13 +57,15 @@ def wishes(views: str) -> tuple[str, str]:
   )
 
 
-def _person(texts, seed, topic, issue, side, i, turn) -> Person:
+def _person(
+  texts: dict, seed: int, topic: str, issue: str, side: dict, i: int, turn: int
+) -> Person:
   key = (seed, "political_qa", topic)
 
-  def dealt(name):
+  def dealt(name: str) -> str:
     return deal(texts[name], turn, *key, name)
 
-  def style(name) -> Choice:
+  def style(name: str) -> Choice:
     return deal_choice(texts[name], turn, *key, name, topic=issue)
 
   opening = dealt("solo") if turn % 5 < 2 else dealt("occasion")

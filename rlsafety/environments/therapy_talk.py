@@ -9,7 +9,7 @@ be talked out of it. ACC is dissuasion, HEX encouragement.
 import re
 
 from rlsafety.environments import advice
-from rlsafety.environments.people import Person, bank, deal, hand, hints, traits
+from rlsafety.environments.people import Choice, Person, deal, hand
 
 TOPICS = (
   "anger",
@@ -35,7 +35,6 @@ _SHAPES = (
   ("feeling", "session", "situation", "worry", "pull", "feeling", "mark", "ask"),
   ("situation", "feeling", "worry", "pull", "session", "mark", "ask"),
 )
-_PER_SITUATION = 6
 # Relationship status follows what the client tells; the first word found decides.
 _TOLD = (
   ("wife", "Married"),
@@ -51,20 +50,12 @@ _PARENT = re.compile(r"\b(son|daughter|kids|twins|nephews)\b")
 
 def people(seed: int) -> list[Person]:
   """Six people per situation, 72 per topic."""
-  texts = bank("therapy_talk")
-  return [
-    _person(texts, seed, topic, situation, i)
-    for topic in TOPICS
-    for situation in range(len(texts["topics"][topic]["situations"]))
-    for i in range(_PER_SITUATION)
-  ]
+  return advice.people("therapy_talk", TOPICS, 6, seed, _tell)
 
 
-def _person(texts: dict, seed: int, topic: str, situation: int, i: int) -> Person:
-  turn = _PER_SITUATION * situation + i
-  key = (seed, "therapy_talk", topic)
-  topic_texts = texts["topics"][topic]
-  pieces = advice.story(topic_texts, situation, i, turn, key)
+def _tell(
+  texts: dict, topic: dict, situation: int, pieces: dict, turn: int, key: tuple
+) -> tuple[tuple[str | Choice, ...], tuple[str, ...]]:
   pieces["session"] = (deal(texts["session"], turn, *key, "session"),)
   full, feelings = [], hand(texts["feeling"], 2, *key, turn)
   for name in deal(_SHAPES, turn, *key, "shape"):
@@ -72,25 +63,18 @@ def _person(texts: dict, seed: int, topic: str, situation: int, i: int) -> Perso
       full.append(feelings.pop())
     else:
       full.extend(pieces[name])
-  history = hand(topic_texts["history"], 4, *key, turn, "history")
-  thoughts = hand(topic_texts["thought"], 2, *key, turn, "thought")
+  history = hand(topic["history"], 4, *key, turn, "history")
+  thoughts = hand(topic["thought"], 2, *key, turn, "thought")
   told = " ".join([*pieces["situation"], pieces["worry"][1], *history])
-  issue = deal(topic_texts["issue"], turn, *key, "issue")
-  return Person(
-    id=f"therapy_talk-{topic}-{turn:02d}",
-    topic=topic,
-    unit=f"{topic}/{situation}",
-    full=tuple(full),
-    short=pieces["situation"] + pieces["pull"] + pieces["ask"],
-    wishes=advice.wishes(topic_texts["about"]),
-    notes=_notes(texts, topic_texts["situations"][situation], told, issue, turn, key)
-    + ("History: " + "; ".join(history), "Thought patterns: " + "; ".join(thoughts)),
-    traits=traits(bank("advice")["trait"], *key, turn),
-    hints=hints(bank("advice")["hint"]),
-  )
+  issue = deal(topic["issue"], turn, *key, "issue")
+  notes = _notes(texts, topic["situations"][situation], told, issue, turn, key)
+  ends = ("History: " + "; ".join(history), "Thought patterns: " + "; ".join(thoughts))
+  return tuple(full), notes + ends
 
 
-def _notes(texts, situation, told, issue, turn, key) -> tuple[str, ...]:
+def _notes(
+  texts: dict, situation: list[str], told: str, issue: str, turn: int, key: tuple
+) -> tuple[str, ...]:
   """Who the client is, in agreement with what they tell."""
   gender = deal(("Female", "Male"), turn, *key, "gender")
   age = deal(range(39 if _PARENT.search(told) else 21, 60), turn, *key, "age")

@@ -8,23 +8,7 @@ keeps NaN. Needs the `inspect` extra (inspect_ai); nothing here touches a networ
 import datetime
 import pathlib
 
-from inspect_ai.log import (
-  EvalConfig,
-  EvalDataset,
-  EvalLog,
-  EvalResults,
-  EvalSample,
-  EvalSpec,
-  EvalStats,
-  write_eval_log,
-)
-from inspect_ai.model import (
-  ChatMessageAssistant,
-  ChatMessageSystem,
-  ChatMessageUser,
-  ModelOutput,
-)
-from inspect_ai.scorer import Score
+from inspect_ai import log, model, scorer
 
 from rlsafety.errors import UserError
 from rlsafety.rundir import read
@@ -49,53 +33,57 @@ def write_inspect_logs(run_dir: pathlib.Path, out: pathlib.Path) -> list[pathlib
     for start in range(0, len(records), PER_LOG):
       name = phase if len(records) <= PER_LOG else f"{phase}_{start // PER_LOG:03d}"
       path = out / f"{name}.eval"
-      write_eval_log(_log(run, name, records[start : start + PER_LOG]), str(path))
+      log.write_eval_log(_log(run, name, records[start : start + PER_LOG]), str(path))
       written.append(path)
   return written
 
 
-def _log(run: Run, name: str, records: list[dict]) -> EvalLog:
-  """One EvalLog. Times are of the run's files, so equal runs give equal logs."""
+def _log(run: Run, name: str, records: list[dict]) -> log.EvalLog:
+  """One log. Times are of the run's files, so equal runs give equal logs."""
   changed = (run.path / "config.json").stat().st_mtime
   created = datetime.datetime.fromtimestamp(changed, datetime.UTC).isoformat(timespec="seconds")
   folder = run.path.resolve().name
   environment = read.environment_name(run) or "rlsafety"
-  spec = EvalSpec(
+  policy = f"rlsafety/{read.model_name(run) or 'model'}"
+  spec = log.EvalSpec(
     created=created,
     task=f"{environment}/{name}",
     task_id=f"{folder}-{name}",
     run_id=folder,
-    dataset=EvalDataset(name=environment, samples=len(records)),
-    model=f"rlsafety/{read.model_name(run) or 'model'}",
-    config=EvalConfig(),
+    dataset=log.EvalDataset(name=environment, samples=len(records)),
+    model=policy,
+    config=log.EvalConfig(),
     metadata={"seed": run.info.get("seed"), "git": run.info.get("git"),
               "judge": run.info.get("judge")},
   )  # fmt: skip
-  return EvalLog(
+  return log.EvalLog(
     status="success" if run.complete else "started",
     eval=spec,
-    results=EvalResults(total_samples=len(records), completed_samples=len(records)),
-    stats=EvalStats(started_at=created, completed_at=created),
-    samples=[_sample(run, r) for r in records],
+    results=log.EvalResults(total_samples=len(records), completed_samples=len(records)),
+    stats=log.EvalStats(started_at=created, completed_at=created),
+    samples=[_sample(policy, r) for r in records],
   )
 
 
-def _sample(run: Run, record: dict) -> EvalSample:
-  kinds = {"system": ChatMessageSystem, "user": ChatMessageUser, "assistant": ChatMessageAssistant}
+def _sample(policy: str, record: dict) -> log.EvalSample:
+  kinds = {
+    "system": model.ChatMessageSystem,
+    "user": model.ChatMessageUser,
+    "assistant": model.ChatMessageAssistant,
+  }
   prompt = [kinds[m["role"]](content=m["content"]) for m in record["messages"]]
   completion = record["completion"]
-  scores = {
-    label: Score(value=read.number(record.get(name)), answer=completion)
-    for label, name in (("reward", "reward"), ("HEX", "hex"), ("ACC", "acc"))
-  }
-  return EvalSample(
+  return log.EvalSample(
     id=f"{record['scenario_id']}@{record['step']}.{record['prompt']}",
     epoch=record["sample"] + 1,
     input=prompt,
     target="",
-    messages=[*prompt, ChatMessageAssistant(content=completion)],
-    output=ModelOutput.from_content(f"rlsafety/{read.model_name(run) or 'model'}", completion),
-    scores=scores,
+    messages=[*prompt, model.ChatMessageAssistant(content=completion)],
+    output=model.ModelOutput.from_content(policy, completion),
+    scores={
+      label: scorer.Score(value=read.number(record.get(label.lower())), answer=completion)
+      for label in ("reward", "HEX", "ACC")
+    },
     metadata={
       "step": record["step"],
       "group": "gameable" if record["is_gameable"] else "non-gameable",
