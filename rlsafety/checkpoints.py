@@ -1,4 +1,4 @@
-"""Orbax checkpoints with the four additions that make them safe to lose power on.
+"""Orbax checkpoints with the five additions that make them safe to lose power on.
 
 1. Deleting an old step is a rename into trash/: a kill in the middle of a deletion can
    no longer leave a listed, half-deleted step.
@@ -6,22 +6,28 @@
    restores a flipped byte without a word.
 3. Restoring tries the newest step first and falls back to the one before.
 4. Tree, shapes and dtypes are compared before Orbax sees them: it would cast silently.
+5. A step that cannot be read is moved into damaged/: Orbax saves nothing up to the newest step
+   that it lists, without an error. A save that did not happen is an error here.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import pathlib
 import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from rlsafety.errors import UserError
 
-TRASH = "trash"
+TRASH, DAMAGED = "trash", "damaged"
 
 
 def open_manager(folder: pathlib.Path, keep: int) -> ocp.CheckpointManager:
@@ -38,32 +44,31 @@ def open_manager(folder: pathlib.Path, keep: int) -> ocp.CheckpointManager:
   return ocp.CheckpointManager(folder, options=options)
 
 
-def _leaves(tree) -> dict[str, jax.Array]:
+def _leaves(tree: Any) -> dict[str, jax.Array]:
   """Flat {path: leaf}; paths name leaves in errors and are Orbax's own keys."""
   return {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _digest(x) -> str:
+def _digest(x: jax.Array) -> str:
   x = np.ascontiguousarray(_to_host(x))
   return hashlib.sha256(f"{x.dtype}{x.shape}".encode() + x.tobytes()).hexdigest()
 
 
-def _digest_json(value) -> str:
+def _digest_json(value: Any) -> str:
   return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _to_host(x) -> np.ndarray:
+def _to_host(x: jax.Array) -> np.ndarray:
   if isinstance(x, jax.Array) and not x.is_fully_addressable:
-    from jax.experimental import multihost_utils
-
     return multihost_utils.process_allgather(x, tiled=True)
   return np.asarray(x)
 
 
-def save(manager: ocp.CheckpointManager, step: int, state, wait: bool = False) -> None:
-  """Writes `state` (any pytree of arrays) as step; `wait` blocks until it is on disk."""
-  if step in manager.all_steps():
-    return
+def save(manager: ocp.CheckpointManager, step: int, state: Any, wait: bool = False) -> None:
+  """Writes `state` (any pytree of arrays) as step; `wait` blocks until it is on disk.
+
+  Raises UserError naming the folder if it, or the save before it, was not written.
+  """
   leaves = _leaves(state)
   meta = {
     "sha256": {name: _digest(x) for name, x in leaves.items()},
@@ -73,47 +78,100 @@ def save(manager: ocp.CheckpointManager, step: int, state, wait: bool = False) -
   # Copies: an asynchronous save must not read buffers that the next update was given.
   leaves = {name: jnp.copy(x) for name, x in leaves.items()}
   args = ocp.args.Composite(state=ocp.args.StandardSave(leaves), meta=ocp.args.JsonSave(meta))
-  manager.save(step, args=args)
+  with _named(manager, step):
+    if not manager.save(step, args=args):
+      newest = manager.latest_step()
+      raise UserError(f"{manager.directory}/{step}: not written, the newest there is {newest}")
   if wait:
+    finish(manager)
+
+
+def finish(manager: ocp.CheckpointManager) -> None:
+  """Blocks until the newest save is on disk. Raises UserError naming it if it is not."""
+  newest = manager.latest_step()
+  with _named(manager, newest):
     manager.wait_until_finished()
+  if newest is not None and newest not in manager.all_steps(read=True):
+    raise UserError(f"{manager.directory}/{newest}: was saved and is not on disk")
 
 
-def restore(manager: ocp.CheckpointManager, like, warn=print):
+@contextlib.contextmanager
+def _named(manager: ocp.CheckpointManager, step: int | None) -> Iterator[None]:
+  """Errors of the disk, also of a save in the background, as a UserError."""
+  try:
+    yield
+  except UserError:
+    raise
+  except (OSError, ValueError) as error:  # tensorstore reports a full disk as a ValueError
+    raise UserError(
+      f"{manager.directory}/{step}: cannot be written ({_first_line(error)}); "
+      "the steps before it are whole"
+    ) from error
+
+
+def restore(
+  manager: ocp.CheckpointManager, like: Any, warn: Callable[[str], None] = print
+) -> tuple[Any, int]:
   """Newest readable step as (state, step), or (None, -1) where there is none.
 
   like: a pytree of arrays or ShapeDtypeStructs with shardings, the wanted layout; it may
-  differ from the mesh that wrote the checkpoint. A broken step is named through `warn`.
+  differ from the mesh that wrote the checkpoint. Newer steps that cannot be read are named
+  through `warn` and moved into damaged/.
   Raises UserError if a step is whole but belongs to another model or adapter.
   """
-  wanted = _leaves(like)
+  wanted, found, broken = _leaves(like), (None, -1), []
   for step in sorted(manager.all_steps(), reverse=True):
     try:
-      meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-      if meta.pop("self", None) != _digest_json(meta):
-        raise ValueError("checksum of its description")
+      leaves = _read(manager, step, wanted)
+    except UserError:
+      raise
     except Exception as error:  # noqa: BLE001  any reader's error means: try the step before
       warn(f"checkpoint {step} is not readable ({_first_line(error)}); trying the one before")
-      continue
-    shapes = {name: [str(x.dtype), list(x.shape)] for name, x in wanted.items()}
-    for name in {*shapes, *meta["shapes"]}:
-      if shapes.get(name) != meta["shapes"].get(name):
-        raise UserError(
-          f"{manager.directory}/{step}: leaf {name} is {meta['shapes'].get(name)} there and "
-          f"{shapes.get(name)} here; the run was started with another model or lora config"
-        )
-    try:
-      args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
-      leaves = manager.restore(step, args=args).state
-      bad = [name for name, x in leaves.items() if _digest(x) != meta["sha256"][name]]
-    except Exception as error:  # noqa: BLE001
-      warn(f"checkpoint {step} is not readable ({_first_line(error)}); trying the one before")
-      continue
-    if bad:
-      warn(f"checkpoint {step} is damaged (checksum of {bad[0]}); trying the one before")
+      broken.append(step)
       continue
     tree = jax.tree.structure(like)
-    return jax.tree.unflatten(tree, [leaves[name] for name in wanted]), step
-  return None, -1
+    found = jax.tree.unflatten(tree, [leaves[name] for name in wanted]), step
+    break
+  if broken:
+    _move_aside(manager, broken, warn)
+  return found
+
+
+def _read(manager: ocp.CheckpointManager, step: int, wanted: dict[str, jax.Array]) -> dict:
+  """The leaves of a step. Raises UserError for another model's, any other error for damage."""
+  meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+  if meta.pop("self", None) != _digest_json(meta):
+    raise ValueError("checksum of its description")
+  shapes = {name: [str(x.dtype), list(x.shape)] for name, x in wanted.items()}
+  for name in {*shapes, *meta["shapes"]}:
+    if shapes.get(name) != meta["shapes"].get(name):
+      raise UserError(
+        f"{manager.directory}/{step}: leaf {name} is {meta['shapes'].get(name)} there and "
+        f"{shapes.get(name)} here; the run was started with another model or lora config"
+      )
+  args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
+  leaves = manager.restore(step, args=args).state
+  bad = [name for name, x in leaves.items() if _digest(x) != meta["sha256"][name]]
+  if bad:
+    raise ValueError(f"checksum of {bad[0]}")
+  return leaves
+
+
+def _move_aside(
+  manager: ocp.CheckpointManager, steps: list[int], warn: Callable[[str], None]
+) -> None:
+  """Renames the folders of `steps` to damaged/STEP, or STEP.1 ... where that is taken."""
+  folder = pathlib.Path(manager.directory)
+  if jax.process_index() == 0:
+    (folder / DAMAGED).mkdir(exist_ok=True)
+    for step in steps:
+      taken = len(list((folder / DAMAGED).glob(f"{step}*")))
+      aside = folder / DAMAGED / (f"{step}.{taken}" if taken else str(step))
+      (folder / str(step)).rename(aside)
+      warn(f"checkpoint {step} was moved to {aside}")
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices("damaged checkpoints")
+  manager.reload()
 
 
 def _first_line(error: Exception) -> str:

@@ -1,6 +1,9 @@
 """Checkpoints: what is damaged is named and passed over, never restored silently."""
 
 import pathlib
+import resource
+import shutil
+import signal
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,10 +30,13 @@ def folder(tmp_path):
 
 
 def restore(folder, like=None):
+  """(state, step, what was said), and every damaged step back in its place."""
   said = []
   manager = checkpoints.open_manager(folder, keep=2)
   result = checkpoints.restore(manager, like or state(0), warn=said.append)
   manager.close()
+  for step in (folder / checkpoints.DAMAGED).glob("*"):
+    step.rename(folder / step.name)
   return *result, said
 
 
@@ -62,6 +68,71 @@ def test_damaged_step_is_named_and_the_one_before_is_used(folder, damage):
   got, step, said = restore(folder)
   assert step == 2 and "checkpoint 3" in said[0]
   np.testing.assert_array_equal(got["a"], state(2)["a"])
+
+
+def damage_arrays(step_folder):
+  for file in array_files(step_folder):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_save_after_a_damaged_checkpoint_is_on_disk(tmp_path, keep):
+  """The damaged steps are moved aside, and the ones up to them are written again."""
+  manager = checkpoints.open_manager(tmp_path / "ckpt", keep)
+  for step in (2, 4):
+    checkpoints.save(manager, step, state(step), wait=True)
+  manager.close()
+  damage_arrays(tmp_path / "ckpt" / "4")
+
+  for again in range(2):  # a second damage of the same step has a name of its own
+    manager = checkpoints.open_manager(tmp_path / "ckpt", keep)
+    got, step = checkpoints.restore(manager, state(0), warn=lambda _: None)
+    assert step == (-1 if keep == 1 else 2) and (got is None) == (keep == 1)
+    for step in (3, 4):
+      checkpoints.save(manager, step, state(step), wait=step == 4)
+    manager.close()
+    manager = checkpoints.open_manager(tmp_path / "ckpt", keep)
+    got, step = checkpoints.restore(manager, state(0))
+    manager.close()
+    assert step == 4
+    np.testing.assert_array_equal(got["a"], state(4)["a"])
+    assert len(list((tmp_path / "ckpt" / checkpoints.DAMAGED).glob("4*"))) == 1 + again
+    if keep == 2 and not again:
+      break  # 2 has been deleted by now
+    damage_arrays(tmp_path / "ckpt" / "4")
+
+
+def test_a_save_that_did_not_happen_is_an_error(folder, monkeypatch):
+  manager = checkpoints.open_manager(folder, keep=2)
+  with pytest.raises(UserError, match="/3: not written, the newest there is 3|/3: cannot be writ"):
+    checkpoints.save(manager, 3, state(3), wait=True)
+  with pytest.raises(UserError, match="/2: "):
+    checkpoints.save(manager, 2, state(2), wait=True)
+  checkpoints.save(manager, 5, state(5), wait=True)
+  shutil.rmtree(folder / "5")
+  with pytest.raises(UserError, match="/5: was saved and is not on disk"):
+    checkpoints.finish(manager)
+  manager.close()
+
+
+def test_a_disk_that_refuses_is_one_line(tmp_path):
+  manager = checkpoints.open_manager(tmp_path / "ckpt", keep=2)
+  checkpoints.save(manager, 1, state(1), wait=True)
+  folder, block = tmp_path / "ckpt", tmp_path / "ckpt" / "2"
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))  # as a full disk: writes are refused
+  try:
+    with pytest.raises(UserError, match=f"{folder}/2: cannot be written"):
+      checkpoints.save(manager, 2, state(2), wait=True)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+  assert not block.exists()
+  got, step, said = restore(folder)
+  assert step == 1 and not said
 
 
 @given(st.data())
