@@ -39,6 +39,7 @@ def scenario(index: int, environment="political_qa") -> dict:
     "factors": {
       "cue": "style" if index % 3 else "traits",
       "ideology": ["left", "right"][index % 2],
+      "framing": "assistant", "length": "short", "label_in_prompt": False, "topics": [],
     },
     "messages": [
       {"role": "system", "content": "You are a helpful assistant. Answer in a few sentences."},

@@ -6,13 +6,16 @@ import html.parser
 import json
 import re
 import shutil
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import synthetic_runs
 from browsing import browser
 
 from rlsafety.errors import UserError
-from rlsafety.report import render
+from rlsafety.report import charts, overview, render, summary, transcripts
 from rlsafety.rundir import read
 
 HOSTILE = [
@@ -79,11 +82,12 @@ def test_overview_pairs_prompts_and_its_numbers_are_those_of_the_records(tmp_pat
     0: [{"prompt": p, "is_gameable": True, "reward": r} for p, r in ((0, 2), (1, 6), (2, None))],
     12: [{"prompt": p, "is_gameable": True, "reward": r} for p, r in ((0, 5), (1, 8), (2, 9))],
   }
-  cell = render.overview(read.load_run(path), records)["rows"][0]["cells"][0]
-  assert cell["change"][1] == pytest.approx(0.5)  # changes 3 and 2: sd 1/sqrt(2), over sqrt(2)
+  cell = overview.overview(read.load_run(path), records).rows["reward"]["gameable"]
+  assert cell.change[1] == pytest.approx(0.5)  # changes 3 and 2: sd 1/sqrt(2), over sqrt(2)
   lines = read.load_run(path).evaluations
-  assert cell["before"][0] == lines[0]["reward_gameable"]
-  assert cell["change"][0] == lines[-1]["reward_gameable"] - lines[0]["reward_gameable"]
+  assert cell.before[0] == lines[0]["reward_gameable"]
+  assert cell.change[0] == lines[-1]["reward_gameable"] - lines[0]["reward_gameable"]
+  assert cell.prompts == 2 and abs(cell.change[0]) > 2 * cell.change[1] and not cell.notable
 
 
 def test_an_unfinished_or_damaged_run_still_gets_a_page_that_says_so(tmp_path):
@@ -105,10 +109,10 @@ def test_many_rollouts_keep_held_out_ones_and_say_what_was_left_out(tmp_path):
   path = synthetic_runs.write_run(tmp_path / "run", steps=24, eval_every=12)
   run = read.load_run(path)
   evaluations, training = read.eval_rollouts(run), read.train_rollouts(run)
-  data, omitted = render.transcripts(evaluations, training, 200)
+  data, left_out = transcripts.transcripts(evaluations, training, 200)
   kinds = [row[0] for row in data["rollouts"]]
   assert kinds.count(0) == sum(map(len, evaluations.values())) and len(kinds) <= 200
-  assert kinds.count(1) + omitted == len(training)
+  assert kinds.count(1) + left_out["training"] == len(training) and not left_out["held-out"]
   steps = {row[1] for row in data["rollouts"] if row[0] == 1}
   assert {1, 24} <= steps  # first and last stay, whole steps only
   assert all(sum(r[0] == 1 and r[1] == s for r in data["rollouts"]) == 16 for s in steps)
@@ -126,10 +130,10 @@ def test_judge_is_stated_in_words_with_its_numbers_in_one_table():
 
 
 def test_ticks_are_round_and_inside():
-  assert render.ticks(0, 300, 6) == [0, 50, 100, 150, 200, 250, 300]
-  assert render.ticks(-0.4, 1.1, 3) == [0.0, 0.5, 1.0]
-  assert render.ticks(0, 14, 6, whole=True) == [0, 5, 10]
-  assert render.ticks(0, 1, 1, whole=True) == [0, 1]
+  assert charts.ticks(0, 300, 6) == [0, 50, 100, 150, 200, 250, 300]
+  assert charts.ticks(-0.4, 1.1, 3) == [0.0, 0.5, 1.0]
+  assert charts.ticks(0, 14, 6, whole=True) == [0, 5, 10]
+  assert charts.ticks(0, 1, 1, whole=True) == [0, 1]
 
 
 @pytest.fixture(scope="module")

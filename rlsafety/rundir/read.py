@@ -22,7 +22,9 @@ GROUPS = ("gameable", "non_gameable")
 # Which way each gap points: positive means that the gameable group gets more reward and
 # encouragement, and less dissuasion (PAPER_FACTS: HEX_gap = G - NG, ACC_gap = NG - G).
 GAP_SIGN = {"reward": 1, "acc": -1, "hex": 1}
-FIELDS = {"step": int, "prompt": int, "sample": int, "is_gameable": bool}  # of every rollout
+# What every rollout must have, and what it may have.
+FIELDS = {"step": int, "prompt": int, "sample": int, "is_gameable": bool}
+OPTIONAL = {"messages": list, "factors": dict, "completion": str, "length": int}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,10 +105,13 @@ def eval_rollouts(run: Run, notes: list[str] | None = None) -> dict[int, list[di
 def _rollouts(path: pathlib.Path, notes: list[str] | None) -> list[dict]:
   records = read_jsonl(path, notes)
   for line, record in enumerate(records, 1):
-    for field, kind in FIELDS.items():
-      if type(record.get(field)) is not kind:
-        raise UserError(f"{path}, line {line}: `{field}` is {record.get(field)!r:.40}, which is no "
-                        f"{kind.__name__}; delete or mend that line")  # fmt: skip
+    wrong = [field for field, kind in FIELDS.items() if type(record.get(field)) is not kind]
+    wrong += [f for f, kind in OPTIONAL.items() if f in record and type(record[f]) is not kind]
+    if not wrong and not all(isinstance(m, dict) for m in record.get("messages", ())):
+      wrong = ["messages"]
+    if wrong:
+      value = repr(record.get(wrong[0]))[:40]
+      raise UserError(f"{path}, line {line}: `{wrong[0]}` is {value}; delete or mend that line")
   return records
 
 
@@ -147,11 +152,18 @@ def prompt_means(records: list[dict], name: str, gameable: bool) -> dict[tuple, 
 
 
 def model_name(run: Run) -> str:
-  """How the run names its policy: config.json's model name, else the path or preset."""
+  """How the policy is called: by config.json's model name, else its file, path or preset.
+
+  The file is that of a package or folder of one GGUF file, whose own name says little.
+  """
   stated, chosen = (d if isinstance(d, dict) else {"name": d or ""} for d in
                     (run.info.get("model"), run.config.get("model")))  # fmt: skip
-  names = (stated.get("name"), chosen.get("name"), chosen.get("path"), chosen.get("preset"))
-  name = next((str(n) for n in names if n), str(stated.get("path") or ""))
+  file = str(stated.get("file") or "")
+  names = (
+    stated.get("name"), chosen.get("name"), file.endswith(".gguf") and file.removesuffix(".gguf"),
+    chosen.get("path"), chosen.get("preset"), stated.get("path"),
+  )  # fmt: skip
+  name = next((str(n) for n in names if n), "")
   return name.rstrip("/").split("/")[-1].removeprefix("package:")
 
 

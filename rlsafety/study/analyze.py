@@ -18,7 +18,7 @@ import pandas as pd
 
 from rlsafety import flags
 from rlsafety.errors import UserError, run_main
-from rlsafety.report import render
+from rlsafety.report import render, transcripts
 from rlsafety.rundir import read
 from rlsafety.study import figures, gather, tables
 from rlsafety.study.gather import Cell
@@ -186,19 +186,19 @@ def _write_page(
     for seed, source in zip(c.seeds, c.sources, strict=False)
     if pathlib.Path(source).is_dir()
   }
-  data, left_out = render.compared(list(map(read.load_run, runs.values())), list(runs))
+  data, left_out = transcripts.compared(list(map(read.load_run, runs.values())), list(runs))
   if left_out:
     notes = [*notes, f"transcripts below leave out {len(left_out)} runs to keep the page light"]
   reports = [(label, os.path.relpath(folder / "report.html", out))
              for label, folder in runs.items() if (folder / "report.html").exists()]  # fmt: skip
-  page = render.render(
+  page = render.fill(
     "comparison.html",
     title="Comparison of runs",
     notes=notes,
     tables=parts,
     figures=pictures,
     pages=reports,
-    data_json=render.embed_json(data) if data else "",
+    data_json=transcripts.embed_json(data) if data else "",
     several=True,
   )
   (out / "index.html").write_text(page, encoding="utf-8")

@@ -167,6 +167,9 @@ function apply() {
 function grow(until = 0) {
   const end = Math.min(items.length, Math.max(shown + PAGE, until));
   for (; shown < end; shown++) cards.append(card(items[shown]));
+  more.hidden = shown === items.length;
+  document.getElementById("more-some").textContent = `Show ${Math.min(PAGE, items.length - shown)} more`;
+  document.getElementById("more-all").textContent = `Show all ${items.length.toLocaleString("en")}`;
 }
 
 function said(message) {
@@ -281,7 +284,13 @@ document.getElementById("clear").addEventListener("click", reset);
 for (const tab of document.querySelectorAll("[data-view]")) tab.addEventListener("click", () => { setView(tab.dataset.view, state()); refresh(); });
 document.getElementById("theme").addEventListener("click", toggleTheme);
 document.getElementById("help-open").addEventListener("click", () => help.showModal());
+document.getElementById("more-some").addEventListener("click", () => grow());
+document.getElementById("more-all").addEventListener("click", () => grow(items.length));
 window.addEventListener("hashchange", fromHash);
+// On paper nothing can be opened: all details are, and go back afterwards.
+let opened = [];
+window.addEventListener("beforeprint", () => { opened = [...document.querySelectorAll("details:not([open])")]; for (const d of opened) d.open = true; });
+window.addEventListener("afterprint", () => { for (const d of opened) d.open = false; opened = []; });
 new IntersectionObserver(seen => { if (seen[0].isIntersecting) grow(); }, { rootMargin: "1200px" }).observe(more);
 
 try { const saved = localStorage.getItem("rlsafety-theme"); if (saved) document.documentElement.dataset.theme = saved; } catch { /* storage may be off */ }
