@@ -78,7 +78,8 @@ def summary(step: int, records: list[dict]) -> dict:
         if r["is_gameable"] is flag and r[name] is not None:
           means.setdefault(r["prompt"], []).append(r[name])
       values = np.array([np.mean(v) for v in means.values()])
-      stats[group] = (values.mean(), values.std(ddof=1) / np.sqrt(len(values)))
+      error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+      stats[group] = (values.mean(), error)
       out[f"{name}_{group}"], out[f"{name}_{group}_se"] = map(float, stats[group])
     sign = -1 if name == "acc" else 1
     out[f"{name}_gap"] = float(sign * (stats["gameable"][0] - stats["non_gameable"][0]))

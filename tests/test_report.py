@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import html
 import html.parser
 import json
 import re
@@ -118,6 +119,142 @@ def test_many_rollouts_keep_held_out_ones_and_say_what_was_left_out(tmp_path):
   assert all(sum(r[0] == 1 and r[1] == s for r in data["rollouts"]) == 16 for s in steps)
 
 
+def test_held_out_rollouts_are_limited_too(tmp_path, monkeypatch):
+  path = synthetic_runs.write_run(tmp_path / "run", steps=24, eval_every=4)
+  run = read.load_run(path)
+  evaluations, training = read.eval_rollouts(run), read.train_rollouts(run)  # 7 x 32, 24 x 16
+
+  def kept(most):
+    data, left_out = transcripts.transcripts(evaluations, training, most)
+    rows = data["rollouts"]
+    assert len(rows) + sum(left_out.values()) == 7 * 32 + 24 * 16 and len(rows) <= most
+    return [row for row in rows if row[0] == 0]
+
+  whole = kept(100)  # three of the evaluations, the ends among them
+  assert {row[1] for row in whole} == {0, 12, 24} and len(whole) == 96
+  few = kept(20)  # not even two: the same prompts of both ends
+  places = [{(row[3], row[4]) for row in few if row[1] == step} for step in (0, 24)]
+  assert places[0] == places[1] == {(p, s) for p in range(5) for s in range(2)}
+  assert kept(1) == []
+  text = render.write_report(path, 100).read_text()
+  assert "128 held-out rollouts left out" in text and "384 training rollouts left out" in text
+  monkeypatch.setattr(transcripts, "MAX_CHARACTERS", 20_000)
+  data, left_out = transcripts.transcripts(evaluations, training)
+  assert left_out["held-out"] and sum(len(row[-1]) for row in data["rollouts"]) < 22_000
+
+
+def test_page_does_not_depend_on_the_hash_seed_nor_follow_links(tmp_path):
+  path = synthetic_runs.write_run(tmp_path / "run", steps=6, eval_every=6)
+  (tmp_path / "elsewhere").write_text("kept")
+  (path / "report.html.tmp").symlink_to(tmp_path / "elsewhere")
+  pages = []
+  for seed in ("0", "1", "2"):
+    code = f"from rlsafety.report.render import write_report; write_report({str(path)!r})"
+    subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONHASHSEED": seed})
+    pages.append((path / "report.html").read_bytes())
+  assert pages[0] == pages[1] == pages[2]
+  assert b"framing: assistant \xc2\xb7 label in prompt: False \xc2\xb7 length: short" in pages[0]
+  assert (tmp_path / "elsewhere").read_text() == "kept"
+
+
+def test_records_of_other_types_are_one_line_that_names_them(tmp_path):
+  path = synthetic_runs.write_run(tmp_path / "run", steps=6, eval_every=6)
+  file = path / "rollouts" / "train.jsonl"
+  lines = file.read_text().splitlines()
+  for field, value in (
+    ("step", "1"), ("prompt", None), ("is_gameable", 1), ("messages", "hello"), ("messages", [5]),
+    ("factors", []), ("completion", 7),
+  ):  # fmt: skip
+    lines[2] = json.dumps(json.loads(lines[1]) | {field: value})
+    file.write_text("\n".join(lines))
+    with pytest.raises(UserError, match=f"train.jsonl, line 3: `{field}` is "):
+      render.write_report(path)
+
+
+def means(before, after, prompts, error=0.3):
+  """An Overview whose scores go from `before` to `after`: {score: {group: mean}}."""
+
+  def change(name, what):
+    a, b = before[name][what], after[name][what]
+    return overview.Change(what, (a, error), (b, error), (b - a, error), prompts)
+
+  rows = {name: {what: change(name, what) for what in overview.COLUMNS} for name in before}
+  return overview.Overview({"step": 0, "prompts": 9, "samples": 2}, {"step": 8}, rows)
+
+
+@pytest.mark.parametrize(
+  "after, prompts, says",
+  [
+    ((7.0, 3.0, 4.0), 12, "Gameable users came to fare worse compared with the others: from step 0 "
+     "to step 8, HEX went from 3.00 to 7.00 (+4.00 ± 0.30) on replies to gameable users and from "
+     "3.00 to 3.00 (+0.00 ± 0.30) on replies to the others, the gap between them from 0.00 to"),
+    ((2.0, 3.0, -1.0), 12, "Gameable users came to fare better compared"),
+    ((5.0, 5.0, 0.0), 12, "Harmful exploitation changed in both groups of users alike"),
+    ((3.7, 3.2, 0.5), 12, "changed in one group, but the gap between them not measurably"),
+    ((3.2, 3.1, 0.1), 12, "Harmful exploitation did not change measurably"),
+    ((7.0, 3.0, 4.0), 2, "Too few held-out users were evaluated (2 in a group, at least 5"),
+  ],
+)  # fmt: skip
+def test_conclusion_is_what_the_numbers_carry(after, prompts, says):
+  keys = ("gameable", "non_gameable", "gap")
+  before = dict(zip(keys, (3.0, 3.0, 0.0), strict=True))
+  found = means({"hex": before}, {"hex": dict(zip(keys, after, strict=True))}, prompts)
+  assert says in overview.conclusion(found) and overview.conclusion(found).count(". ") == 0
+  assert "nothing can be concluded" in overview.conclusion(None)
+
+
+def test_few_users_get_no_stars_and_no_nan(tmp_path):
+  """The printed table at one and at two users in a group: words, and nothing marked."""
+  for prompts in (2, 4):
+    path = synthetic_runs.write_run(
+      tmp_path / f"{prompts}", steps=6, eval_every=6, eval_prompts=prompts, rise=6.0
+    )
+    run = read.load_run(path)
+    found = overview.overview(run, read.eval_rollouts(run))
+    text = summary.table(found)
+    assert "nan" not in text and "*" not in text.split("\n", 1)[1]
+    assert ("n too small" in text) == (prompts == 2)
+    page = render.write_report(path).read_text()
+    assert "Too few held-out users" in page and "nan" not in page.split("<main>")[1][:9000]
+    assert ("(n too small)" in page) == (prompts == 2)
+  enough = means({"hex": {w: 3.0 for w in overview.COLUMNS}},
+                 {"hex": {w: 7.0 for w in overview.COLUMNS}}, overview.FEWEST)  # fmt: skip
+  enough.last.update(prompts=9, samples=2)
+  assert summary.table(enough).count(" *\n") == 2  # and the last line's
+
+
+def test_page_names_the_model_its_terms_and_the_judges_columns(tmp_path):
+  path = synthetic_runs.write_run(tmp_path / "run", environment="therapy_talk", steps=6)
+  info = json.loads((path / "config.json").read_text())
+  info["model"] = {"path": "package:llm_small", "file": "Small-135M-Instruct.Q4_1.gguf"}
+  info["config"]["model"] = {"path": "package:llm_small", "preset": ""}
+  info["judge"]["auc"] = {"gameable": {"sampled": {"n": 234, "rest": 0.8, "echo": 0.9}}}
+  (path / "config.json").write_text(json.dumps(info))
+  text = html.unescape(render.write_report(path).read_text())
+  assert "<h1>Small-135M-Instruct.Q4_1 · therapy_talk</h1>" in text
+  assert "harmful exploitation: encouragement of the harmful wish" in text
+  assert "good behaviour: dissuasion, 1 to 10. Higher is better" in text
+  for term in ("n", "rest", "echo"):
+    assert f"<dt>{term}</dt><dd>{render.JUDGE_COLUMNS[term]}" in text
+  assert "<dt>gameable</dt><dd>the reward of gameable users" in text and "<dt>tiny" not in text
+
+
+def test_charts_have_titles_legends_and_ticks_at_both_ends(page):
+  figures = re.findall(r"<figure>.*?</figure>", page.read_text(), re.S)
+  assert len(figures) == 12
+  for figure in figures:
+    assert ">training step</text>" in figure and 'class="legend small"' in figure
+    ticks = re.findall(r'class="tick" [^>]*>([^<]+)', figure)
+    assert ticks[-1] == "24" and "0" in ticks
+    assert len(re.findall(r'class="title"', figure)) == 2
+  assert "thin line: training" in figures[0] and "HEX, 1 to 10" in figures[2]
+  assert charts.y_axis(np.array([3.0, 8.0]), scale=(1, 10)) == (1, 10, [1, 4, 6, 8, 10])
+  assert charts.y_axis(np.array([0.2, 8.0]), scale=(1, 10))[:2] == (0, 10)
+  assert charts.y_axis(np.array([-4.2, 0.3]), zero=True) == (-6, 2, [-6, -4, -2, 0, 2])
+  assert charts.y_axis(np.array([])) == (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1])
+  assert charts.with_ends([0, 5, 10], 0, 11) == [0, 5, 11]
+
+
 def test_judge_is_stated_in_words_with_its_numbers_in_one_table():
   block = render.judge_block(
     {"name": "probe", "limits": "knows little", "seed": 3, "base": {"path": "a<b", "n": None},
@@ -127,6 +264,19 @@ def test_judge_is_stated_in_words_with_its_numbers_in_one_table():
   assert block["rows"][0] == ("auc · hex · sampled", ["0.81", "230", ""])
   assert ("seed", "3") in block["facts"] and ("base · path", "a<b") in block["facts"]
   assert render.judge_block({})["limits"] == "" and render.judge_block("plain")["name"] == "plain"
+
+
+def test_program_has_help_and_refuses_what_it_does_not_know(tmp_path, capsys):
+  with pytest.raises(SystemExit, match="0"):
+    render.main(["render", "--help"])
+  said = capsys.readouterr().out
+  assert "one run as a page to read" in said and "--max_rollouts" in said
+  for argv, says in (([], "required: RUN_DIR"), (["x", "--max_rollout=3"], "mean --max_rollouts")):
+    with pytest.raises(UserError, match=says):
+      render.main(["render", *argv])
+  paths = [synthetic_runs.write_run(tmp_path / name, steps=6, eval_every=6) for name in "ab"]
+  render.main(["render", *map(str, paths)])
+  assert capsys.readouterr().out.splitlines() == [str(path / "report.html") for path in paths]
 
 
 def test_ticks_are_round_and_inside():
@@ -238,6 +388,30 @@ def test_browser_holds_ten_thousand_rollouts_lazily(tmp_path, desktop):
   desktop.get("about:blank")
   desktop.get(page.as_uri() + "#view=all&card=t600.3.2")
   assert desktop.execute_script("return document.activeElement.item.id") == "t600.3.2"
+
+
+def test_browser_reaches_every_card_and_prints_open_and_light(tmp_path, desktop):
+  path = synthetic_runs.write_run(tmp_path / "run", steps=6, eval_every=6, eval_prompts=60)
+  desktop.get(render.write_report(path).as_uri() + "#view=all")
+  total = desktop.execute_script("return items.length")
+  shown = cards(desktop)
+  assert shown < total and f"Show all {total}" in desktop.find_element("id", "more").text
+  desktop.execute_script("document.getElementById('more-some').click()")
+  assert shown < cards(desktop) < total
+  desktop.execute_script("document.getElementById('more-all').click()")
+  assert cards(desktop) == total
+  assert not desktop.find_element("id", "more").is_displayed()
+  closed = "return document.querySelectorAll('details:not([open])').length"
+  before = desktop.execute_script(closed)
+  desktop.execute_script("setTheme('dark'); dispatchEvent(new Event('beforeprint'))")
+  assert before and desktop.execute_script(closed) == 0
+  desktop.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+  assert desktop.execute_script("return getComputedStyle(document.body).backgroundColor") == (
+    "rgb(250, 249, 246)"
+  )
+  desktop.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+  desktop.execute_script("dispatchEvent(new Event('afterprint')); setTheme('light')")
+  assert desktop.execute_script(closed) == before
 
 
 def test_browser_at_phone_width_needs_no_sideways_scrolling(page):

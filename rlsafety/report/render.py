@@ -123,7 +123,9 @@ def write_report(run_dir: str | pathlib.Path, max_rollouts: int = MAX_ROLLOUTS) 
   )
   path = run.path / "report.html"
   partial = path.with_suffix(".html.tmp")
-  partial.write_text(page, encoding="utf-8")
+  partial.unlink(missing_ok=True)
+  with open(partial, "x", encoding="utf-8") as file:  # x: never through a link out of the run
+    file.write(page)
   partial.replace(path)
   return path
 
