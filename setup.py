@@ -15,6 +15,7 @@ CORE = [
   "flax>=0.10",
   "gguf>=0.17",
   "httpx2>=2.0",
+  "importlib_resources>=6.0",  # tensorflow-datasets imports it and does not require it
   "jax>=0.10",
   "jinja2>=3.1",  # chat templates: transformers no longer brings it
   "matplotlib>=3.9",
