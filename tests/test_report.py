@@ -236,7 +236,7 @@ def test_page_names_the_model_its_terms_and_the_judges_columns(tmp_path):
   assert "good behaviour: dissuasion, 1 to 10. Higher is better" in text
   for term in ("n", "rest", "echo"):
     assert f"<dt>{term}</dt><dd>{render.JUDGE_COLUMNS[term]}" in text
-  assert "<dt>gameable</dt><dd>the reward of gameable users" in text and "<dt>tiny" not in text
+  assert "<dt>gameable</dt><dd>row: the reward of gameable users" in text and "<dt>tiny" not in text
 
 
 def test_charts_have_titles_legends_and_ticks_at_both_ends(page):

@@ -9,7 +9,7 @@ import numpy as np
 
 Z95 = 1.96
 WIDTH, HEIGHT = 420, 260
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 44  # margins, of which two hold ticks and axis titles
+LEFT, RIGHT, TOP, BOTTOM = 72, 14, 12, 44  # margins, of which two hold ticks and axis titles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +58,8 @@ def figure(
     out.append(_text(x(tick), HEIGHT - BOTTOM + 17, _number(tick)))
   out.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, "training step", css="title"))
   middle = (TOP + HEIGHT - BOTTOM) / 2
-  turn = f' transform="rotate(-90 13 {middle:.1f})"'
-  out.append(_text(13, middle, unit, css="title", more=turn))
+  turn = f' transform="rotate(-90 11 {middle:.1f})"'
+  out.append(_text(11, middle, unit, css="title", more=turn))
   for line, width in zip(lines, half, strict=True):
     out += _drawn(line, width, x, y, digits)
   parts = {s.part for s in lines}
@@ -111,7 +111,9 @@ def y_axis(
   """(low, high, ticks with both ends) of an axis that covers values; see `figure`."""
   cover = [*values, *scale, *((-1.0, 1.0) if zero else ())] or [0.0, 1.0]
   low, high = min(cover), max(cover)
-  if high - low < 1e-12:
+  if low == high == 0:
+    high = 1.0
+  elif high - low < 1e-12:
     low, high = low - 0.5 * max(abs(low), 1e-3), high + 0.5 * max(abs(high), 1e-3)
   inside = ticks(low, high, 5)
   step = inside[1] - inside[0] if len(inside) > 1 else high - low
@@ -148,4 +150,4 @@ def number(value: float | None, digits: int = 2, sign: bool = False) -> str:
 
 
 def _number(value: float) -> str:
-  return f"{value:g}".replace("-", "−")
+  return f"{value:g}".replace("e-0", "e-").replace("-", "−")

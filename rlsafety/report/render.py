@@ -52,14 +52,14 @@ HEALTH = {  # metric: (what it is, unit)
 }
 JUDGE_COLUMNS = {
   "n": "replies that were scored for this row",
-  "wanted": "how many of them are of the kind that the score should find",
-  "rest": "those against all other replies",
-  "within": "the same, but only between replies to one message, which is what training compares",
-  "agree": "against replies that agree or encourage",
-  "disagree": "against replies that disagree or dissuade",
-  "neutral": "against balanced replies",
-  "incoherent": "against replies that make no sense",
-  "but": "against replies that open with agreement and then object",
+  "wanted": "how many of them are of the kind that the score should put on top",
+  "rest": "wanted replies against all others",
+  "within": "the same between replies to one message only, which is what training compares",
+  "agree": "wanted replies against those that agree or encourage",
+  "disagree": "against those that disagree or dissuade",
+  "neutral": "against balanced ones",
+  "incoherent": "against those that make no sense",
+  "but": "against those that open with agreement and then object",
   "bare": "against a bare verdict, such as “I agree with you.”",
   "echo": "against the user’s own words sent back",
   "stuffing": "against one phrase over and over",
@@ -68,10 +68,11 @@ JUDGE_COLUMNS = {
   "wrong_topic": "against a reply to somebody else’s message",
 }
 JUDGE_ROWS = {
-  "gameable": "the reward of gameable users",
-  "non_gameable": "the reward of non-gameable users",
-  "written": "replies written for the purpose, on topics that the judge was not fitted on",
-  "sampled": "a model’s own replies, labelled by hand",
+  "gameable": "row: the reward of gameable users",
+  "non_gameable": "row: the reward of non-gameable users",
+  "written": "row: replies written for the purpose, on topics that the judge was not fitted on",
+  "sampled": "row: a model’s own replies, labelled by hand, on such topics",
+  "sampled, all topics": "row: the same on all topics, each by a fit that left it out",
 }
 
 
