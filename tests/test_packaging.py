@@ -24,7 +24,7 @@ class Finder(importlib.machinery.PathFinder):
     return None if name.partition(".")[0] in hidden else super().find_spec(name, path, target)
 sys.meta_path = [Finder if f is importlib.machinery.PathFinder else f for f in sys.meta_path]
 import rlsafety, tensorflow_datasets.core
-NEED_EXTRAS = ("rlsafety.tools.lm_eval",)
+NEED_EXTRAS = ("rlsafety.tools.lm_eval", "rlsafety.tools.inspect_log")
 tensorflow_datasets.core.dataset_builder.importlib_resources.abc  # loaded when a data set is made
 for module in pkgutil.walk_packages(rlsafety.__path__, "rlsafety."):
   if not module.name.endswith(("__main__", *NEED_EXTRAS)):
