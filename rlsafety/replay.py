@@ -6,15 +6,18 @@ tokenizer is another one, the text is encoded again and its log-probs are unknow
 """
 
 import dataclasses
+import hashlib
 import json
 import pathlib
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from rlsafety.data import order as prompt_order
 from rlsafety.errors import UserError
+from rlsafety.files import read_json
 from rlsafety.losses import Objective, make, needs_behaviour
 from rlsafety.types import Batch, Prompts
 
@@ -130,8 +133,15 @@ def load(
   return records
 
 
+# Classes of the features that a dataset of ours may name; tfds imports what features.json says.
+_FEATURES = re.compile(
+  r"tensorflow_datasets\.core\.features\.\w+\.(FeaturesDict|Text|Tensor|Scalar)"
+)
+_BUILDER = "rlsafety.tools.dataset"
+
+
 def _open(path: str) -> tuple[Any, list[Flag]]:
-  import tensorflow_datasets as tfds
+  import tensorflow_datasets as tfds  # takes a second, and most runs read no records
 
   folder = pathlib.Path(path)
   if not (folder / "dataset_info.json").exists():
@@ -139,6 +149,12 @@ def _open(path: str) -> tuple[Any, list[Flag]]:
       f"data.path {path!r} is no dataset (it has no dataset_info.json); make one with "
       "`python -m rlsafety.tools.record --runs RUN --out FOLDER`"
     )
+  for name in _imports(read_json(folder / "features.json")):
+    if not _FEATURES.fullmatch(name):
+      raise UserError(f"{folder / 'features.json'}: names {name!r}, which records never need")
+  module = read_json(folder / "dataset_info.json").get("moduleName", _BUILDER)
+  if module != _BUILDER:
+    raise UserError(f"{folder / 'dataset_info.json'}: moduleName {module!r}, must be {_BUILDER}")
   try:
     source = tfds.builder_from_directory(folder).as_data_source("train")
     flags = [Flag(bool(source[i]["is_gameable"] == 1)) for i in range(len(source))]
@@ -147,6 +163,38 @@ def _open(path: str) -> tuple[Any, list[Flag]]:
   if not flags:
     raise UserError(f"data.path {path!r} holds no record")
   return source, flags
+
+
+def _imports(features: Any) -> Iterator[str]:
+  """What a reader of features.json would import: names of classes and protocols."""
+  if isinstance(features, dict):
+    for key, value in features.items():
+      if key in ("pythonClassName", "python_class_name", "type", "proto_cls"):
+        yield str(value)
+      yield from _imports(value)
+  elif isinstance(features, list):
+    for value in features:
+      yield from _imports(value)
+
+
+def digest(path: str) -> str:
+  """The sha256 of a dataset, names and contents of its files: it is part of a run's identity.
+
+  Raises UserError for a folder without files, or with something that is no regular file.
+  """
+  folder, whole = pathlib.Path(path), hashlib.sha256()
+  entries = sorted(folder.rglob("*")) if folder.is_dir() else []
+  for entry in entries:
+    if entry.is_dir() and not entry.is_symlink():
+      continue
+    if entry.is_symlink() or not entry.is_file():
+      raise UserError(f"data.path {path!r}: {entry.relative_to(folder)} is not a regular file")
+    with open(entry, "rb") as file:
+      own = hashlib.file_digest(file, "sha256").hexdigest()
+    whole.update(f"{entry.relative_to(folder).as_posix()}\n{own}\n".encode())
+  if not entries:
+    raise UserError(f"data.path {path!r}: no such folder, or nothing in it")
+  return whole.hexdigest()
 
 
 def example_at(records: Records, i: int) -> dict:

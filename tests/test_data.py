@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 import types
 
 import jax
@@ -183,17 +184,36 @@ GOOD = {"messages": MESSAGES, "completion": "Yes.", "reward": 3, "is_gameable": 
 BAD = {
   "not valid JSON": "{",
   "expected an object": "[1]",
-  "must be a non-empty list": {"completion": "a"},
+  "`messages` must be a non-empty list": {"completion": "a"},
   "must end with the user": {"messages": MESSAGES[:1], "completion": "a"},
   "role 'tool'": {"messages": [{"role": "tool", "content": "a"}], "completion": "a"},
   "`content` string": {"messages": [{"role": "user", "content": 1}], "completion": "a"},
   "`completion` must be a string": {"messages": MESSAGES, "completion": None},
   "`completion` is empty": {"messages": MESSAGES, "completion": ""},
+  "`rejected` is empty": {"messages": MESSAGES, "chosen": "a", "rejected": ""},
+  "without its other half": {"messages": MESSAGES, "chosen": "a"},
+  "are the same text": {"messages": MESSAGES, "chosen": "a", "rejected": "a"},
+  "either `tokens` or": {"messages": MESSAGES, "chosen": "a", "rejected": "b", "tokens": [1]},
+  "`finished` must be true or false, not 'false'": GOOD | {"finished": "false"},
+  "`finished` must be true or false, not 1": GOOD | {"finished": 1},
+  "`score` is no field": {"messages": MESSAGES, "completion": "a", "score": 3},
+  "`rewrd` is no field of a record; did you mean reward?": GOOD | {"rewrd": 3},
+  "`label` must be": {"messages": MESSAGES, "completion": "a", "label": 1},
+  "either `label` or": GOOD | {"label": True},
+  "not True": GOOD | {"reward": True},
+  "not '7'": GOOD | {"reward": "7"},
+  "`is_gameable` must be true, false or null, not 1": GOOD | {"is_gameable": 1},
+  "list of one assistant": {"messages": MESSAGES, "completion": [{"role": "user", "content": "a"}]},
+  "`prompt`: role 'x'": {"prompt": [{"role": "x", "content": "a"}], "completion": "a"},
+  "`scenario_id` must be": GOOD | {"scenario_id": 3},
+  "from -1 on": GOOD | {"step": 2**31},
   "`reward` must be a number": GOOD | {"reward": "high"},
   "`is_gameable` must be": GOOD | {"is_gameable": "yes"},
   "one number per id": GOOD | {"tokens": [1, 2], "logprobs": [-1.0]},
   "numbers <= 0": GOOD | {"tokens": [1], "logprobs": [2.0]},
   "list of token ids": GOOD | {"tokens": [1.5]},
+  "of token ids": GOOD | {"tokens": [2**31]},
+  "not inf": GOOD | {"reward": float("inf")},
   "give either": GOOD | {"chosen": "a", "rejected": "b"},
   "`step` must be": GOOD | {"step": "1"},
 }
@@ -219,6 +239,73 @@ def test_malformed_lines_are_named_and_good_ones_kept(tmp_path, capsys):
   assert first["reward"].tolist() == [3, 3] and first["is_gameable"] == 1
   pair = replay.example_at(records, 1)
   assert json.loads(pair["completions"]) == ["A", "B"] and pair["reward"].tolist() == [10, 1]
+
+
+def test_public_preference_and_label_files(tmp_path):
+  """The conversational and the plain form of the formats that TRL documents, and pairs apart."""
+  question, reply = (
+    [{"role": "user", "content": "2+2?"}],
+    lambda t: [{"role": "assistant", "content": t}],
+  )
+  rows = [
+    {"prompt": question, "chosen": reply("4"), "rejected": reply("5")},
+    {"prompt": "2+2?", "chosen": "four", "rejected": "five", "id": 7},
+    {"prompt": question, "completion": reply("4"), "label": True},
+    {"prompt": "2+2?", "completion": "6", "label": False},
+    {"messages": question, "completion": "9", "reward": None, "finished": False},
+  ]
+  path = tmp_path / "trl.jsonl"
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  assert call("--jsonl", path, "--out", tmp_path / "set", "--ignore", "id") == 0
+  records = replay.load(str(tmp_path / "set"), model(), losses.make("dpo"), 2, 100, 20)
+  found = [replay.example_at(records, i) for i in range(len(records.flags))]
+  assert [json.loads(e["completions"]) for e in found][:2] == [["4", "5"], ["four", "five"]]
+  assert [e["reward"].tolist() for e in found][:2] == [[10, 1], [10, 1]]
+  rest = [(e["reward"].tolist(), e["finished"].tolist()) for e in found[2:]]
+  assert str(rest) == str([([10.0], [1]), ([1.0], [1]), ([NAN], [0])])
+  pairs, _ = replay.batch_at(records, 0, 0, 5)
+  lines = [[CHAT.decode(t[: n - 1]) for t, n in zip(*x)] for x in zip(pairs.tokens, pairs.lengths)]  # noqa: B905
+  assert sorted(lines)[-2:] == [["4", "5"], ["four", "five"]]  # no reply of another line
+
+
+def test_a_data_set_chooses_no_module_to_import(dataset, tmp_path, monkeypatch):
+  copy = shutil.copytree(dataset, tmp_path / "copy")
+  (tmp_path / "evil_features.py").write_text("raise SystemExit('ran')")
+  monkeypatch.syspath_prepend(str(tmp_path))
+  features, info = copy / "features.json", copy / "dataset_info.json"
+  kept = features.read_text()
+  for key in ("pythonClassName", "python_class_name", "type", "proto_cls"):
+    told = json.loads(kept)
+    node = told["featuresDict"]["features"]["tokens"]
+    node.pop("pythonClassName")
+    node[key] = "evil_features.Tensor"
+    features.write_text(json.dumps(told))
+    with pytest.raises(UserError, match="features.json: names 'evil_features.Tensor'"):
+      replay.load(str(copy), model(), losses.make("sft"), 4, 200, 40)
+  features.write_text(kept)
+  info.write_text(json.dumps(json.loads(info.read_text()) | {"moduleName": "evil_features"}))
+  with pytest.raises(UserError, match="moduleName 'evil_features'"):
+    replay.load(str(copy), model(), losses.make("sft"), 4, 200, 40)
+
+
+def test_the_digest_of_a_data_set(dataset, tmp_path):
+  copy = shutil.copytree(dataset, tmp_path / "copy")
+  own = replay.digest(str(dataset))
+  assert replay.digest(str(copy)) == own and len(own) == 64  # its place does not enter
+  for file in sorted(p for p in copy.rglob("*") if p.is_file()):
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    assert replay.digest(str(copy)) != own, file
+    file.write_bytes(data)
+    file.rename(file.with_name("other"))
+    assert replay.digest(str(copy)) != own, file
+    file.with_name("other").rename(file)
+  assert replay.digest(str(copy)) == own
+  (copy / "link").symlink_to(copy / "features.json")
+  with pytest.raises(UserError, match="link is not a regular file"):
+    replay.digest(str(copy))
+  with pytest.raises(UserError, match="no such folder"):
+    replay.digest(str(tmp_path / "absent"))
 
 
 def test_nothing_usable_writes_nothing(tmp_path):

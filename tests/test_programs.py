@@ -10,7 +10,7 @@ from rlsafety import flags
 from rlsafety.errors import UserError
 
 # TODO: these have a parser of their own still.
-OWN = ("tools.buffer", "tools.plan", "tools.record", "tools.speed")
+OWN = ("tools.buffer", "tools.plan", "tools.speed")
 ROOT = pathlib.Path(rlsafety.__file__).parent
 PROGRAMS = [
   name
