@@ -49,16 +49,6 @@ hidden = set(json.loads(sys.argv[1]))
 class Finder(importlib.machinery.PathFinder):
   @classmethod
   def find_spec(cls, name, path=None, target=None):
-<<<<<<< HEAD
-    return None if name.partition(".")[0] in hidden else super().find_spec(name, path, target)
-sys.meta_path = [Finder if f is importlib.machinery.PathFinder else f for f in sys.meta_path]
-import rlsafety, tensorflow_datasets.core
-NEED_EXTRAS = ("rlsafety.tools.lm_eval", "rlsafety.tools.inspect_log")
-tensorflow_datasets.core.dataset_builder.importlib_resources.abc  # loaded when a data set is made
-for module in pkgutil.walk_packages(rlsafety.__path__, "rlsafety."):
-  if not module.name.endswith(("__main__", *NEED_EXTRAS)):
-    __import__(module.name)
-=======
     if name.partition(".")[0] in hidden:
       return None
     return super().find_spec(name, path, target)
@@ -75,7 +65,6 @@ for name in programs:
   except Exception:
     code = traceback.format_exc()
   print("RESULT", json.dumps([name, code, said.getvalue()]))
->>>>>>> 4ba9cf6 (Records: fields typed and named, pairs stay pairs, a data set chooses no module and has a digest; a plain install records, and every program starts from it)
 """
 
 
