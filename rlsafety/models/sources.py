@@ -21,7 +21,7 @@ import numpy as np
 from rlsafety import sharding
 from rlsafety.errors import UserError
 from rlsafety.files import read_json
-from rlsafety.models import architecture, families, gguf, hf, presets
+from rlsafety.models import architecture, families, gguf, gguf_tokenizer, hf, presets
 from rlsafety.models import chat as chats
 from rlsafety.models.architecture import ModelConfig
 from rlsafety.models.assemble import Tensor, assemble
@@ -53,10 +53,10 @@ def load_model(path: str, dtype=jnp.float32, shardings=None) -> Model:
     chat = hf.read_chat(real)
     tensors = hf.read_tensors(real)
   else:
-    file = gguf.File(real)
+    file = gguf.open_file(real)
     fields = gguf.read_config(file)
     config = families.model_config(fields, str(real))
-    tokenizer, special = gguf.read_tokenizer(file)
+    tokenizer, special = gguf_tokenizer.read_tokenizer(file)
     chat = chats.make_chat(tokenizer, source=str(real), **special)
     tensors = gguf.read_tensors(file, fields)
   config = untied(config, tensors, str(real))
@@ -138,7 +138,7 @@ def check_sums(model: Path) -> None:
   `sha256sum *.safetensors > SHA256SUMS` writes it), and in the hub's cache the names of the
   blobs that the files are links to. Raises UserError naming the file.
   """
-  folder, files = model.parent, [model]
+  folder, files = model.parent, [f for f in gguf.parts(model) if f.exists()]
   if model.is_dir():
     folder, files = model, sorted(model.glob("*.safetensors"))
   known = {}
@@ -166,7 +166,7 @@ def resolve(path: str) -> Path:
   if real.is_dir():
     if not (real / "config.json").exists():
       ggufs = sorted(real.glob("*.gguf"))
-      if len(ggufs) == 1:
+      if ggufs and len(ggufs) <= len(gguf.parts(ggufs[0])):  # one file, or one in parts
         return ggufs[0]
       raise UserError(f"{path}: the folder has no config.json; name a Hugging Face model folder")
     return real

@@ -348,7 +348,7 @@ def shape_of(name: str, field: str):
     from rlsafety.models import gguf, sources
 
     path = sources.resolve(name)
-    return families.model_config(gguf.read_config(gguf.File(path)), str(path))
+    return families.model_config(gguf.read_config(gguf.open_file(path)), str(path))
   short = name.split("/")[-1].split("@")[0].lower().removeprefix("meta-").removesuffix("-hf")
   known = presets.PRESETS
   if short not in known:  # a base model has the shape of its chat version

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from rlsafety.models import chat as chats
-from rlsafety.models import gguf, sources
+from rlsafety.models import gguf, gguf_tokenizer, sources
 
 
 def greedy(model, prompts: list[list[int]]) -> np.ndarray:
@@ -35,7 +35,7 @@ if __name__ == "__main__":
   goldens = {}
   for name, (path, _) in cases.REAL.items():
     file = sources.resolve(path)
-    tokenizer, special = gguf.read_tokenizer(gguf.File(file))
+    tokenizer, special = gguf_tokenizer.read_tokenizer(gguf.open_file(file))
     prompts = cases.prompts(name, chats.make_chat(tokenizer, **special))
     model = cases.transformers_model(file)
     for i, (prompt, reply) in enumerate(zip(prompts, greedy(model, prompts), strict=True)):
