@@ -317,7 +317,7 @@ def test_a_model_in_parts_is_joined_or_what_is_missing_is_named(tmp_path, monkey
     (("add_unk_token_id", 97), "unknown_token_id=97, of 97 tokens"),
     (("add_string", "tokenizer.ggml.add_bos_token", "yes"), "of type bool"),
     (("add_token_list", ["a" * 400_000] + [str(i) for i in range(96)]), "400000 characters"),
-    (("add_chat_template", "{% for a in range(9**9) %}{% endfor %}"), ": the chat template, for user"),
+    (("add_chat_template", "{% for a in range(9**9) %}{% endfor %}"), "chat template, for user"),
   ],
 )
 def test_metadata_of_wrong_types_and_ranges_is_named(change, message, tmp_path):

@@ -103,17 +103,21 @@ class LanguageModel(TemplateLM):
     return self.model.chat.render(chat_history, add_generation_prompt)
 
   def tok_encode(self, string, add_special_tokens=None, **kwargs) -> list[int]:
-    bos = self.model.chat.special.get("bos_token")
-    special = add_special_tokens
+    """Ids, with what the model's file adds around a text (bos, rarely eos) unless it begins so.
+
+    A markup in the string counts as such: the harness encodes whole conversations.
+    """
+    full, special = self.model.chat.full, add_special_tokens
     if special is None:
-      special = not (bos and string.startswith(bos))
-    return self.model.chat.full.encode(string, add_special_tokens=bool(special)).ids
+      prefix = full.decode([self.prefix_token_id], skip_special_tokens=False)
+      special = not string.startswith(prefix)
+    return full.encode(string, add_special_tokens=bool(special)).ids
 
   def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
     """[(key, context ids, continuation ids)] -> [(log-prob, greedy)], one prefill a context."""
     groups = {}
     for i, (_, context, continuation) in enumerate(requests):
-      keep = max(1, self.max_length - len(continuation))
+      keep = max(1, self.max_length + 1 - len(continuation))  # the last token is no input
       groups.setdefault(tuple(context[-keep:]), []).append((i, continuation[-self.max_length :]))
     # Longest first: memory runs out at once or never; neighbours share a compiled shape.
     ordered = sorted(groups.items(), key=lambda g: (-len(g[0]), -len(g[1])))
@@ -141,10 +145,12 @@ class LanguageModel(TemplateLM):
     return results
 
   def loglikelihood_rolling(self, requests, disable_tqdm=False) -> list[float]:
+    """Log-probs of whole texts after the prefix token. As in the harness's own backends, a bos
+    that the file adds to a text is scored like its other tokens."""
     pairs, owner = [], []
     for i, request in enumerate(requests):
       windows = get_rolling_token_windows(
-        self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length - 1, 1
+        self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, 1
       )
       pairs += [(None, *make_disjoint_window(window)) for window in windows]
       owner += [i] * (len(pairs) - len(owner))
