@@ -1,5 +1,6 @@
 """files: JSON under limits; every failure is one line that names the file."""
 
+import errno
 import json
 import os
 
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlsafety import files
-from rlsafety.errors import UserError
+from rlsafety.errors import UserError, run_main
 
 VALUES = st.recursive(
   st.none() | st.booleans() | st.integers(-(10**38), 10**38) | st.text() | st.floats(),
@@ -99,3 +100,35 @@ def test_nothing_is_written_through_a_link_and_short_writes_go_on(tmp_path, monk
   records = [{"text": "word " * 20}] * 3
   files.append(tmp_path / "z.jsonl", records)
   assert files.read_jsonl(tmp_path / "z.jsonl") == records
+
+
+# --- How programs end ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("raised", "code", "says"),
+  [
+    (UserError("a\nb"), 2, "rlsafety: a b\n"),
+    (KeyboardInterrupt(), 130, "rlsafety: stopped by Ctrl-C\n"),
+    (OSError(errno.ENOSPC, "No space left on device", "x/y"), 2,
+     "rlsafety: x/y: No space left on device\n"),
+    (OSError(errno.EROFS, "Read-only file system"), 2,
+     "rlsafety: Read-only file system\n"),
+  ],
+)  # fmt: skip
+def test_what_ends_a_program_is_one_line(capsys, raised, code, says):
+  def main(argument):
+    raise raised
+
+  with pytest.raises(SystemExit) as end:
+    run_main(main, "x")
+  assert end.value.code == code and capsys.readouterr().err == says
+
+
+def test_a_fault_of_ours_keeps_its_traceback():
+  def main(error):
+    raise error
+
+  for fault in (RuntimeError("x"), OSError(errno.ENOENT, "No such file", "x")):
+    with pytest.raises(type(fault)):
+      run_main(main, fault)
