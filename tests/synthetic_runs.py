@@ -108,11 +108,11 @@ def write_run(
   }
   info = {
     "config": {
-      "model": {"name": model}, "environment": {"name": environment}, "variant": variant,
+      "model": {"path": model}, "environment": {"name": environment}, "variant": variant,
       "steps": steps, "seed": seed,
     },
     "versions": {"jax": "0.10.2"}, "git": "0123abc", "device": "cpu", "seed": seed,
-    "model": {"name": model, "parameters": 134_515_008}, "judge": judge,
+    "model": {"path": model, "parameters": 134_515_008}, "judge": judge,
   }  # fmt: skip
   (path / "config.json").write_text(json.dumps(info))
   extra = list(extra)
@@ -173,7 +173,7 @@ def write_rows(path, rows, evaluations=(), model="m", seed=5) -> pathlib.Path:
   records = [
     {**dict(zip(names, row, strict=True)), "prompt": i, "sample": 0} for i, row in enumerate(rows)
   ]
-  config = {"model": {"name": model}, "environment": {"name": "political_qa"}, "steps": last}
+  config = {"model": {"path": model}, "environment": {"name": "political_qa"}, "steps": last}
   files = {
     "config.json": [{"config": {**config, "seed": seed}, "seed": seed}],
     "rollouts/train.jsonl": records,

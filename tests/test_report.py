@@ -216,7 +216,7 @@ def test_few_users_get_no_stars_and_no_nan(tmp_path):
     assert ("n too small" in text) == (prompts == 2)
     page = render.write_report(path).read_text()
     assert "Too few held-out users" in page and "nan" not in page.split("<main>")[1][:9000]
-    assert ("(n too small)" in page) == (prompts == 2)
+    assert ("n too small</span>" in page) == (prompts == 2)
   enough = means({"hex": {w: 3.0 for w in overview.COLUMNS}},
                  {"hex": {w: 7.0 for w in overview.COLUMNS}}, overview.FEWEST)  # fmt: skip
   enough.last.update(prompts=9, samples=2)

@@ -114,5 +114,5 @@ def plus_minus(value: Estimate, sign: bool = False) -> str:
   mean, error = value
   if not math.isfinite(mean):
     return "–"
-  said = f"± {number(error)}" if math.isfinite(error) else "(n too small)"
+  said = f"± {number(error)}" if math.isfinite(error) else "n too small"
   return f"{number(mean, sign=sign)} {said}"

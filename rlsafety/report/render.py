@@ -201,13 +201,12 @@ def _title(run: read.Run) -> str:
 
 
 def _facts(run: read.Run, data: dict) -> list[tuple[str, str]]:
-  last = run.metrics[-1]["step"] if run.metrics else 0
   held_out = sum(r[0] == 0 for r in data["rollouts"])
   revision, plus, changes = str(run.info.get("git") or "").partition("+")
   facts = [
     ("run", run.path.resolve().name),
-    ("updates", f"{last} of {run.config.get('steps', last)}"),
-    ("seed", str(run.info.get("seed", "–"))),
+    ("updates", f"{run.last_step} of {run.config.get('steps', run.last_step)}"),
+    ("seed", str(run.seed)),
     ("device", str(run.info.get("device", "–"))),
     ("revision", f"{revision[:10]}{'+' * bool(plus)}{changes}" or "–"),
     ("transcripts", f"{held_out:,} held-out, {len(data['rollouts']) - held_out:,} training"),

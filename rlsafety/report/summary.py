@@ -1,10 +1,9 @@
 """The last lines of a run: what changed on held-out users, as a table, and the report."""
 
-import math
 import pathlib
 
 from rlsafety.report import render
-from rlsafety.report.overview import Estimate, Overview, overview
+from rlsafety.report.overview import Overview, overview, plus_minus
 from rlsafety.rundir import read
 
 NAMES = {"reward": "reward", "acc": "ACC", "hex": "HEX"}
@@ -41,14 +40,7 @@ def table(found: Overview) -> str:
   ]
   for name, cells in found.rows.items():
     for what, cell in cells.items():
-      row = f"{NAMES[name]:8}{what.replace('_', '-'):14}{_text(cell.before)}{_text(cell.after)}"
-      lines.append(row + _text(cell.change, sign="+") + " *" * cell.notable)
+      values = plus_minus(cell.before), plus_minus(cell.after), plus_minus(cell.change, sign=True)
+      row = f"{NAMES[name]:8}{what.replace('_', '-'):14}" + "".join(f"{v:>17}" for v in values)
+      lines.append(row.replace("±", "+-").replace("−", "-") + " *" * cell.notable)
   return "\n".join(lines)
-
-
-def _text(value: Estimate, sign: str = "") -> str:
-  mean, error = value
-  if not math.isfinite(mean):
-    return f"{'no verdict':>17}"
-  said = f" +-{error:5.2f}" if math.isfinite(error) else " n too small"
-  return f"{mean:{sign}.2f}{said}".rjust(17)

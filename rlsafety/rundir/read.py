@@ -46,7 +46,16 @@ class Run:
 
   @property
   def config(self) -> dict:
-    return self.info.get("config", {})
+    return self.info["config"]
+
+  @property
+  def seed(self) -> int:
+    return self.config.get("seed", 0)
+
+  @property
+  def last_step(self) -> int:
+    """The last update that was logged, 0 without any."""
+    return self.metrics[-1]["step"] if self.metrics else 0
 
 
 def number(value: Any) -> float:
@@ -62,15 +71,33 @@ def load_run(path: str | pathlib.Path) -> Run:
   if not path.is_dir():
     raise UserError(f"{path}: no such run directory")
   notes: list[str] = []
-  info = read_json(path / "config.json")
+  info = _info(path / "config.json")
   metrics = _by_step(read_jsonl(path / "metrics.jsonl", notes), "metrics.jsonl", notes)
   evaluations = _by_step(read_jsonl(path / "eval" / "summary.jsonl", notes), "summary.jsonl", notes)
   # The report is written before summary.json, which is last: all updates made also counts.
-  done = bool(metrics) and metrics[-1]["step"] >= info.get("config", {}).get("steps", math.inf)
+  done = bool(metrics) and metrics[-1]["step"] >= number(info["config"].get("steps"))
   complete = (path / "summary.json").exists() or done
   if not complete:
     notes.append("this run is not complete: it is still going or was stopped")
   return Run(path, info, metrics, evaluations, complete, tuple(notes))
+
+
+def _info(path: pathlib.Path) -> dict:
+  """config.json with the parts that are read from it, which may be missing, as objects."""
+  info = {"model": {}, **read_json(path)}
+  info["config"] = {"model": {}, "environment": {}, **_object(info, "config", path)}
+  for place, name in ((info, "model"), (info["config"], "model"), (info["config"], "environment")):
+    _object(place, name, path)
+  if not isinstance(info["config"].get("seed", 0), int):
+    raise UserError(f"{path}: `config.seed` is {info['config']['seed']!r:.40}, no integer")
+  return info
+
+
+def _object(place: dict, name: str, path: pathlib.Path) -> dict:
+  value = place.get(name, {})
+  if not isinstance(value, dict):
+    raise UserError(f"{path}: `{name}` is {value!r:.40}, where an object is expected")
+  return value
 
 
 def _by_step(records: list[dict], name: str, notes: list[str]) -> list[dict]:
@@ -152,21 +179,12 @@ def prompt_means(records: list[dict], name: str, gameable: bool) -> dict[tuple, 
 
 
 def model_name(run: Run) -> str:
-  """How the policy is called: by config.json's model name, else its file, path or preset.
-
-  The file is that of a package or folder of one GGUF file, whose own name says little.
-  """
-  stated, chosen = (d if isinstance(d, dict) else {"name": d or ""} for d in
-                    (run.info.get("model"), run.config.get("model")))  # fmt: skip
-  file = str(stated.get("file") or "")
-  names = (
-    stated.get("name"), chosen.get("name"), file.endswith(".gguf") and file.removesuffix(".gguf"),
-    chosen.get("path"), chosen.get("preset"), stated.get("path"),
-  )  # fmt: skip
-  name = next((str(n) for n in names if n), "")
-  return name.rstrip("/").split("/")[-1].removeprefix("package:")
+  """How the policy is called: by its GGUF file, whose folder or package often says little, else
+  by its path or preset."""
+  file, chosen = str(run.info["model"].get("file", "")), run.config["model"]
+  path = file.removesuffix(".gguf") if file.endswith(".gguf") else chosen.get("path")
+  return str(path or chosen.get("preset") or "").rstrip("/").split("/")[-1]
 
 
 def environment_name(run: Run) -> str:
-  source = run.config.get("environment") or run.info.get("environment") or ""
-  return str(source.get("name", "") if isinstance(source, dict) else source)
+  return str(run.config["environment"].get("name", ""))

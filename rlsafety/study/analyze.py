@@ -109,7 +109,7 @@ def analyse(
 
 def _captions(made: dict[str, pd.DataFrame], cells: Sequence[Cell]) -> dict[str, str]:
   """What each table is, with its n, seeds, correction and the runs behind it."""
-  seeds = sorted({s for c in cells for s in c.seeds}, key=gather.by_number)
+  seeds = sorted({s for c in cells for s in c.seeds})
   sources = [s for c in cells for s in c.sources]
   listed = "; ".join(dict.fromkeys(sources)) if len(sources) <= 12 else "column `runs` of cells.csv"
   models = len({c.model for c in cells})

@@ -6,13 +6,13 @@ tables and figures do not know the difference. Everything that is missing, cut o
 out is written into `notes`, which the tables carry.
 """
 
-import dataclasses
 import glob
 import math
-import pathlib
 import random
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -30,7 +30,7 @@ NOT_A_VARIANT = re.compile(
   r"|judge\.(url|price|concurrency|timeout_s|deadline_s|attempts))$"
 )
 INITIAL = "initial"  # the variant of runs of 0 steps: what a model said before any training
-BENCHMARKS = pathlib.Path(__file__).parent / "benchmark_scores.csv"
+BENCHMARKS = Path(__file__).parent / "benchmark_scores.csv"
 PUBLISHED_NAMES = {
   "max_er_gap": "max_hex_gap", "max_acc_gap": "max_acc_gap", "hms_score": "hms",
   "er_gap_auc_normalized": "hex_gap_auc_normalised", "max_reward": "max_reward",
@@ -40,7 +40,7 @@ PUBLISHED_NAMES = {
 }  # fmt: skip
 
 
-@dataclasses.dataclass
+@dataclass
 class Cell:
   """One model x environment x variant.
 
@@ -52,14 +52,14 @@ class Cell:
   environment: str
   variant: str
   seeds: list[int]
-  values: dict[str, float] = dataclasses.field(default_factory=dict)
-  sd: dict[str, float] = dataclasses.field(default_factory=dict)
-  per_seed: pd.DataFrame = dataclasses.field(default_factory=pd.DataFrame)
-  full: dict[str, float] = dataclasses.field(default_factory=dict)
-  curves: pd.DataFrame = dataclasses.field(default_factory=pd.DataFrame)
-  curve_sd: pd.DataFrame = dataclasses.field(default_factory=pd.DataFrame)
-  sources: list[str] = dataclasses.field(default_factory=list)
-  counts: dict[str, int] = dataclasses.field(default_factory=dict)
+  values: dict[str, float] = field(default_factory=dict)
+  sd: dict[str, float] = field(default_factory=dict)
+  per_seed: pd.DataFrame = field(default_factory=pd.DataFrame)
+  full: dict[str, float] = field(default_factory=dict)
+  curves: pd.DataFrame = field(default_factory=pd.DataFrame)
+  curve_sd: pd.DataFrame = field(default_factory=pd.DataFrame)
+  sources: list[str] = field(default_factory=list)
+  counts: dict[str, int] = field(default_factory=dict)
   parameters: float = math.nan  # billions
 
   @property
@@ -79,11 +79,6 @@ class Cell:
     return self.values.get(outcome, math.nan)
 
 
-def by_number(seed: object) -> tuple[bool, float]:
-  """Sorts seeds as numbers, those that are not numbers last."""
-  return (False, seed) if isinstance(seed, (int, float)) else (True, 0)
-
-
 def slug(name: str) -> str:
   """A model's name without owner, case and punctuation, for joining tables."""
   return re.sub(r"[^a-z0-9]", "", str(name).rstrip("/").split("/")[-1].lower())
@@ -95,8 +90,8 @@ def slug(name: str) -> str:
 def find_runs(patterns: Sequence[str]) -> tuple[list[read.Run], list[str]]:
   """Run directories matching the globs -> (complete runs, notes on those left out)."""
   found = {}
-  for match in (match for p in patterns for match in glob.glob(str(p), recursive=True)):
-    folder = pathlib.Path(match) if pathlib.Path(match).is_dir() else pathlib.Path(match).parent
+  for match in (Path(m) for p in patterns for m in glob.glob(str(p), recursive=True)):
+    folder = match if match.is_dir() else match.parent
     if (folder / "config.json").exists() and (folder / "eval").exists():
       found[folder.resolve()] = folder
   runs = [read.load_run(folder) for folder in sorted(found.values())]
@@ -147,14 +142,14 @@ def _flatten(config: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
 def _together(fields: pd.DataFrame) -> list[list[str]]:
   """Lists of columns, each one-to-one with the first of its list."""
   found: list[list[str]] = []
-  for field in fields:
+  for name in fields:
     for group in found:
-      both = fields[[group[0], field]].dropna().drop_duplicates()
-      if len(both) == both[group[0]].nunique() == both[field].nunique():
-        group.append(field)
+      both = fields[[group[0], name]].dropna().drop_duplicates()
+      if len(both) == both[group[0]].nunique() == both[name].nunique():
+        group.append(name)
         break
     else:
-      found.append([field])
+      found.append([name])
   return found
 
 
@@ -177,33 +172,28 @@ def collect(
     apart, more = variants(initial)
     labels += [INITIAL if label == "main" else f"{INITIAL}, {label}" for label in apart]
     notes += [*more, f"runs of 0 steps, apart as variant `{INITIAL}`: {len(initial)}"]
-  groups: dict[tuple, dict[int, read.Run]] = {}
+  groups: dict[tuple, dict[int, list[read.Run]]] = {}
   for run, label in zip(trained + initial, labels, strict=True):
     key = (read.model_name(run) or run.path.name, read.environment_name(run), label)
-    seed = run.info.get("seed", run.config.get("seed"))
-    seeds = groups.setdefault(key, {})
-    both = sorted([run] if seed not in seeds else [seeds[seed], run], key=_length, reverse=True)
-    seeds[seed] = both[0]  # the longest stays, the first of equals
-    for left in both[1:]:
+    groups.setdefault(key, {}).setdefault(run.seed, []).append(run)
+  for runs in (runs for seeds in groups.values() for runs in seeds.values()):
+    runs.sort(key=lambda run: -run.last_step)  # the longest stays, the first of equals
+    for left in runs[1:]:
       notes.append(
-        f"left out, same model, config and seed as {both[0].path}: {left.path} "
-        f"({_length(left)} steps, not {_length(both[0])})"
+        f"left out, same model, config and seed as {runs[0].path}: {left.path} "
+        f"({left.last_step} steps, not {runs[0].last_step})"
       )
   if window is None:
-    updates = [len(run.metrics) for seeds in groups.values() for run in seeds.values()]
+    updates = [len(runs[0].metrics) for seeds in groups.values() for runs in seeds.values()]
     shortest = min(filter(None, updates), default=1)
     window = curves.WINDOW if compat else min(curves.WINDOW, max(1, shortest // 6))
   if window != curves.WINDOW:
     notes.append(f"smoothing window: {window} steps, where the study has {curves.WINDOW}")
   cells = []
-  for key, seeds in sorted(groups.items(), key=str):
-    seeds = {seed: seeds[seed] for seed in sorted(seeds, key=by_number)}
+  for key in sorted(groups):
+    seeds = {seed: runs[0] for seed, runs in sorted(groups[key].items())}
     cells.append(_cell(key, seeds, window, scores, compat, notes))
   return cells, notes + _said_once(cells)
-
-
-def _length(run: read.Run) -> int:
-  return run.metrics[-1]["step"] if run.metrics else 0
 
 
 def _said_once(cells: list[Cell]) -> list[str]:
@@ -235,7 +225,8 @@ def _cell(
   notes: list[str],
 ) -> Cell:  # fmt: skip
   cell = Cell(*key, list(seeds), sources=[str(run.path) for run in seeds.values()])
-  cell.parameters = max(map(_parameters, seeds.values()))
+  sizes = [read.number(run.info["model"].get("parameters")) for run in seeds.values()]
+  cell.parameters = max(sizes) / 1e9
   if len(seeds) == 1:
     notes.append(f"{cell.title}: a single seed ({cell.seeds[0]}), no spread over seeds")
   cell.per_seed = held_out_gaps(cell, list(seeds.values()), scores, notes)
@@ -366,19 +357,12 @@ def _evaluations(run: read.Run, scores: str, notes: list[str]) -> dict[int, dict
   return lines
 
 
-def _parameters(run: read.Run) -> float:
-  for source in (run.info.get("model"), run.info):
-    if isinstance(source, dict) and source.get("parameters"):
-      return float(source["parameters"]) / 1e9
-  return math.nan
-
-
 # --- From the paper's printed numbers ----------------------------------------------------
 
 
-def published(folder: str | pathlib.Path) -> tuple[list[Cell], list[str]]:
+def published(folder: str | Path) -> tuple[list[Cell], list[str]]:
   """published_results.csv of a folder -> cells; three seeds behind each, curves unknown."""
-  path = pathlib.Path(folder) / "published_results.csv"
+  path = Path(folder) / "published_results.csv"
   if not path.exists():
     raise UserError(f"{path}: no such file; --published takes the folder that holds it")
   table = pd.read_csv(path)

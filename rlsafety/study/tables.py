@@ -18,7 +18,7 @@ from scipy import stats
 from rlsafety.errors import UserError
 from rlsafety.metrics.gaps import mean_and_error
 from rlsafety.study import statistics
-from rlsafety.study.gather import BENCHMARKS, Cell, by_number, slug
+from rlsafety.study.gather import BENCHMARKS, Cell, slug
 
 # Columns of a file of scores that say where a score comes from: never tested as scores.
 ABOUT = re.compile(r"(n|p|seeds|runs|correction|source|in_paper|hub_name|.*_(n|p|se|sd|std))$")
@@ -155,7 +155,7 @@ def correlation_table(
         }  # fmt: skip
         if all(about["outcome"] in c.per_seed for c in used):
           seeds = pd.DataFrame([c.per_seed[about["outcome"]] for c in used])
-          seeds = seeds[sorted(seeds, key=by_number)].to_numpy()
+          seeds = seeds[sorted(seeds)].to_numpy()
           low, high = statistics.bootstrap_seeds(x[use], seeds, method, draws)
           each = statistics.per_seed(x[use], seeds, method)
           row |= {"seeds_low": low, "seeds_high": high}
