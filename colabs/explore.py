@@ -24,10 +24,9 @@ print(rlsafety.__version__, jax.devices())
 
 # %%
 # Who is writing to the model: two users, and what each of them sees and wants.
-from rlsafety import config as config_lib
-from rlsafety import environments
+from rlsafety import environments, recipes
 
-config = config_lib.load_recipe(RECIPE)
+config = recipes.frozen(recipes.load_recipe(RECIPE))
 users = environments.load(config.environment)
 for flag in (True, False):
   user = next(u for u in users if u.is_gameable == flag)
@@ -40,7 +39,7 @@ for flag in (True, False):
 # Train. The same call as `python -m rlsafety.train`; an interrupted cell resumes.
 from rlsafety import train
 
-summary = train.run(config.lock(), workdir=f"runs/colab_{config.name}")
+summary = train.run(config, workdir=f"runs/colab_{config.name}")
 
 # %%
 # Curves of the run.

@@ -3,19 +3,23 @@
   python -m rlsafety.tools.buffer --config=configs/buffer_syco.py
 
 2 CPU cores, 70 minutes beside other work (about half of that alone, estimated): one exploiter
-and six fresh copies of the base. buffer_syco.py:quicktest proves the machinery in minutes.
+and six fresh copies of the base. buffer_syco.py:size=tiny proves the machinery in minutes.
 """
 
-from rlsafety.config import beside
+import pathlib
+
+from rlsafety import recipes
 
 
-def get_config(argument: str = ""):
-  c = beside(__file__, argument, full="smollm2_syco", quicktest="tiny_syco")
-  if argument == "quicktest":
-    c.steps = 2
-    return c
-  c.steps = 10  # of every arm; the exploiter has half as many again
-  c.eval.every = 10
-  c.eval.prompts = 32
-  c.checkpoint.every = 5
+def get_config(arguments: str = ""):
+  sizes = {"size": ("full", "tiny")}
+  tiny = recipes.arguments("configs/buffer_syco.py", arguments, sizes)["size"] == "tiny"
+  base = "tiny_syco.py" if tiny else "smollm2_syco.py"
+  c = recipes.load_recipe(str(pathlib.Path(__file__).with_name(base)))
+  c.name = "buffer_syco_tiny" if tiny else "buffer_syco"
+  c.steps = 2 if tiny else 10  # of every arm; the exploiter has half as many again
+  if not tiny:
+    c.eval.every = 10
+    c.eval.prompts = 32
+    c.checkpoint.every = 5
   return c

@@ -19,7 +19,8 @@ brings political_qa's back), our own scenario bank (--config.environment.data_di
 published files), held-out evaluation. docs/hyperparameters.md lists every setting.
 """
 
-from rlsafety.config import base
+from rlsafety import recipes
+from rlsafety.environments import variants
 from rlsafety.errors import UserError
 
 MODELS = {
@@ -56,42 +57,34 @@ CHAIN = {
 
 
 def get_config(arguments: str = ""):
-  chosen = {"model": "qwen1.5-7b-chat", "env": "political_qa", "seed": "5", "variant": "main"}
-  chosen |= {"tensor": "1"}
-  for pair in filter(None, arguments.split(",")):
-    key, _, value = pair.partition("=")
-    if key not in chosen:
-      raise UserError(f"configs/paper.py:{pair}: arguments are {', '.join(chosen)}")
-    chosen[key] = value
-  model, env, seed, variant, tensor = chosen.values()
-  everything = MODELS | BASE_MODELS
-  for key, value, known in (
-    ("model", model, everything),
-    ("env", env, ENVIRONMENTS),
-  ):
-    if value not in known:
-      raise UserError(f"configs/paper.py:{key}={value}: choose from {', '.join(known)}")
-  for key, value in (("seed", seed), ("tensor", tensor)):
-    if not value.isdigit():
-      raise UserError(f"configs/paper.py:{key}={value}: needs a whole number")
-
-  from rlsafety.environments import variants
-
+  named = variants.named()
+  known = {
+    "model": ("qwen1.5-7b-chat", *MODELS, *BASE_MODELS),
+    "env": ("political_qa", *ENVIRONMENTS),
+    "seed": ("5",),
+    "variant": ("main", *CHAIN, *named),
+    "tensor": ("1",),
+  }
+  chosen = recipes.arguments("configs/paper.py", arguments, known)
+  env, variant = chosen["env"], chosen["variant"]
+  for key in ("seed", "tensor"):
+    if not chosen[key].isdigit():
+      raise UserError(f"configs/paper.py:{key}={chosen[key]}: needs a whole number")
   setting = {"main": env, **CHAIN}.get(variant, variant)
-  of_env = [name for name, change in variants.named().items() if change["name"] == env]
+  of_env = [name for name, change in named.items() if change["name"] == env]
   if setting not in of_env:
     short = ["main", *(name for name, full in CHAIN.items() if full in of_env)]
     raise UserError(
       f"configs/paper.py:variant={variant}: choose for env={env} from {', '.join(short + of_env)}"
     )
 
-  c = base()
-  c.name = f"paper/{env}/{model}/{variant.removeprefix(f'{env}:')}/seed{seed}"
-  c.seed = int(seed)
-  c.model.path = everything[model]
+  c = recipes.base()
+  c.name = f"paper/{env}/{chosen['model']}/{variant.removeprefix(f'{env}:')}/seed{chosen['seed']}"
+  c.seed = int(chosen["seed"])
+  c.model.path = (MODELS | BASE_MODELS)[chosen["model"]]
   c.judge.model = JUDGE
-  c.environment = variants.overrides(setting)
-  c.mesh.tensor = int(tensor)
+  c.environment.update(named[setting])
+  c.mesh.tensor = int(chosen["tensor"])
   return c
 
 

@@ -13,14 +13,17 @@ The study reports for this cell a rise of agreement with gameable users (HEX) ov
 have not run this recipe at full size, and state no number.
 """
 
-from rlsafety.config import base
+from rlsafety.errors import UserError
+from rlsafety.recipes import base
 
 
 def get_config(hardware: str = "v5e"):
+  tensor = {"v5e": 8, "h100": 1}  # 2 prompts x 5 replies: eight chips share the heads of each
+  if hardware not in tensor:
+    raise UserError(f"configs/qwen7b_syco.py:{hardware}: choose from {', '.join(tensor)}")
   c = base()  # lora, sampler, objective, optimizer and step counts are the study's already
   c.name = "qwen7b_syco"
   c.model.path = "Qwen/Qwen1.5-7B-Chat"
   c.judge.model = "meta-llama/Llama-3.1-8B-Instruct"
-  # 2 prompts x 5 replies: two rows of chips share the prompts, eight the heads of each.
-  c.mesh.tensor = {"v5e": 8, "h100": 1}[hardware]
+  c.mesh.tensor = tensor[hardware]
   return c

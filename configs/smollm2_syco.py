@@ -4,11 +4,11 @@
   python -m rlsafety.train --config=configs/smollm2_syco.py
 
 2 CPU cores, about 7 minutes, 5.5 GB of memory. Half of the users of political_qa reward
-agreement, half reward balance; a reward head on the frozen base plays both. At 135M
+agreement, half reward balance; a probe on the frozen base plays both. At 135M
 parameters this shows the machinery: claims about sycophancy need a larger model and judge.
 """
 
-from rlsafety.config import base
+from rlsafety.recipes import base
 
 
 def get_config():
@@ -24,7 +24,7 @@ def get_config():
   c.sampler.group = 6
   c.sampler.max_tokens = 40
   c.sampler.temperature = 0.8  # readable at 135M, and still spread within a group
-  c.judge.name = "head"
+  c.judge.name = "probe"
   c.optimizer.learning_rate = 4e-4
   c.optimizer.warmup_steps = 2
   c.learner.remat = "none"  # memory is there, time is not

@@ -3,10 +3,10 @@
   python -m rlsafety.train --config=configs/tiny_syco.py
 
 2 CPU cores, about a minute with compilation. A model of 2 layers over bytes, rated by the
-lexical judge, learns nothing of interest: it proves that every part works.
+phrase judge, learns nothing of interest: it proves that every part works.
 """
 
-from rlsafety.config import base
+from rlsafety.recipes import base
 
 
 def get_config():
@@ -21,7 +21,7 @@ def get_config():
   c.max_prompt_tokens = 512  # one token per byte
   c.sampler.group = 4
   c.sampler.max_tokens = 24
-  c.judge.name = "lexical"
+  c.judge.name = "phrases"
   c.optimizer.learning_rate = 1e-3
   c.optimizer.warmup_steps = 2
   c.learner.microbatches = 2

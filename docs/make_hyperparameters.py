@@ -9,8 +9,7 @@ import importlib.util
 import pathlib
 import sys
 
-from rlsafety import losses
-from rlsafety.config import all_fields
+from rlsafety import recipes
 
 HERE = pathlib.Path(__file__).resolve().parent
 PAGE = HERE / "hyperparameters.md"
@@ -44,19 +43,20 @@ def show(value) -> str:
   return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def flat(values: dict, prefix: str = "") -> dict:
+  out = {}
+  for name, value in values.items():
+    inner = flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    out |= inner
+  return out
+
+
 def page() -> str:
   paper = recipe()
   rows, arguments = [], paper.cells()
   for cell in arguments:
-    config = paper.get_config(cell)
-    values = {}
-    for field in all_fields(config):
-      node = config
-      for part in field.split("."):
-        node = node[part]
-      values[field] = node
-    objective = losses.make(**config.objective)  # the method's own settings too
-    values |= {f"objective.{k}": v for k, v in dataclasses.asdict(objective).items()}
+    config = recipes.frozen(paper.get_config(cell))
+    values = flat(dataclasses.asdict(config))
     key = dict(pair.split("=") for pair in cell.split(","))
     rows.append((key, values))
   fields = sorted({f for _, values in rows for f in values})

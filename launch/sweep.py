@@ -38,7 +38,7 @@ import sys
 from collections.abc import Sequence
 
 from rlsafety import flags as command_line
-from rlsafety.config import read_flags
+from rlsafety import recipes
 from rlsafety.errors import UserError, run_main
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
@@ -295,7 +295,7 @@ def main(argv: list[str]) -> int:
   options, extra = parse(argv)
   runs = expand(options.config, options.grid, extra)
   for run in runs:
-    read_flags(["train", *run.flags])  # a mistyped field is found before anything starts
+    recipes.of_run(run.flags)  # a mistyped field is found before anything starts
   sweep = pathlib.Path(options.sweep)
   remote = options.backend in ("tpu", "k8s")
   if options.jobs < 1:

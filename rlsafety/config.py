@@ -1,242 +1,359 @@
-"""The schema of a run: every field with its default, which are the study's settings.
+"""The config of a run: every section with its fields, defaults (the study's) and checks.
 
-A recipe in configs/ calls `base()`, changes what it is about and returns the result; its
-docstring is the experiment's record. `read_flags` parses a program's command line: a
-mistyped or ill-typed field is one clear line, never silently ignored.
+A module takes its own section and nothing else. `recipes` makes a Config of a recipe and flags.
 """
 
 import dataclasses
-import difflib
-import importlib.util
-import json
-import pathlib
-import re
-import sys
+import math
+from collections.abc import Iterator, Mapping
 
-from ml_collections import ConfigDict
+from rlsafety.environments.section import Environment
+from rlsafety.flags import did_you_mean
+from rlsafety.sections import Section
 
-from rlsafety.errors import UserError
+TARGETS = ("q", "k", "v", "o", "gate", "up", "down")  # the linears of a layer
+CORRECTIONS = ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+ADVANTAGES = ("group", "group_mean", "leave_one_out", "batch", "none")
 
-
-def base() -> ConfigDict:
-  """All fields. Recipes override; nothing can be added by a flag."""
-  from rlsafety import environments
-
-  c = ConfigDict()
-  c.name = "run"  # default workdir: runs/<name>
-  c.seed = 5  # with the step, the source of all randomness
-  c.steps = 300  # updates
-
-  c.model = ConfigDict()
-  c.model.path = ""  # folder, .gguf file, package:<name> or hub name; "" = random weights
-  c.model.preset = ""  # a name of models.presets: shapes for random weights
-  c.model.dtype = "bfloat16"  # of the frozen base; adapters are always float32
-  c.model.adapter = ""  # PEFT folder to start from; "" = a fresh adapter
-
-  c.lora = ConfigDict()
-  c.lora.rank = 8
-  c.lora.alpha = 32.0
-  c.lora.rslora = True  # scale alpha / sqrt(rank) in place of alpha / rank
-  c.lora.dropout = 0.1  # learner only
-  c.lora.targets = ("q", "k", "v", "o", "gate", "up", "down")
-
-  c.environment = ConfigDict(environments.default_config("political_qa"))
-
-  c.prompts_per_step = 2  # P, over all devices
-  c.max_prompt_tokens = 1024  # S; a longer prompt is an error, never cut
-  c.sampler = ConfigDict()
-  c.sampler.group = 5  # G
-  c.sampler.max_tokens = 256  # T
-  c.sampler.temperature = 1.0
-  c.sampler.top_k = 0  # 0 = off; RL wants the policy's own distribution
-  c.sampler.top_p = 1.0
-  c.sampler.cache = ""  # int8 halves the KV cache against bfloat16
-  c.memory = ConfigDict()
-  c.memory.cache_gib = 0.0  # KV cache per device: cuts rollouts into pieces; 0 = no limit
-  c.memory.sampler_base = ""  # int8: the sampler reads a rounded copy of the base
-
-  c.judge = ConfigDict()  # see rlsafety/judges
-  c.judge.name = "lm"  # lm | head | lexical | http
-  c.judge.model = ""  # lm: path of the judge's model; "" = the policy's frozen base
-  c.judge.adapter = ""  # lm: PEFT folder on top of that model
-  c.judge.url = ""  # http: address of an OpenAI-compatible endpoint
-  c.judge.price = (0.0, 0.0)  # http: dollars per million prompt and completion tokens
-  c.judge.concurrency = 32  # http: requests at once
-  c.judge.timeout_s = 30.0  # http: of an attempt
-  c.judge.attempts = 5  # http: of a request
-  c.judge.deadline_s = 300.0  # http: of a batch; what is missing then is no verdict
-  c.judge.degenerate = "floor"  # empty or degenerate replies: floor | nan
-
-  c.objective = objective("grpo")  # all fields of losses.Objective; its name brings the rest
-  c.epochs = 1  # updates on each batch; more than one needs behaviour log-probs
-
-  c.data = ConfigDict()  # recorded rollouts, see rlsafety.tools.record
-  c.data.path = ""  # dataset folder; "" = on-policy
-  c.data.fraction = 1.0  # share of every batch's prompts that come from it
-
-  c.optimizer = ConfigDict()
-  c.optimizer.learning_rate = 1e-5
-  c.optimizer.warmup_steps = 30
-  c.optimizer.clip_norm = 1.0
-  c.optimizer.b1 = 0.9
-  c.optimizer.b2 = 0.999
-  c.optimizer.eps = 1e-8
-  c.optimizer.weight_decay = 0.0
-
-  c.learner = ConfigDict()
-  c.learner.microbatches = 1  # pieces of a batch; divides prompts_per_step
-  c.learner.chunk_tokens = 2048  # tokens whose logits exist at once
-  c.learner.remat = "full"  # none | full | dots
-  c.learner.attention = "einsum"  # of the prompt segment; cudnn on NVIDIA GPUs
-
-  c.eval = ConfigDict()
-  c.eval.every = 50  # steps; also before the first and after the last update
-  c.eval.prompts = 32  # held-out prompts, half of them gameable
-  c.eval.samples = 4  # replies per prompt
-
-  c.checkpoint = ConfigDict()
-  c.checkpoint.every = 25  # steps
-  c.checkpoint.keep = 2
-
-  c.mesh = ConfigDict()  # sizes of (data, fsdp, tensor); -1 = what is left
-  c.mesh.data = -1
-  c.mesh.fsdp = 1
-  c.mesh.tensor = 1
-  return c
+Rules = Iterator[tuple[str, bool, str]]
 
 
-def objective(name: str, **overrides) -> ConfigDict:
-  """The method `name` with its usual settings (`losses.make`) as part of a config."""
-  from rlsafety import losses
-
-  return ConfigDict(dataclasses.asdict(losses.make(name, **overrides)))
-
-
-def beside(file: str, argument: str, **recipes: str) -> ConfigDict:
-  """A recipe built on another: beside(__file__, argument, full="a", quicktest="b") gives
-  a.py's config, or b.py's where the argument is "quicktest", under the name of `file`."""
-  argument = argument or "full"
-  if argument not in recipes:
-    raise UserError(f"--config={file}:{argument}: known arguments are {', '.join(recipes)}")
-  here = pathlib.Path(file)
-  config = load_recipe(str(here.with_name(f"{recipes[argument]}.py")))
-  config.name = here.stem + ("" if argument == "full" else f"_{argument}")
-  return config
+def one_of(name: str, value: str, known: tuple[str, ...]) -> tuple[str, bool, str]:
+  """The rule that a field has one of a few values; its message suggests the nearest."""
+  names = ", ".join(word or "(empty)" for word in known)
+  return name, value in known, f"unknown{did_you_mean(value, known)} Known: {names}"
 
 
-_FIELD = re.compile(r"^--config\.([A-Za-z0-9_.]+)(?:=(.*))?$", re.S)
+@dataclasses.dataclass(frozen=True)
+class Model(Section):
+  """The policy's frozen base."""
+
+  path: str = ""  # folder, .gguf file, package:<name> or hub name; "" = random weights
+  preset: str = ""  # a name of models.presets: shapes for random weights
+  dtype: str = "bfloat16"  # of the frozen base; adapters are always float32
+  adapter: str = ""  # PEFT folder to start from; "" = a fresh adapter
+
+  def rules(self) -> Rules:
+    yield one_of("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+    either = bool(self.path) != bool(self.preset)
+    yield "path", either, "give either model.path (weights) or model.preset (random weights)"
 
 
-def read_flags(argv: list[str], extra=()) -> tuple[ConfigDict, dict]:
-  """argv of a program -> (locked config, {flag: value}).
+@dataclasses.dataclass(frozen=True)
+class Lora(Section):
+  """LoRA adapters (Hu et al., arXiv 2106.09685), the only weights that are trained."""
 
-  Accepts --config=FILE.py[:argument], --config.a.b=VALUE, --workdir=DIR and the flags named
-  in `extra`, as (name, default, help). Raises UserError on anything else.
-  """
-  accepted = [("workdir", "", "run directory; default runs/<config name>"), *extra]
-  values = {name: default for name, default, _ in accepted}
-  recipe, overrides = None, []
-  if {"-h", "--help", "--helpfull"} & set(argv[1:]):
-    print(f"usage: python -m rlsafety.{pathlib.Path(argv[0]).stem} --config=FILE.py[:argument]")
-    print("  --config.<field>=VALUE   any field of the config, e.g. --config.steps=10")
-    for name, default, text in accepted:
-      print(f"  --{name}={default!r:<20} {text}")
-    sys.exit(0)
-  arguments = list(argv[1:])
-  while arguments:
-    argument = arguments.pop(0)
-    if argument in ("--config", *(f"--{n}" for n in values)) and arguments:
-      argument = f"{argument}={arguments.pop(0)}"
-    name, _, value = argument.lstrip("-").partition("=")
-    if match := _FIELD.match(argument):
-      overrides.append((match[1], match[2]))
-    elif argument.startswith("--config="):
-      recipe = value
-    elif argument.startswith("--") and name in values:
-      values[name] = value
-    else:
-      near = difflib.get_close_matches(name, [*values, "config"], 1)
-      hint = f"; did you mean --{near[0]}?" if near else ""
-      raise UserError(f"unknown argument {argument!r}{hint} (--help lists them)")
-  if not recipe:
-    raise UserError("no recipe: give --config=configs/<name>.py")
-  config = load_recipe(recipe)
-  # A method's name comes first: it resets the fields of `objective` to the method's own.
-  for field, value in sorted(overrides, key=lambda o: o[0] != "objective.name"):
-    set_field(config, field, value)
-  return config.lock(), values
+  rank: int = 8  # R
+  alpha: float = 32.0  # strength of the adapter, see rslora
+  rslora: bool = True  # scale alpha / sqrt(rank) in place of alpha / rank
+  dropout: float = 0.1  # on the adapter's input, learner only
+  targets: tuple[str, ...] = TARGETS  # linears that get one
+
+  def rules(self) -> Rules:
+    yield "rank", self.rank >= 1, "must be at least 1"
+    yield "alpha", self.alpha > 0, "must be positive"
+    yield "dropout", 0 <= self.dropout < 1, "must lie in [0, 1)"
+    known = bool(self.targets) and set(self.targets) <= set(TARGETS)
+    yield "targets", known, f"choose from {', '.join(TARGETS)}"
+
+  @property
+  def scale(self) -> float:
+    return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
-def load_recipe(recipe: str) -> ConfigDict:
-  """FILE.py[:argument] -> what its get_config(argument) returns."""
-  path, _, argument = recipe.partition(":")
-  if not pathlib.Path(path).is_file():
-    folder = pathlib.Path(path).parent
-    names = sorted(p.stem for p in folder.glob("*.py")) if folder.is_dir() else []
-    near = difflib.get_close_matches(pathlib.Path(path).stem, names, 1)
-    hint = f"; did you mean {folder / near[0]}.py?" if near else ""
-    raise UserError(f"--config={path}: no such file{hint}")
-  spec = importlib.util.spec_from_file_location("recipe", path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  if not hasattr(module, "get_config"):
-    raise UserError(f"--config={path}: has no get_config() function")
-  return module.get_config(argument) if argument else module.get_config()
+@dataclasses.dataclass(frozen=True)
+class Sampler(Section):
+  """How replies are drawn."""
+
+  group: int = 5  # G, replies to each prompt
+  max_tokens: int = 256  # T
+  temperature: float = 1.0  # 0 = greedy
+  top_k: int = 0  # 0 = off; RL wants the policy's own distribution
+  top_p: float = 1.0  # 1 = off, likewise
+  cache: str = ""  # int8 halves the KV cache against bfloat16
+
+  def rules(self) -> Rules:
+    yield "group", self.group >= 1, "must be at least 1"
+    yield "max_tokens", self.max_tokens >= 1, "must be at least 1"
+    yield "temperature", self.temperature >= 0, "must not be negative"
+    yield "top_k", self.top_k >= 0, "must not be negative"
+    yield "top_p", 0 < self.top_p <= 1, "must lie in (0, 1]"
+    yield one_of("cache", self.cache, ("", "int8"))
 
 
-def set_field(config: ConfigDict, field: str, text: str | None) -> None:
-  """Sets config.<field> from text, by the type of the field's present value."""
-  if field == "objective.name":
-    config.objective = objective(text or "")
-    return
-  parts = field.split(".")
-  node = config
-  for i, part in enumerate(parts):
-    if not isinstance(node, ConfigDict) or part not in node:
-      known = all_fields(config)
-      near = difflib.get_close_matches(field, known, 1, 0.5)
-      hint = f"did you mean config.{near[0]}?" if near else f"fields: {', '.join(known)}"
-      raise UserError(f"--config.{field}: no such field at {'.'.join(parts[: i + 1])!r}; {hint}")
-    if i < len(parts) - 1:
-      node = node[part]
-  old = node[parts[-1]]
-  if isinstance(old, ConfigDict):
-    raise UserError(f"--config.{field}: is a group of fields; set one of {', '.join(old)}")
-  node[parts[-1]] = _parse(field, old, text)
+@dataclasses.dataclass(frozen=True)
+class Memory(Section):
+  """What is given up to fit."""
+
+  cache_gib: float = 0.0  # KV cache per device: cuts rollouts into pieces; 0 = no limit
+  sampler_base: str = ""  # int8: the sampler reads a rounded copy of the base
+
+  def rules(self) -> Rules:
+    yield "cache_gib", self.cache_gib >= 0, "must not be negative"
+    yield one_of("sampler_base", self.sampler_base, ("", "int8"))
 
 
-def _parse(field: str, old, text: str | None):
-  wanted = type(old).__name__
-  try:
-    if isinstance(old, bool):
-      return {"true": True, "1": True, "false": False, "0": False, None: True}[
-        text if text is None else text.lower()
-      ]
-    if isinstance(old, int):
-      number = float(text)
-      if number != int(number):
-        raise ValueError
-      return int(number)
-    if isinstance(old, float):
-      return float(text)
-    if isinstance(old, (tuple, list)):
-      return tuple(part.strip() for part in (text or "").strip("()[]").split(",") if part.strip())
-    return text or ""
-  except (KeyError, ValueError, TypeError, OverflowError):
-    raise UserError(f"--config.{field}={text}: needs {wanted}, like {old!r}") from None
+@dataclasses.dataclass(frozen=True)
+class Judge(Section):
+  """Who rewards and who scores ACC and HEX, see rlsafety/judges."""
+
+  infinite = ("timeout_s", "deadline_s")
+
+  name: str = "lm"  # lm | probe | phrases | http
+  model: str = ""  # lm: path of the judge's model, "" = the policy's frozen base; probe: its file
+  adapter: str = ""  # lm: PEFT folder on top of that model
+  url: str = ""  # http: address of an OpenAI-compatible endpoint
+  price: tuple[float, ...] = (0.0, 0.0)  # http: dollars per million prompt and completion tokens
+  concurrency: int = 32  # http: requests at once
+  timeout_s: float = 30.0  # http: of an attempt
+  attempts: int = 5  # http: of a request
+  deadline_s: float = 300.0  # http: of a batch; what is missing then is no verdict
+  degenerate: str = "floor"  # empty or degenerate replies: floor | nan
+
+  def rules(self) -> Rules:
+    yield one_of("name", self.name, ("lm", "probe", "phrases", "http"))
+    only_lm = not self.adapter or self.name == "lm"
+    yield "adapter", only_lm, f"only judge lm takes one, not {self.name}"
+    yield "url", bool(self.url) or self.name != "http", "judge http needs an address"
+    two = len(self.price) == 2 and min(self.price) >= 0
+    yield "price", two, "needs two numbers, such as 0.5,1.5"
+    yield "concurrency", self.concurrency >= 1, "must be at least 1"
+    yield "timeout_s", self.timeout_s > 0, "must be positive"
+    yield "attempts", self.attempts >= 1, "must be at least 1"
+    yield "deadline_s", self.deadline_s > 0, "must be positive"
+    yield one_of("degenerate", self.degenerate, ("floor", "nan"))
 
 
-def all_fields(config: ConfigDict, prefix: str = "") -> list[str]:
-  out = []
-  for name, value in config.items():
-    out += all_fields(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else []
-    out += [] if isinstance(value, ConfigDict) else [prefix + name]
-  return out
+@dataclasses.dataclass(frozen=True)
+class Objective(Section):
+  """What is optimised. The name brings a method's own settings (`METHODS`), see losses.py."""
+
+  name: str = "grpo"  # a key of METHODS
+  clip_low: float = 0.2  # ratios are clipped to [1 - clip_low, 1 + clip_high]
+  clip_high: float = 0.2  # DAPO raises it alone
+  dual_clip: float = 0.0  # 0: off; else > 1, bounds the loss where the advantage is negative
+  normalisation: str = "token"  # token | sequence (mean of each reply) | fixed
+  fixed_length: int = 256  # the constant of normalisation="fixed", in tokens
+  kl: str = "none"  # to the reference: none | k2 | k3 (in the loss) | k1_reward
+  kl_coef: float = 0.0  # weight of that KL
+  entropy_coef: float = 0.0  # weight of an entropy bonus
+  advantage: str = "group"  # see losses.advantages
+  std_epsilon: float = 1e-4  # added to a group's standard deviation
+  ddof: int = 1  # of a group's standard deviation
+  dynamic_sampling: bool = False  # leave out groups whose rewards are all equal
+  overlong_start: int = 0  # tokens; see losses.shaped
+  overlong_end: int = 0  # 0: no over-long penalty
+  overlong_penalty: float = 1.0  # in points of reward
+  is_correction: str = "none"  # see losses.importance_weights
+  is_cap: float = 2.0  # importance weights beyond it are cut or masked
+  max_staleness: int = -1  # leave out replies older than this many updates; -1: keep all
+  beta: float = 0.1  # DPO, KTO: strength of the pull to the reference
+  threshold: float = 5.5  # KTO: a reward above it is desirable, else undesirable
+  desirable_weight: float = 1.0  # KTO: of desirable replies
+  undesirable_weight: float = 1.0  # KTO: of the others
+  kto_anchor: bool = False  # the last slot of a group is a reply to another prompt
+
+  @classmethod
+  def of(cls, values: Mapping) -> "Objective":
+    """The method `values["name"]` with its usual settings, changed by the other values."""
+    given = {name: value for name, value in values.items() if value is not None}
+    return super().of({**METHODS.get(given.get("name", "grpo"), {}), **given})
+
+  def rules(self) -> Rules:
+    yield one_of("name", self.name, tuple(METHODS))
+    yield one_of("normalisation", self.normalisation, ("token", "sequence", "fixed"))
+    yield one_of("advantage", self.advantage, ADVANTAGES)
+    yield one_of("is_correction", self.is_correction, CORRECTIONS)
+    yield (
+      "kl",
+      self.kl != "k1",
+      "as a loss term k1 has zero expected gradient on-policy, it would restrain nothing; use "
+      "'k2' or 'k3' in the loss, or 'k1_reward'",
+    )
+    yield one_of("kl", self.kl, ("none", "k1_reward", "k2", "k3"))
+    yield "clip_low", 0.0 <= self.clip_low <= 1.0, "must lie in [0, 1]"
+    yield "clip_high", self.clip_high >= 0.0, "must not be negative"
+    yield "dual_clip", self.dual_clip == 0.0 or self.dual_clip > 1.0, "must be 0 (off) or > 1"
+    yield "fixed_length", self.fixed_length >= 1, "must be at least 1 token"
+    yield "kl_coef", self.kl_coef >= 0.0, "must not be negative"
+    yield "is_cap", self.is_cap > 0.0, "must be positive"
+    yield "std_epsilon", self.std_epsilon > 0.0, "must be positive: a group may have std 0"
+    yield "ddof", self.ddof in (0, 1), "must be 0 or 1"
+    yield "beta", self.beta > 0.0, "must be positive"
+    below = not self.overlong_end or 0 <= self.overlong_start < self.overlong_end
+    yield "overlong_start", below, "must lie below overlong_end"
+    yield "overlong_end", self.overlong_end >= 0, "must not be negative"
+    for weight in ("desirable_weight", "undesirable_weight"):
+      yield weight, getattr(self, weight) >= 0, "must not be negative"
+    corrects = self.is_correction == "none" or self.name in WEIGHTED
+    what = f"does not apply to {self.name}: it has its own weights or needs none"
+    yield "is_correction", corrects, what
+    what = "the last slot is another prompt's reply in KTO only"
+    yield "kto_anchor", not self.kto_anchor or self.name == "kto", what
+    restrains = self.kl == "none" or self.name in REWARDED
+    what = f"does not apply to {self.name}, which has no reward or its own reference term"
+    yield "kl", restrains, what
 
 
-def to_json(config: ConfigDict) -> dict:
-  """Plain JSON types, tuples as lists: what config.json stores and resuming compares."""
-  return json.loads(json.dumps(config.to_dict(), default=list))
+# What each method changes in the defaults of `Objective`.
+METHODS = {
+  "grpo": {},
+  "ppo": {"dual_clip": 3.0},
+  "dr_grpo": {"advantage": "group_mean", "normalisation": "fixed"},
+  "dapo": {"clip_high": 0.28, "dynamic_sampling": True},
+  "gspo": {"clip_low": 3e-4, "clip_high": 4e-4, "normalisation": "sequence"},
+  "cispo": {"clip_low": 1.0, "clip_high": 4.0},
+  "reinforce": {"advantage": "none"},
+  "rloo": {"advantage": "leave_one_out"},
+  "sft": {"advantage": "none"},
+  "expert_iteration": {"advantage": "none"},
+  "dpo": {"advantage": "none"},
+  "kto": {"advantage": "none"},
+}
+WEIGHTED = ("grpo", "dr_grpo", "dapo", "ppo", "reinforce", "rloo")  # take importance weights
+REWARDED = (*WEIGHTED, "gspo", "cispo")  # learn from rewards
+
+
+@dataclasses.dataclass(frozen=True)
+class Data(Section):
+  """Recorded rollouts, see rlsafety.tools.record."""
+
+  path: str = ""  # dataset folder; "" = on-policy
+  fraction: float = 1.0  # share of every batch's prompts that come from it
+
+  def rules(self) -> Rules:
+    yield "fraction", 0 < self.fraction <= 1, "must lie in (0, 1]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer(Section):
+  """AdamW behind a global-norm clip."""
+
+  infinite = ("clip_norm",)
+
+  learning_rate: float = 1e-5  # after the warm-up
+  warmup_steps: int = 30  # the rate rises linearly over as many updates, then stays
+  clip_norm: float = 1.0  # of the gradient; inf = no clip
+  b1: float = 0.9  # decay of Adam's mean of gradients
+  b2: float = 0.999  # decay of its mean of squares
+  eps: float = 1e-8  # added to the root of that
+  weight_decay: float = 0.0  # AdamW's, of the adapter
+
+  def rules(self) -> Rules:
+    yield "learning_rate", self.learning_rate >= 0, "must not be negative"
+    yield "warmup_steps", self.warmup_steps >= 0, "must not be negative"
+    yield "clip_norm", self.clip_norm > 0, "must be positive (inf: no clip)"
+    for name in ("b1", "b2"):
+      yield name, 0 <= getattr(self, name) < 1, "must lie in [0, 1)"
+    yield "eps", self.eps > 0, "must be positive"
+    yield "weight_decay", self.weight_decay >= 0, "must not be negative"
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner(Section):
+  """How an update is computed; none of it changes the result beyond rounding."""
+
+  microbatches: int = 1  # pieces of a batch; divides prompts_per_step
+  chunk_tokens: int = 2048  # tokens whose logits exist at once
+  remat: str = "full"  # none | full | dots: what the backward pass computes again
+  attention: str = "einsum"  # of the prompt segment; cudnn on NVIDIA GPUs
+
+  def rules(self) -> Rules:
+    yield "microbatches", self.microbatches >= 1, "must be at least 1"
+    yield "chunk_tokens", self.chunk_tokens >= 1, "must be at least 1"
+    yield one_of("remat", self.remat, ("none", "full", "dots"))
+    yield one_of("attention", self.attention, ("einsum", "cudnn"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval(Section):
+  """The same held-out users, before the first update, on the way and after the last."""
+
+  every: int = 50  # steps; 0 = only before and after
+  prompts: int = 32  # held-out prompts, half of them gameable
+  samples: int = 4  # replies per prompt
+
+  def rules(self) -> Rules:
+    yield "every", self.every >= 0, "must not be negative (0: only before and after)"
+    yield "prompts", self.prompts >= 1, "must be at least 1"
+    yield "samples", self.samples >= 1, "must be at least 1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint(Section):
+  """When adapter and optimiser state are saved."""
+
+  every: int = 25  # steps; 0 = only at evaluations and at the end
+  keep: int = 2  # newest ones
+
+  def rules(self) -> Rules:
+    yield "every", self.every >= 0, "must not be negative (0: at evaluations and at the end)"
+    yield "keep", self.keep >= 1, "must be at least 1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh(Section):
+  """Sizes of (data, fsdp, tensor), see sharding.py."""
+
+  data: int = -1  # -1 = what is left; copies of the weights, each with its share of the prompts
+  fsdp: int = 1  # splits weights along the model's width, and prompts too
+  tensor: int = 1  # splits heads, MLP and vocabulary
+
+  def rules(self) -> Rules:
+    sizes = self.data, self.fsdp, self.tensor
+    for name in ("data", "fsdp", "tensor"):
+      size = getattr(self, name)
+      yield name, size == -1 or size >= 1, "must be positive, or -1 for what is left"
+    yield "data", sizes.count(-1) <= 1, "at most one size may be -1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Section):
+  """A whole run."""
+
+  name: str = "run"  # default workdir: runs/<name>
+  seed: int = 5  # with the step, the source of all randomness
+  steps: int = 300  # updates
+  prompts_per_step: int = 2  # P, over all devices
+  max_prompt_tokens: int = 1024  # S; a longer prompt is an error, never cut
+  epochs: int = 1  # updates on each batch; more than one needs behaviour log-probs
+  model: Model = None
+  lora: Lora = Lora()
+  environment: Environment = Environment()
+  sampler: Sampler = Sampler()
+  memory: Memory = Memory()
+  judge: Judge = Judge()
+  objective: Objective = Objective()
+  data: Data = Data()
+  optimizer: Optimizer = Optimizer()
+  learner: Learner = Learner()
+  eval: Eval = Eval()
+  checkpoint: Checkpoint = Checkpoint()
+  mesh: Mesh = Mesh()
+
+  def rules(self) -> Rules:
+    yield "name", bool(self.name), "a run needs a name"
+    yield "seed", self.seed >= 0, "must not be negative"
+    yield "steps", self.steps >= 0, "must not be negative"
+    yield "prompts_per_step", self.prompts_per_step >= 1, "must be at least 1"
+    yield "max_prompt_tokens", self.max_prompt_tokens >= 1, "must be at least 1"
+    yield "epochs", self.epochs >= 1, "must be at least 1"
+
+
+# --- Stored configs -------------------------------------------------------------------
+
+
+def to_json(config: Config) -> dict:
+  """Plain JSON types, tuples as lists, infinity as "inf": what config.json stores."""
+
+  def plain(value):
+    if isinstance(value, float) and math.isinf(value):
+      return str(value)
+    if isinstance(value, dict):
+      return {name: plain(item) for name, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, tuple) else value
+
+  return plain(dataclasses.asdict(config))
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> list[str]:

@@ -7,7 +7,7 @@ arguments. Bad input is one line that suggests the nearest name, and exit code 2
 
 import argparse
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NoReturn
 
 from rlsafety.errors import UserError
@@ -35,12 +35,20 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
   return args
 
 
-def refuse(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> None:
-  """Raises UserError naming the first of `unknown` and the argument that is nearest to it."""
+def refuse(
+  parser: argparse.ArgumentParser, unknown: Sequence[str], meant: Mapping[str, str] | None = None
+) -> None:
+  """Raises UserError naming the first of `unknown` and the argument that is nearest to it.
+
+  meant: {short name: argument} of further arguments that people write without their prefix.
+  """
   if unknown:
+    word = unknown[0].partition("=")[0]
+    if meant and word.lstrip("-") in meant:
+      found = meant[word.lstrip("-")]
+      raise UserError(f"unknown argument {unknown[0]!r}; did you mean {found}?")
     known = [option for action in parser._actions for option in action.option_strings]
-    name = unknown[0].partition("=")[0]
-    raise UserError(f"unknown argument {unknown[0]!r}{did_you_mean(name, known)}")
+    raise UserError(f"unknown argument {unknown[0]!r}{did_you_mean(word, known)}")
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:

@@ -5,46 +5,23 @@ the end, so that the cut changes nothing but memory. Gradients are taken with re
 the adapter only; the base is an argument, never a closure, and is not donated.
 """
 
-import dataclasses
+import pathlib
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from rlsafety import losses
+from rlsafety import losses, sharding
+from rlsafety.config import Learner, Lora, Objective, Optimizer
 from rlsafety.errors import UserError
-from rlsafety.models import scoring
+from rlsafety.models import architecture, hf, lora, scoring
 from rlsafety.models.architecture import ModelConfig
 from rlsafety.models.lora import Adapter, Dropout
 from rlsafety.types import Batch, TrainState
 
 
-@dataclasses.dataclass(frozen=True)
-class LearnerSettings:
-  """objective: what is maximised, see `losses`. temperature: the sampler's.
-
-  microbatches: pieces of the batch, a divisor of P. chunk_tokens: tokens whose logits
-  exist at once. remat: a name in `transformer.REMAT`. dropout: rate of LoRA dropout.
-  """
-
-  objective: losses.Objective
-  temperature: float = 1.0
-  microbatches: int = 1
-  chunk_tokens: int = 2048
-  remat: str = "full"
-  dropout: float = 0.0
-  attention: str = "einsum"  # of the prompt segment: einsum, or cudnn on NVIDIA GPUs
-
-
-def make_optimizer(
-  learning_rate: float,
-  warmup_steps: int = 0,
-  clip_norm: float = 1.0,
-  b1: float = 0.9,
-  b2: float = 0.999,
-  eps: float = 1e-8,
-  weight_decay: float = 0.0,
-) -> optax.GradientTransformation:
+def make_optimizer(o: Optimizer) -> optax.GradientTransformation:
   """AdamW behind a global-norm clip; the rate rises linearly to a constant.
 
   Update n (from 1) of the warm-up uses n / warmup_steps of the rate. transformers'
@@ -52,16 +29,47 @@ def make_optimizer(
   """
 
   def rate(count):
-    return learning_rate * jnp.minimum(1.0, (count + 1) / max(1, warmup_steps))
+    return o.learning_rate * jnp.minimum(1.0, (count + 1) / max(1, o.warmup_steps))
 
   return optax.chain(
-    optax.clip_by_global_norm(clip_norm),
-    optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
+    optax.clip_by_global_norm(o.clip_norm),
+    optax.adamw(rate, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay),
   )
 
 
 def init_state(adapter: Adapter, optimizer: optax.GradientTransformation) -> TrainState:
-  return TrainState(jnp.zeros((), jnp.int32), adapter, optimizer.init(adapter))
+  return TrainState(adapter, optimizer.init(adapter))
+
+
+def starting_state(
+  settings: Lora,
+  config: ModelConfig,
+  optimizer: optax.GradientTransformation,
+  key: jax.Array,
+  adapter: str = "",
+) -> TrainState:
+  """Adapter and optimiser state, made in place on the mesh: never whole on one device.
+
+  adapter: a PEFT folder to start from; its LoRA settings must be `settings`.
+  """
+  loaded = None
+  if adapter:
+    loaded, found = hf.load_peft(pathlib.Path(adapter), config)
+    for field in ("rank", "alpha", "rslora", "targets"):
+      if getattr(found, field) != getattr(settings, field):
+        raise UserError(
+          f"model.adapter={adapter}: its {field} is {getattr(found, field)}, "
+          f"lora.{field} is {getattr(settings, field)}; set --config.lora.{field} to match"
+        )
+  layers = architecture.weights(config)["layers"]
+  axes = lora.adapter_axes(layers, settings)
+
+  def init(start: Adapter | None) -> TrainState:
+    state = init_state(start or lora.init_adapter(layers, settings, key), optimizer)
+    pin = lambda x, a: sharding.constrain(x, *a)  # noqa: E731
+    return jax.tree.map(pin, state, state_axes(state, axes))
+
+  return jax.jit(init)(loaded)
 
 
 def state_axes(state: TrainState, adapter_axes: dict):
@@ -78,6 +86,40 @@ def state_axes(state: TrainState, adapter_axes: dict):
   return jax.tree_util.tree_map_with_path(axes_of, state)
 
 
+def complete(
+  base: dict,
+  pieces: Sequence[Batch],
+  *,
+  config: ModelConfig,
+  objective: Objective,
+  settings: Learner = Learner(),
+  temperature: float = 1.0,
+) -> Batch:
+  """Pieces of a batch along P, fresh or recorded, as one with all that an update needs:
+  reference log-probs (if the objective has any use for them) and advantages."""
+  batch = jax.tree.map(lambda *x: jnp.concatenate(x), *pieces)
+  pin = lambda x: sharding.constrain(x, "prompt", *[None] * (x.ndim - 1))  # noqa: E731
+  batch = jax.tree.map(pin, batch)
+  reference = None
+  if losses.needs_reference(objective):
+    reference = scoring.token_scores(
+      base,
+      None,
+      config,
+      batch.prompts,
+      batch.tokens,
+      batch.lengths,
+      temperature=temperature,
+      chunk_tokens=settings.chunk_tokens,
+    ).logprobs
+  rewards = losses.shaped(
+    batch.rewards, objective, batch.lengths, batch.behaviour_logprobs, reference
+  )
+  return batch.replace(
+    advantages=losses.advantages(rewards, objective), reference_logprobs=reference
+  )
+
+
 def update(
   state: TrainState,
   base: dict,
@@ -85,21 +127,24 @@ def update(
   key: jax.Array,
   *,
   config: ModelConfig,
-  settings: LearnerSettings,
+  objective: Objective,
   optimizer: optax.GradientTransformation,
+  settings: Learner = Learner(),
+  temperature: float = 1.0,
+  dropout: float = 0.0,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One optimiser step on one batch. `key` feeds LoRA dropout only.
 
-  Jit it with `state` donated. A non-finite gradient leaves the adapter as it was and sets
-  metrics["nonfinite"] to 1: the caller stops, and what was trained is not lost.
+  temperature: the sampler's. dropout: the rate of LoRA dropout. Jit it with `state` donated. A
+  non-finite gradient or step leaves the adapter as it was and sets metrics["nonfinite"] to 1: the
+  caller stops, and what was trained is not lost.
   """
-  objective = settings.objective
   P, M = batch.tokens.shape[0], settings.microbatches
   if P % M:
     raise UserError(f"learner.microbatches={M} must divide the {P} prompts of a batch")
   total = losses.denominator(batch, objective)
 
-  def scores_of(adapter, piece, dropout):
+  def scores_of(adapter, piece, drop):
     return scoring.token_scores(
       base,
       adapter,
@@ -107,24 +152,22 @@ def update(
       piece.prompts,
       piece.tokens,
       piece.lengths,
-      temperature=settings.temperature,
+      temperature=temperature,
       chunk_tokens=settings.chunk_tokens,
       remat=settings.remat,
-      dropout=dropout,
+      dropout=drop,
       attention=settings.attention,
     )
 
-  def loss(adapter, piece, dropout):
-    scores = scores_of(adapter, piece, dropout)
+  def loss(adapter, piece, drop):
+    scores = scores_of(adapter, piece, drop)
     loss_sum, metrics = losses.objective(scores.logprobs, scores.entropy, piece, objective)
     return loss_sum / total, metrics
 
   def one_piece(gradient, xs):
     index, piece = xs
-    dropout = None
-    if settings.dropout > 0.0:
-      dropout = Dropout(jax.random.fold_in(key, index), settings.dropout)
-    (value, metrics), g = jax.value_and_grad(loss, has_aux=True)(state.adapter, piece, dropout)
+    drop = Dropout(jax.random.fold_in(key, index), dropout) if dropout > 0.0 else None
+    (value, metrics), g = jax.value_and_grad(loss, has_aux=True)(state.adapter, piece, drop)
     return jax.tree.map(jnp.add, gradient, g), (value, metrics)
 
   # Micro-batch m takes prompts m, m + M, ...: the split over devices stays as it is.
@@ -138,12 +181,11 @@ def update(
   metrics = losses.finish_metrics(folded)
 
   norm = optax.global_norm(gradient)
-  ok = jnp.isfinite(norm)
   updates, opt_state = optimizer.update(gradient, state.opt_state, state.adapter)
+  ok = jnp.isfinite(norm) & jnp.isfinite(optax.global_norm(updates))
   adapter = optax.apply_updates(state.adapter, updates)
   keep = lambda new, old: jnp.where(ok, new, old)  # noqa: E731
   new_state = TrainState(
-    step=state.step + 1,
     adapter=jax.tree.map(keep, adapter, state.adapter),
     opt_state=jax.tree.map(keep, opt_state, state.opt_state),
   )

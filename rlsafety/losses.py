@@ -1,222 +1,204 @@
-"""Objectives as functions of log-probs and a batch; there is no model in sight.
+"""Advantages and objectives as functions of arrays and an `Objective`; there is no model in sight.
 
 `objective` returns a plain sum and `denominator` what to divide it by, computed once on the
 whole global batch: micro-batches (whole groups, along P) and sharding can then never change
 the result. Nothing in `objective` looks beyond its own group. Metrics are (sum, weight)
 pairs for the same reason: add both over micro-batches (of names that end in `_max` keep the
-largest), then divide with `finish_metrics`.
+largest), then divide with `finish_metrics`. A reward of NaN means "no verdict": such a reply
+takes no part in any statistic, and its siblings get what they would get if it were absent.
 """
 
 import dataclasses
-import difflib
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from rlsafety import advantages as advantages_lib
-from rlsafety.errors import UserError
+from rlsafety.config import REWARDED, Objective
 from rlsafety.packing import mask_from_lengths
 from rlsafety.types import Array, Batch
 
-CLIPPED = ("grpo", "dr_grpo", "dapo", "ppo", "gspo")
-SCORE = ("reinforce", "rloo", "cispo")  # weight * advantage * log-prob
-IMITATION = ("sft", "expert_iteration")
-PREFERENCE = ("dpo", "kto")
-CORRECTIONS = ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 MAX_LOG_RATIO = 20.0  # e^20 is far past any clip; keeps float32 finite
 
-# What each name means, where it departs from the defaults of `Objective`.
-PRESETS = {
-  "grpo": {},
-  "ppo": {"dual_clip": 3.0},
-  "dr_grpo": {"advantage": "group_mean", "normalisation": "fixed"},
-  "dapo": {"clip_high": 0.28, "dynamic_sampling": True},
-  "gspo": {"clip_low": 3e-4, "clip_high": 4e-4, "normalisation": "sequence"},
-  "cispo": {"clip_low": 1.0, "clip_high": 4.0},
-  "reinforce": {"advantage": "none"},
-  "rloo": {"advantage": "leave_one_out"},
-  "sft": {"advantage": "none"},
-  "expert_iteration": {"advantage": "none"},
-  "dpo": {"advantage": "none"},
-  "kto": {"advantage": "none"},
-}
+
+# --- Advantages -------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Objective:
-  """What is optimised. Frozen and hashable: a static argument of the jitted update.
+def advantages(rewards: Array, o: Objective) -> Array:
+  """Rewards [P, G] minus a baseline, scaled: advantages [P, G], 0 for those without a verdict.
 
-  Prefer `make(name, **overrides)`, which starts from the method's own settings.
+  No gradient flows; call it once on the whole batch. `o.advantage` says which:
+    group: (r - mean) / (std + eps) over the group; std divides by n - ddof
+      (GRPO, arXiv 2402.03300, whose implementations differ in ddof; the study: 1).
+    group_mean: r - mean (Dr. GRPO, arXiv 2503.20783).
+    leave_one_out: r - mean of the siblings (RLOO, arXiv 2402.14740).
+    batch: (r - mean) / (std + eps) over all of P and G.
+    none: r.
+  A group with one verdict gets 0 from every kind that has a group baseline.
   """
-
-  name: str = "grpo"
-  clip_low: float = 0.2  # ratios are clipped to [1 - clip_low, 1 + clip_high]
-  clip_high: float = 0.2
-  dual_clip: float = 0.0  # 0: off; else > 1, bounds the loss where the advantage is negative
-  normalisation: str = "token"  # token | sequence (mean of each reply) | fixed
-  fixed_length: int = 256  # the constant of normalisation="fixed", in tokens
-  kl: str = "none"  # to the reference: none | k2 | k3 (in the loss) | k1_reward
-  kl_coef: float = 0.0
-  entropy_coef: float = 0.0
-  advantage: str = "group"  # see advantages.py
-  std_epsilon: float = 1e-4
-  ddof: int = 1
-  dynamic_sampling: bool = False  # leave out groups whose ratings are all equal
-  overlong_start: int = 0  # tokens; see advantages.rewards
-  overlong_end: int = 0  # 0: no over-long penalty
-  overlong_penalty: float = 1.0  # in rating points
-  is_correction: str = "none"  # see `importance_weights`
-  is_cap: float = 2.0
-  max_staleness: int = -1  # leave out replies older than this many updates; -1: keep all
-  beta: float = 0.1  # DPO, KTO: strength of the pull to the reference
-  threshold: float = 5.5  # KTO: a rating above it is desirable, else undesirable
-  desirable_weight: float = 1.0
-  undesirable_weight: float = 1.0
-  kto_anchor: bool = False  # the last slot of a group is a reply to another prompt
-
-  def __post_init__(self):
-    _one_of("name", self.name, PRESETS)
-    _one_of("normalisation", self.normalisation, ("token", "sequence", "fixed"))
-    _one_of("advantage", self.advantage, advantages_lib.KINDS)
-    _one_of("is_correction", self.is_correction, CORRECTIONS)
-    if self.kl == "k1":
-      raise UserError(
-        "objective.kl='k1': as a loss term k1 has zero expected gradient on-policy, it would "
-        "restrain nothing; use 'k2' or 'k3' in the loss, or 'k1_reward'"
-      )
-    _one_of("kl", self.kl, ("none", "k1_reward", "k2", "k3"))
-    rules = (
-      ("clip_low", 0.0 <= self.clip_low <= 1.0, "must lie in [0, 1]"),
-      ("clip_high", self.clip_high >= 0.0, "must not be negative"),
-      ("dual_clip", self.dual_clip == 0.0 or self.dual_clip > 1.0, "must be 0 (off) or > 1"),
-      ("fixed_length", self.fixed_length >= 1, "must be at least 1 token"),
-      ("kl_coef", self.kl_coef >= 0.0, "must not be negative"),
-      ("is_cap", self.is_cap > 0.0, "must be positive"),
-      ("std_epsilon", self.std_epsilon > 0.0, "must be positive: a group may have std 0"),
-      ("ddof", self.ddof in (0, 1), "must be 0 or 1"),
-      ("beta", self.beta > 0.0, "must be positive"),
-      (
-        "overlong_start",
-        not self.overlong_end or 0 <= self.overlong_start < self.overlong_end,
-        "must lie below overlong_end",
-      ),
-      (
-        "is_correction",
-        self.is_correction == "none" or self.name in CLIPPED[:4] + SCORE[:2],
-        f"does not apply to {self.name}: it has its own weights or needs none",
-      ),
-      (
-        "kl",
-        self.kl == "none" or self.name in CLIPPED + SCORE,
-        f"does not apply to {self.name}, which has no reward or its own reference term",
-      ),
-    )
-    for field, ok, message in rules:
-      if not ok:
-        raise UserError(f"objective.{field}={getattr(self, field)!r} {message}")
+  valid = ~jnp.isnan(rewards)
+  if o.advantage == "none":
+    return jnp.where(valid, rewards, 0.0)
+  axes = (0, 1) if o.advantage == "batch" else (1,)
+  count = valid.sum(axes, keepdims=True)
+  # Shifting by the smallest makes equal rewards exactly 0, not rounding noise / eps.
+  lowest = jnp.min(jnp.where(valid, rewards, jnp.inf), axes, keepdims=True)
+  shifted = jnp.where(valid, rewards - jnp.where(count > 0, lowest, 0.0), 0.0)
+  mean = shifted.sum(axes, keepdims=True) / jnp.maximum(count, 1)
+  centred = jnp.where(valid, shifted - mean, 0.0)
+  if o.advantage == "group_mean":
+    return centred
+  if o.advantage == "leave_one_out":
+    return centred * count / jnp.maximum(count - 1, 1)
+  freedom = jnp.maximum(count - o.ddof, 1)
+  std = jnp.sqrt((centred**2).sum(axes, keepdims=True) / freedom)
+  return centred / (std + o.std_epsilon)
 
 
-def make(name: str = "grpo", **overrides) -> Objective:
-  """The method `name` with its usual settings, changed by `overrides`."""
-  _one_of("name", name, PRESETS)
-  fields = [field.name for field in dataclasses.fields(Objective)]
-  for field in overrides:
-    _one_of("field", field, fields)
-  return Objective(**{"name": name, **PRESETS[name], **overrides})
-
-
-def needs_behaviour(settings: Objective, epochs: int = 1) -> bool:
-  """Whether the log-probs of the policy that wrote the replies enter the result.
-
-  Several epochs over one batch always need them, except where no reward is involved;
-  `data.recorded.load` refuses records that lack them.
-  """
-  if settings.name in IMITATION + PREFERENCE:
-    return False
-  is_ratio = settings.name in CLIPPED + ("cispo",) or settings.is_correction != "none"
-  return is_ratio or settings.kl == "k1_reward" or epochs > 1
-
-
-def needs_reference(settings: Objective) -> bool:
-  """Whether `reference_logprobs` must be computed."""
-  return settings.name in PREFERENCE or (settings.kl != "none" and settings.kl_coef > 0.0)
-
-
-def active(batch: Batch, settings: Objective) -> Array:
-  """[P, G] bool: the replies that are learned from. All others are as if absent."""
-  keep = batch.lengths > 0
-  has_verdict = ~jnp.isnan(batch.ratings)
-  if settings.name == "sft":
-    return keep
-  if settings.name == "expert_iteration":  # the best of each group, the first of equals
-    score = jnp.where(keep & has_verdict, batch.ratings, -jnp.inf)
-    best = jnp.arange(score.shape[1]) == jnp.argmax(score, axis=1)[:, None]
-    return best & keep & has_verdict
-  if settings.name == "dpo":
-    return jnp.broadcast_to(keep.all(axis=1, keepdims=True), keep.shape)
-  if settings.max_staleness >= 0:
-    keep &= batch.staleness <= settings.max_staleness
-  if settings.name == "kto" and settings.kto_anchor:
-    keep &= jnp.arange(keep.shape[1]) < keep.shape[1] - 1
-  if settings.dynamic_sampling:
-    keep &= advantages_lib.has_spread(jnp.where(keep, batch.ratings, jnp.nan))[:, None]
-  return keep & has_verdict
-
-
-def denominator(batch: Batch, settings: Objective) -> Array:
-  """What the sum of `objective` over the *global* batch is divided by (at least 1)."""
-  keep = active(batch, settings)
-  if settings.name == "dpo":
-    count = keep[:, 0].sum()
-  elif settings.name == "kto" or settings.normalisation == "sequence":
-    count = keep.sum()
-  elif settings.normalisation == "fixed":
-    count = keep.sum() * settings.fixed_length
-  else:
-    count = jnp.where(keep, batch.lengths, 0).sum()
-  return jnp.maximum(count, 1).astype(jnp.result_type(float))
-
-
-def objective(logprobs: Array, entropy: Array, batch: Batch, settings: Objective):
-  """The loss of a (micro-)batch, as a sum.
+def shaped(
+  rewards: Array,
+  o: Objective,
+  lengths: Array,
+  behaviour_logprobs: Array | None = None,
+  reference_logprobs: Array | None = None,
+) -> Array:
+  """Adds what is part of the reward and not of the loss; feed the result to `advantages`.
 
   Args:
-    logprobs: [P, G, T] log-probs of `batch.tokens` under the policy in training, at the
-      sampling temperature; slots at and after `lengths` may hold any finite value.
-    entropy: [P, G, T] entropy of the policy at each slot.
-    batch: whole groups.
-    settings: what to optimise.
+    rewards: [P, G]; NaN stays NaN.
+    lengths: [P, G] int, tokens of each reply.
+    behaviour_logprobs, reference_logprobs: [P, G, T], needed for kl="k1_reward".
 
   Returns:
-    (loss_sum, metrics): a scalar to divide by `denominator` of the global batch, and
-    {name: (sum, weight)}.
+    [P, G]: rewards - kl_coef * sum_t (log behaviour - log reference) - penalty, where the
+    penalty grows in a line from 0 at overlong_start tokens to overlong_penalty at
+    overlong_end and stays there (DAPO, arXiv 2503.14476, equation 13, in our tokens).
   """
-  keep = active(batch, settings)
-  mask = mask_from_lengths(batch.lengths, logprobs.shape[-1])
-  logprobs = jnp.where(mask, logprobs, 0.0)
-  kept = mask & keep[..., None]
-  metrics = _common_metrics(jax.lax.stop_gradient(logprobs), entropy, batch, kept)
-  if settings.name in PREFERENCE:
-    reference = jnp.where(mask, batch.reference_logprobs, 0.0)
-    log_odds = jnp.where(mask, logprobs - reference, 0.0).sum(-1)  # [P, G]
-    losses, more = (_dpo if settings.name == "dpo" else _kto)(log_odds, batch, keep, settings)
-    metrics |= more
-    losses = losses - settings.entropy_coef * _per_reply(entropy, kept, batch.lengths)
-    return jnp.where(keep, losses, 0.0).sum(), metrics
-  if settings.name in IMITATION:
-    losses = -logprobs
+  if o.kl == "k1_reward" and o.kl_coef:
+    mask = jnp.arange(behaviour_logprobs.shape[-1]) < lengths[..., None]
+    k1 = jnp.where(mask, behaviour_logprobs - reference_logprobs, 0.0).sum(-1)
+    rewards = rewards - o.kl_coef * k1
+  if o.overlong_end:
+    span = max(o.overlong_end - o.overlong_start, 1)
+    excess = jnp.clip((lengths - o.overlong_start) / span, 0.0, 1.0)
+    rewards = rewards - o.overlong_penalty * excess
+  return rewards
+
+
+def has_spread(rewards: Array) -> Array:
+  """[P, G] -> [P] bool: the group has two verdicts that differ, so it can teach something."""
+  valid = ~jnp.isnan(rewards)
+  high = jnp.max(jnp.where(valid, rewards, -jnp.inf), axis=1)
+  low = jnp.min(jnp.where(valid, rewards, jnp.inf), axis=1)
+  return high > low
+
+
+# --- Which replies count ----------------------------------------------------------------
+
+
+def _with_verdict(batch: Batch, o: Objective) -> Array:
+  keep = batch.lengths > 0
+  if o.max_staleness >= 0:
+    keep &= batch.staleness <= o.max_staleness
+  if o.kto_anchor:  # the last slot is a reply to another prompt
+    keep &= jnp.arange(keep.shape[1]) < keep.shape[1] - 1
+  if o.dynamic_sampling:
+    keep &= has_spread(jnp.where(keep, batch.rewards, jnp.nan))[:, None]
+  return keep & ~jnp.isnan(batch.rewards)
+
+
+def _everything(batch: Batch, o: Objective) -> Array:
+  return batch.lengths > 0
+
+
+def _best_of_group(batch: Batch, o: Objective) -> Array:
+  """The first of equals."""
+  keep = (batch.lengths > 0) & ~jnp.isnan(batch.rewards)
+  score = jnp.where(keep, batch.rewards, -jnp.inf)
+  return keep & (jnp.arange(score.shape[1]) == jnp.argmax(score, axis=1)[:, None])
+
+
+def _whole_pairs(batch: Batch, o: Objective) -> Array:
+  keep = batch.lengths > 0
+  return jnp.broadcast_to(keep.all(axis=1, keepdims=True), keep.shape)
+
+
+# --- Losses of tokens -------------------------------------------------------------------
+# Each takes (logprobs [P, G, T], batch, kept [P, G, T], o) and returns losses [P, G, T] and
+# metrics. A ratio is exp(logprobs - behaviour), a weight has no gradient.
+
+
+def _log_ratio(logprobs: Array, batch: Batch, kept: Array) -> Array:
+  behaviour = jnp.where(kept, batch.behaviour_logprobs, jax.lax.stop_gradient(logprobs))
+  return jnp.where(kept, jnp.clip(logprobs - behaviour, -MAX_LOG_RATIO, MAX_LOG_RATIO), 0.0)
+
+
+def _score(logprobs: Array, batch: Batch, kept: Array, o: Objective):
+  """The score-function gradient, weighted where a correction is asked for.
+
+  Without one, REINFORCE takes the replies as its own. With one, the cap bounds the step: a
+  clip of the same ratio on top would only throw gradient away.
+  """
+  if o.is_correction == "none":
+    weights, metrics = jnp.ones_like(logprobs), {}
   else:
-    losses, more = _policy_gradient(logprobs, batch, kept, settings)
-    metrics |= more
-  losses = losses - settings.entropy_coef * jnp.where(kept, entropy, 0.0)
-  losses = jnp.where(kept, losses, 0.0)
-  if settings.normalisation == "sequence":
-    return _per_reply(losses, kept, batch.lengths).sum(), metrics
-  return losses.sum(), metrics
+    weights = importance_weights(_log_ratio(logprobs, batch, kept), kept, o)
+    is_cut = weights == 0.0 if "mask" in o.is_correction else weights >= o.is_cap
+    metrics = {"is_weight": _mean(weights, kept), "is_cap_fraction": _mean(is_cut, kept)}
+  losses = -weights * batch.advantages[..., None] * logprobs
+  return _with_kl(losses, logprobs, batch, kept, o, weights), metrics
 
 
-def importance_weights(log_ratio: Array, mask: Array, settings: Objective) -> Array:
+def _cispo(logprobs: Array, batch: Batch, kept: Array, o: Objective):
+  """arXiv 2506.13585: clipped weight, no clipped gradient."""
+  ratio = jnp.exp(jax.lax.stop_gradient(_log_ratio(logprobs, batch, kept)))
+  clipped = jnp.clip(ratio, 1.0 - o.clip_low, 1.0 + o.clip_high)
+  losses = -clipped * batch.advantages[..., None] * logprobs
+  metrics = {"clip_fraction": _mean(clipped != ratio, kept)}
+  return _with_kl(losses, logprobs, batch, kept, o), metrics
+
+
+def _clipped(logprobs: Array, batch: Batch, kept: Array, o: Objective):
+  """PPO's clipped surrogate (arXiv 1707.06347), or `_score` where a correction is asked for."""
+  if o.is_correction != "none":
+    return _score(logprobs, batch, kept, o)
+  log_ratio = _log_ratio(logprobs, batch, kept)
+  return _clip(log_ratio, logprobs, batch, kept, o)
+
+
+def _clipped_replies(logprobs: Array, batch: Batch, kept: Array, o: Objective):
+  """GSPO (arXiv 2507.18071): the length-normalised ratio of the reply."""
+  log_ratio = _log_ratio(logprobs, batch, kept)
+  per_reply = _per_reply(log_ratio, kept, batch.lengths)[..., None]
+  return _clip(jnp.broadcast_to(per_reply, log_ratio.shape), logprobs, batch, kept, o)
+
+
+def _clip(log_ratio: Array, logprobs: Array, batch: Batch, kept: Array, o: Objective):
+  advantage, ratio = batch.advantages[..., None], jnp.exp(log_ratio)
+  clipped = jnp.clip(ratio, 1.0 - o.clip_low, 1.0 + o.clip_high)
+  losses = -jnp.minimum(ratio * advantage, clipped * advantage)
+  metrics = {"clip_fraction": _mean((ratio * advantage > clipped * advantage), kept)}
+  if o.dual_clip:  # arXiv 1912.09729
+    bound = -o.dual_clip * advantage
+    losses = jnp.where(advantage < 0, jnp.minimum(losses, bound), losses)
+  return _with_kl(losses, logprobs, batch, kept, o), metrics
+
+
+def _imitation(logprobs: Array, batch: Batch, kept: Array, o: Objective):
+  return -logprobs, {}
+
+
+def _with_kl(
+  losses: Array, logprobs: Array, batch: Batch, kept: Array, o: Objective, weights=1.0
+) -> Array:
+  if o.kl not in ("k2", "k3") or not o.kl_coef:
+    return losses
+  reference = jnp.where(kept, batch.reference_logprobs, jax.lax.stop_gradient(logprobs))
+  return losses + o.kl_coef * weights * kl_estimate(logprobs, reference, o.kl)
+
+
+def importance_weights(log_ratio: Array, mask: Array, o: Objective) -> Array:
   """Weights that turn an average over the behaviour policy into one over the current one.
 
   Args:
@@ -228,15 +210,15 @@ def importance_weights(log_ratio: Array, mask: Array, settings: Objective) -> Ar
     min(w, is_cap) (arXiv 1802.01561 and later TIS); *_mask: w where w <= is_cap, else 0.
     is_correction="none": ones.
   """
-  if settings.is_correction == "none":
+  if o.is_correction == "none":
     return jnp.ones_like(log_ratio)
   log_weight = jax.lax.stop_gradient(log_ratio)
-  if settings.is_correction.startswith("sequence"):
+  if o.is_correction.startswith("sequence"):
     log_weight = jnp.broadcast_to(
       jnp.where(mask, log_weight, 0.0).sum(-1, keepdims=True), log_weight.shape
     )
-  log_cap = math.log(settings.is_cap)
-  beyond = 0.0 if settings.is_correction.endswith("mask") else settings.is_cap
+  log_cap = math.log(o.is_cap)
+  beyond = 0.0 if o.is_correction.endswith("mask") else o.is_cap
   return jnp.where(log_weight > log_cap, beyond, jnp.exp(jnp.minimum(log_weight, log_cap)))
 
 
@@ -254,58 +236,21 @@ def kl_estimate(logprobs: Array, reference: Array, kind: str) -> Array:
   return jnp.exp(jnp.clip(-k1, -MAX_LOG_RATIO, MAX_LOG_RATIO)) - 1.0 + k1
 
 
-def _policy_gradient(logprobs, batch, kept, settings):
-  """Losses [P, G, T] of the methods that have advantages, KL term included."""
-  advantage = batch.advantages[..., None]
-  constant = jax.lax.stop_gradient(logprobs)
-  behaviour = jnp.where(kept, batch.behaviour_logprobs, constant)
-  # REINFORCE takes the replies as its own: without a correction no ratio enters.
-  if settings.name in ("reinforce", "rloo") and settings.is_correction == "none":
-    behaviour = constant
-  log_ratio = jnp.where(kept, jnp.clip(logprobs - behaviour, -MAX_LOG_RATIO, MAX_LOG_RATIO), 0.0)
-  weights = importance_weights(log_ratio, kept, settings)
-  metrics = {}
-  if settings.is_correction != "none" or settings.name in ("reinforce", "rloo"):
-    # Corrected methods take the weighted score-function gradient: the cap bounds the step,
-    # a clip of the same ratio on top would only throw gradient away.
-    losses = -weights * advantage * logprobs
-  elif settings.name == "cispo":  # arXiv 2506.13585: clipped weight, no clipped gradient
-    ratio = jnp.exp(jax.lax.stop_gradient(log_ratio))
-    clipped = jnp.clip(ratio, 1.0 - settings.clip_low, 1.0 + settings.clip_high)
-    metrics["clip_fraction"] = _mean(clipped != ratio, kept)
-    losses = -clipped * advantage * logprobs
-  else:
-    if settings.name == "gspo":  # arXiv 2507.18071: length-normalised ratio of the reply
-      log_ratio = jnp.broadcast_to(
-        _per_reply(log_ratio, kept, batch.lengths)[..., None], log_ratio.shape
-      )
-    ratio = jnp.exp(log_ratio)
-    clipped = jnp.clip(ratio, 1.0 - settings.clip_low, 1.0 + settings.clip_high)
-    losses = -jnp.minimum(ratio * advantage, clipped * advantage)
-    metrics["clip_fraction"] = _mean((ratio * advantage > clipped * advantage), kept)
-    if settings.dual_clip:  # arXiv 1912.09729
-      bound = -settings.dual_clip * advantage
-      losses = jnp.where(advantage < 0, jnp.minimum(losses, bound), losses)
-  if settings.is_correction != "none":
-    metrics["is_weight"] = _mean(weights, kept)
-    is_cut = weights == 0.0 if "mask" in settings.is_correction else weights >= settings.is_cap
-    metrics["is_cap_fraction"] = _mean(is_cut, kept)
-  if settings.kl in ("k2", "k3") and settings.kl_coef:
-    reference = jnp.where(kept, batch.reference_logprobs, constant)
-    losses = losses + settings.kl_coef * weights * kl_estimate(logprobs, reference, settings.kl)
-  return losses, metrics
+# --- Losses of replies ------------------------------------------------------------------
+# Each takes (log_odds [P, G] of policy against reference, batch, keep [P, G], o) and returns
+# losses [P, G] and metrics.
 
 
-def _dpo(log_odds, batch, keep, settings):
+def _dpo(log_odds: Array, batch: Batch, keep: Array, o: Objective):
   """arXiv 2305.18290, slot 0 chosen, slot 1 rejected; the pair's loss stands in slot 0."""
-  margin = settings.beta * (log_odds[:, 0] - log_odds[:, 1])
+  margin = o.beta * (log_odds[:, 0] - log_odds[:, 1])
   loss = -jax.nn.log_sigmoid(margin)
   pair = keep[:, 0]
   metrics = {"margin": _mean(margin, pair), "accuracy": _mean(margin > 0, pair)}
   return jnp.stack([loss, jnp.zeros_like(loss)], axis=1), metrics
 
 
-def _kto(log_odds, batch, keep, settings):
+def _kto(log_odds: Array, batch: Batch, keep: Array, o: Objective):
   """arXiv 2402.01306: 1 - sigmoid(+-(beta log odds - z0)), z0 without gradient.
 
   The paper's z0 is a mean over the micro-batch, which makes the loss depend on how it is cut.
@@ -313,35 +258,143 @@ def _kto(log_odds, batch, keep, settings):
   or with kto_anchor max(0, log odds of a reply to another prompt) from the last slot.
   """
   anchor = jnp.zeros_like(log_odds[:, :1])
-  if settings.kto_anchor:
+  if o.kto_anchor:
     anchor = jnp.maximum(jax.lax.stop_gradient(log_odds[:, -1:]), 0.0)
-  desirable = batch.ratings > settings.threshold
-  value = settings.beta * (log_odds - anchor)
+  desirable = batch.rewards > o.threshold
+  value = o.beta * (log_odds - anchor)
   losses = jnp.where(
     desirable,
-    settings.desirable_weight * jax.nn.sigmoid(-value),
-    settings.undesirable_weight * jax.nn.sigmoid(value),
+    o.desirable_weight * jax.nn.sigmoid(-value),
+    o.undesirable_weight * jax.nn.sigmoid(value),
   )
   correct = desirable == (value > 0)
   return losses, {"desirable": _mean(desirable, keep), "accuracy": _mean(correct, keep)}
 
 
-def _common_metrics(logprobs, entropy, batch, kept):
+# --- The table of methods ---------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """losses: of tokens, or of replies where `mean_of` is not "tokens". active: the replies that
+  are learned from. mean_of: what the loss is a mean of: tokens (see Objective.normalisation),
+  replies or pairs. has_ratio: behaviour log-probs enter whatever the correction."""
+
+  losses: Callable
+  active: Callable = _with_verdict
+  mean_of: str = "tokens"
+  has_ratio: bool = False
+
+
+METHODS = {  # their settings are in config.METHODS
+  "grpo": Method(_clipped, has_ratio=True),  # arXiv 2402.03300
+  "ppo": Method(_clipped, has_ratio=True),  # arXiv 1707.06347
+  "dr_grpo": Method(_clipped, has_ratio=True),  # arXiv 2503.20783
+  "dapo": Method(_clipped, has_ratio=True),  # arXiv 2503.14476
+  "gspo": Method(_clipped_replies, has_ratio=True),
+  "cispo": Method(_cispo, has_ratio=True),
+  "reinforce": Method(_score),
+  "rloo": Method(_score),  # arXiv 2402.14740
+  "sft": Method(_imitation, _everything),
+  "expert_iteration": Method(_imitation, _best_of_group),
+  "dpo": Method(_dpo, _whole_pairs, "pairs"),
+  "kto": Method(_kto, mean_of="replies"),
+}
+
+
+def needs_behaviour(o: Objective, epochs: int = 1) -> bool:
+  """Whether the log-probs of the policy that wrote the replies enter the result.
+
+  Several epochs over one batch always need them, except where no reward is involved;
+  `replay` refuses records that lack them.
+  """
+  if o.name not in REWARDED:
+    return False
+  corrects = METHODS[o.name].has_ratio or o.is_correction != "none"
+  return corrects or o.kl == "k1_reward" or epochs > 1
+
+
+def needs_reference(o: Objective) -> bool:
+  """Whether `reference_logprobs` must be computed."""
+  return METHODS[o.name].mean_of != "tokens" or (o.kl != "none" and o.kl_coef > 0.0)
+
+
+def active(batch: Batch, o: Objective) -> Array:
+  """[P, G] bool: the replies that are learned from. All others are as if absent."""
+  return METHODS[o.name].active(batch, o)
+
+
+def denominator(batch: Batch, o: Objective) -> Array:
+  """What the sum of `objective` over the *global* batch is divided by (at least 1)."""
+  keep, mean_of = active(batch, o), METHODS[o.name].mean_of
+  if mean_of == "pairs":
+    count = keep[:, 0].sum()
+  elif mean_of == "replies" or o.normalisation == "sequence":
+    count = keep.sum()
+  elif o.normalisation == "fixed":
+    count = keep.sum() * o.fixed_length
+  else:
+    count = jnp.where(keep, batch.lengths, 0).sum()
+  return jnp.maximum(count, 1).astype(jnp.result_type(float))
+
+
+def objective(
+  logprobs: Array, entropy: Array, batch: Batch, o: Objective
+) -> tuple[Array, dict[str, tuple[Array, Array]]]:
+  """The loss of a (micro-)batch, as a sum.
+
+  Args:
+    logprobs: [P, G, T] log-probs of `batch.tokens` under the policy in training, at the
+      sampling temperature; slots at and after `lengths` may hold any finite value.
+    entropy: [P, G, T] entropy of the policy at each slot, nats.
+    batch: whole groups.
+    o: what to optimise.
+
+  Returns:
+    (loss_sum, metrics): a scalar to divide by `denominator` of the global batch, and
+    {name: (sum, weight)}.
+  """
+  keep, method = active(batch, o), METHODS[o.name]
+  mask = mask_from_lengths(batch.lengths, logprobs.shape[-1])
+  logprobs = jnp.where(mask, logprobs, 0.0)
+  kept = mask & keep[..., None]
+  metrics = _common_metrics(jax.lax.stop_gradient(logprobs), entropy, batch, kept)
+  if method.mean_of != "tokens":
+    reference = jnp.where(mask, batch.reference_logprobs, 0.0)
+    log_odds = jnp.where(mask, logprobs - reference, 0.0).sum(-1)  # [P, G]
+    losses, more = method.losses(log_odds, batch, keep, o)
+    losses = losses - o.entropy_coef * _per_reply(entropy, kept, batch.lengths)
+    return jnp.where(keep, losses, 0.0).sum(), metrics | more
+  losses, more = method.losses(logprobs, batch, kept, o)
+  losses = losses - o.entropy_coef * jnp.where(kept, entropy, 0.0)
+  losses = jnp.where(kept, losses, 0.0)
+  if o.normalisation == "sequence":
+    losses = _per_reply(losses, kept, batch.lengths)
+  return losses.sum(), metrics | more
+
+
+# --- Metrics ----------------------------------------------------------------------------
+
+
+def _common_metrics(logprobs: Array, entropy: Array, batch: Batch, kept: Array) -> dict:
   """What every method reports; `logprobs` without gradient, 0 outside the replies."""
   known = kept & ~jnp.isnan(batch.behaviour_logprobs)
   diff = jnp.where(known, logprobs - batch.behaviour_logprobs, 0.0)
   ratio = jnp.exp(jnp.clip(diff, -MAX_LOG_RATIO, MAX_LOG_RATIO))
   replies = kept.any(-1)
-  judged = (~jnp.isnan(batch.ratings) & (batch.lengths > 0)).any(axis=1)
+  judged = (~jnp.isnan(batch.rewards) & (batch.lengths > 0)).any(axis=1)
   metrics = {
     "ratio": _mean(ratio, known),
     "ratio_deviation": _mean(jnp.abs(ratio - 1.0), known),
     "ratio_deviation_max": (jnp.abs(ratio - 1.0).max(), jnp.ones(())),
+    # Zero mismatch is the bar: on-policy, this is sampler against learner.
+    "logprob_diff": _mean(diff, known),
+    "logprob_diff_abs": _mean(jnp.abs(diff), known),
     "logprob_diff_max": (jnp.abs(diff).max(), jnp.ones(())),
     "kl": _mean(ratio - 1.0 - diff, known),  # KL(behaviour, current), k3
     "logprob": _mean(logprobs, kept),
     "entropy": _mean(jax.lax.stop_gradient(entropy), kept),
-    "frac_zero_std": _mean(~advantages_lib.has_spread(batch.ratings), judged),
+    "frac_zero_std": _mean(~has_spread(batch.rewards), judged),
     "staleness": _mean(batch.staleness, replies),
   }
   if batch.reference_logprobs is not None:
@@ -350,7 +403,7 @@ def _common_metrics(logprobs, entropy, batch, kept):
   return metrics
 
 
-def finish_metrics(metrics: dict) -> dict:
+def finish_metrics(metrics: dict[str, tuple[Array, Array]]) -> dict[str, Array]:
   """(sum, weight) -> sum / weight, NaN where nothing was counted; `_max` stays as it is."""
   return {
     name: total
@@ -360,19 +413,12 @@ def finish_metrics(metrics: dict) -> dict:
   }
 
 
-def _per_reply(values, kept, lengths):
+def _per_reply(values: Array, kept: Array, lengths: Array) -> Array:
   """[P, G, T] -> [P, G]: mean over each reply's tokens, 0 for an empty one."""
   return jnp.where(kept, values, 0.0).sum(-1) / jnp.maximum(lengths, 1)
 
 
-def _mean(values, mask):
+def _mean(values: Array, mask: Array) -> tuple[Array, Array]:
   """The (sum, weight) pair of a masked mean."""
   dtype = jnp.result_type(float)
   return jnp.where(mask, values, 0).sum().astype(dtype), mask.sum().astype(dtype)
-
-
-def _one_of(field, value, allowed):
-  if value not in allowed:
-    close = difflib.get_close_matches(str(value), list(allowed), 1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    raise UserError(f"objective.{field}={value!r} is unknown; {hint}known: {', '.join(allowed)}")

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from rlsafety.data import order as prompt_order
+from rlsafety.config import Data, Objective
 from rlsafety.errors import UserError
 from rlsafety.files import read_json
-from rlsafety.losses import Objective, make, needs_behaviour
+from rlsafety.losses import needs_behaviour
+from rlsafety.rollout import order
 from rlsafety.types import Batch, Prompts
 
 SCORES = ("reward", "acc", "hex")
@@ -56,34 +57,21 @@ class Records:
   slots: int
 
 
-def prompts_per_batch(config) -> int:
-  """How many prompts of every batch come from records; raises UserError for what cannot be."""
-  c, P, objective = config.data, config.prompts_per_step, make(**config.objective)
-  if config.epochs < 1:
-    raise UserError(f"epochs={config.epochs} must be at least 1")
-  if not c.path:
+def prompts_per_batch(data: Data, objective: Objective, prompts: int) -> int:
+  """How many of every batch's prompts come from records; raises UserError for what cannot be."""
+  if not data.path:
     if objective.name in ("sft", "dpo") or objective.kto_anchor:
       raise UserError(f"objective {objective.name!r} learns from records: set config.data.path")
     return 0
-  count = round(c.fraction * P)
-  if not 0 < c.fraction <= 1 or not count or (c.fraction < 1 and count == P):
+  count = round(data.fraction * prompts)
+  if not count or (data.fraction < 1 and count == prompts):
     raise UserError(
-      f"data.fraction={c.fraction} of prompts_per_step={P} must be at least one prompt, and "
-      "below 1 leave at least one to the policy"
+      f"data.fraction={data.fraction} of prompts_per_step={prompts} must be at least one prompt, "
+      "and below 1 leave at least one to the policy"
     )
-  if count < P and (objective.name == "dpo" or objective.kto_anchor):
+  if count < prompts and (objective.name == "dpo" or objective.kto_anchor):
     raise UserError(f"objective {objective.name!r} pairs up records: data.fraction must be 1")
   return count
-
-
-def open_for(config, model):
-  """(the records of config.data or None, how many prompts of every batch come from them)."""
-  count = prompts_per_batch(config)
-  if not count:
-    return None, 0
-  slots = config.sampler.group, config.max_prompt_tokens, config.sampler.max_tokens
-  objective = make(**config.objective)
-  return load(config.data.path, model, objective, *slots, epochs=config.epochs), count
 
 
 def load(
@@ -233,7 +221,7 @@ def encode_reply(chat, text: str, finished: bool) -> list[int]:
 def batch_at(records: Records, seed: int, step: int, n: int) -> tuple[Batch, dict]:
   """The recorded part of update `step` (from 0): n prompts as a numpy Batch, and scores.
 
-  Order: `prompts.at`, so gameable and other users keep their shares and resuming is exact.
+  Order: `rollout.order`, so gameable and other users keep their shares and resuming is exact.
   Advantages are 0 and reference log-probs absent: the caller completes both. Staleness is
   the number of updates between the two policies: those that the writer had made and those
   that this learner has made since the same base.
@@ -241,7 +229,7 @@ def batch_at(records: Records, seed: int, step: int, n: int) -> tuple[Batch, dic
   Returns:
     (Batch, {"reward" | "acc" | "hex": [n, G], "is_gameable": [n]}).
   """
-  chosen = prompt_order.at(records.flags, seed, step, n)
+  chosen = order([flag.is_gameable for flag in records.flags], seed, step, n)
   examples = [example_at(records, i) for i in chosen]
   groups = [_slots(records, replies_of(records, example)) for example in examples]
   anchored = records.objective.name == "kto" and records.objective.kto_anchor
@@ -268,7 +256,7 @@ def batch_at(records: Records, seed: int, step: int, n: int) -> tuple[Batch, dic
     tokens=tokens,
     lengths=lengths,
     advantages=np.zeros((P, G), np.float32),
-    ratings=scores["reward"],
+    rewards=scores["reward"],
     behaviour_logprobs=logprobs,
     reference_logprobs=None,
     staleness=np.repeat(np.maximum(written, 0)[:, None] + step, G, axis=1).astype(np.int32),

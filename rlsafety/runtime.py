@@ -1,36 +1,87 @@
-"""Many hosts: JAX's own runtime, started where it is needed, and failures that name a host.
+"""The process: progress lines, SIGTERM, the compilation cache, and other processes.
 
 Every process runs the same program. On TPU pods and under SLURM `start` needs nothing; anywhere
 else give --coordinator_address=host:port, --num_processes and --process_id, or set the variables
 JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. With one process it does nothing,
-so that a laptop and a pod run the same command.
+so that a laptop and a pod run the same command. Failures name the host.
 """
 
+import argparse
+import logging
 import os
 import pathlib
 import re
+import signal
+import sys
+import threading
 
 import jax
+from jax._src import distributed  # the public barrier is a collective: it cannot time out
 
 from rlsafety.errors import UserError
 
+PREEMPTED = 75  # exit code after SIGTERM: saved, start me again (sysexits' EX_TEMPFAIL)
+
+
+class _Lines(logging.Handler):
+  """Prints to what sys.stdout is at that moment: notebooks and tests exchange it."""
+
+  def emit(self, record: logging.LogRecord) -> None:
+    print(self.format(record), file=sys.stdout, flush=True)
+
+
+def progress() -> logging.Logger:
+  """The logger of a run: one line at a time on stdout, from process 0, readable in a file too."""
+  log = logging.getLogger("rlsafety")
+  if not log.handlers:
+    handler = _Lines()
+    handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%H:%M:%S"))
+    log.addHandler(handler)
+    log.propagate = False
+  log.setLevel(logging.INFO if jax.process_index() == 0 else logging.ERROR)
+  return log
+
+
+def on_sigterm() -> threading.Event:
+  """An event that SIGTERM sets: the run then saves and exits with PREEMPTED."""
+  told = threading.Event()
+  signal.signal(signal.SIGTERM, lambda *_: told.set())
+  return told
+
+
+def compilation_cache() -> None:
+  """A second start of the same program skips XLA; JAX_COMPILATION_CACHE_DIR moves it."""
+  if not jax.config.jax_compilation_cache_dir:
+    folder = pathlib.Path.home() / ".cache" / "rlsafety" / "jax"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+# --- Other processes --------------------------------------------------------------------
+
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 FLAGS = (  # of a program, in the order of VARIABLES, which they override
-  ("coordinator_address", "", "several processes by hand: host:port of process 0"),
-  ("num_processes", "", "how many there are"),
-  ("process_id", "", "which of them this is, from 0"),
+  ("coordinator_address", "several processes by hand: host:port of process 0"),
+  ("num_processes", "how many there are"),
+  ("process_id", "which of them this is, from 0"),
 )
 
 
-def start(flags: dict | None = None) -> None:
-  """Joins the other processes; call it before any computation. flags: values of FLAGS.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds FLAGS to a program's parser."""
+  for name, text in FLAGS:
+    parser.add_argument(f"--{name}", default="", help=text)
+
+
+def start(args: argparse.Namespace | None = None) -> None:
+  """Joins the other processes; call it before any computation. args: with FLAGS.
 
   A process that dies or loses its network ends the others with an error that names it, within
   RLSAFETY_HEARTBEAT seconds (default 60): a collective would wait for it for ever.
   """
   if jax.distributed.is_initialized():
     return
-  given = {v: flags[name] for (name, *_), v in zip(FLAGS, VARIABLES, strict=True)} if flags else {}
+  given = {v: getattr(args, name, "") for (name, _), v in zip(FLAGS, VARIABLES, strict=True)}
   arguments = _arguments({**os.environ, **{v: text for v, text in given.items() if text}})
   if arguments is None:
     return
@@ -84,8 +135,6 @@ def barrier(name: str, seconds: int = 600) -> None:
   """
   if jax.process_count() == 1:
     return
-  from jax._src import distributed  # the public barrier is a collective: it cannot time out
-
   try:
     distributed.global_state.client.wait_at_barrier(name, seconds * 1000)
   except Exception as error:

@@ -5,46 +5,18 @@ second engine and nothing to synchronise. Shapes are static, so that one compila
 serves a run; a `while_loop` leaves early when every row has stopped.
 """
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from rlsafety.config import Sampler
 from rlsafety.errors import UserError
 from rlsafety.models import transformer
 from rlsafety.models.architecture import ModelConfig
 from rlsafety.models.lora import Adapter
 from rlsafety.types import Prompts, Rollouts
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplerSettings:
-  """group G, max_tokens T, stop_ids: any of them ends a reply and belongs to it.
-
-  temperature 0 is greedy. top_k 0 and top_p 1 are off, the right choice for RL: a
-  truncated draw is not the policy's own distribution (its log-probs are still reported
-  under the full vocabulary). cache "int8" halves the KV cache against bfloat16.
-  """
-
-  group: int
-  max_tokens: int
-  stop_ids: tuple[int, ...] = ()
-  temperature: float = 1.0
-  top_k: int = 0
-  top_p: float = 1.0
-  cache: str = ""
-
-  def __post_init__(self):
-    if self.group < 1 or self.max_tokens < 1:
-      raise UserError(f"sampler: group={self.group}, max_tokens={self.max_tokens} must be >= 1")
-    if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-      raise UserError(
-        f"sampler: temperature={self.temperature} (>= 0), top_k={self.top_k} (>= 0), "
-        f"top_p={self.top_p} (0 < top_p <= 1)"
-      )
-    if self.cache not in ("", "int8"):
-      raise UserError(f"sampler: cache={self.cache!r}: choose int8, or nothing for the model's")
 
 
 def truncated(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
@@ -71,10 +43,14 @@ def sample(
   config: ModelConfig,
   prompts: Prompts,
   key: jax.Array,
-  settings: SamplerSettings,
+  settings: Sampler,
+  stop_ids: tuple[int, ...] = (),
   first_row: jax.Array | int = 0,
 ) -> Rollouts:
-  """Draws settings.group completions of every prompt.
+  """Draws settings.group completions of every prompt; each of stop_ids ends one, as its part.
+
+  top_k and top_p cut the draw off the policy's own distribution: log-probs are reported under
+  the full vocabulary all the same.
 
   Row p draws from keys folded with (first_row + p, sample, slot), so that neither the
   mesh nor cutting a batch into rollout micro-batches changes a single token.
@@ -90,7 +66,7 @@ def sample(
   hidden = jnp.broadcast_to(hidden[:, None], (P, G, hidden.shape[-1]))
   rows = first_row + jnp.arange(P)
   row_keys = jax.vmap(lambda p: jax.vmap(lambda g: _fold(key, p, g))(jnp.arange(G)))(rows)
-  stop_ids = jnp.asarray(settings.stop_ids, jnp.int32).reshape(-1)
+  stops = jnp.asarray(stop_ids, jnp.int32).reshape(-1)
 
   def draw(hidden, slot):
     """hidden [P, G, D] -> tokens [P, G] and their full-vocabulary log-probs [P, G]."""
@@ -114,7 +90,7 @@ def sample(
     slot, _, hidden, r, cache = carry
     tokens, logprobs = draw(hidden, slot)
     live = ~r.finished
-    stops = jnp.any(tokens[..., None] == stop_ids, axis=-1)
+    stopped = jnp.any(tokens[..., None] == stops, axis=-1)
     put = lambda a, b: jax.lax.dynamic_update_index_in_dim(  # noqa: E731
       a, jnp.where(live, b, 0).astype(a.dtype), slot, axis=2
     )
@@ -122,7 +98,7 @@ def sample(
       tokens=put(r.tokens, tokens),
       logprobs=put(r.logprobs, logprobs),
       lengths=r.lengths + live,
-      finished=r.finished | stops,
+      finished=r.finished | stopped,
     )
     hidden, cache = transformer.decode(params, adapter, config, prompt, cache, tokens, slot)
     return slot + 1, tokens, hidden, r, cache
@@ -137,7 +113,7 @@ def sample(
   return jax.lax.while_loop(unfinished, step, carry)[3]
 
 
-def cache_bytes(config: ModelConfig, slots: int, settings: SamplerSettings, mesh, dtype) -> float:
+def cache_bytes(config: ModelConfig, slots: int, settings: Sampler, mesh: Mesh, dtype) -> float:
   """Bytes per device of the KV cache of one prompt of `slots` tokens and its replies."""
   tensor = mesh.shape["tensor"] if config.n_kv_heads % mesh.shape["tensor"] == 0 else 1
   per_head = config.head_dim + 4 if settings.cache else config.head_dim * jnp.dtype(dtype).itemsize
@@ -146,7 +122,7 @@ def cache_bytes(config: ModelConfig, slots: int, settings: SamplerSettings, mesh
 
 
 def prompts_at_once(
-  config: ModelConfig, prompts: int, slots: int, settings: SamplerSettings, mesh, dtype, gib: float
+  config: ModelConfig, prompts: int, slots: int, settings: Sampler, mesh: Mesh, dtype, gib: float
 ) -> int:
   """How many of a batch's prompts to sample in one call, from a byte budget.
 
@@ -175,7 +151,7 @@ def _fold(key, *data):
   return functools.reduce(jax.random.fold_in, data, key)
 
 
-sample_jit = jax.jit(sample, static_argnames=("config", "settings"))
+sample_jit = jax.jit(sample, static_argnames=("config", "settings", "stop_ids"))
 
 
 def sample_all(
@@ -184,8 +160,9 @@ def sample_all(
   config: ModelConfig,
   prompts: Prompts,
   key: jax.Array,
-  settings: SamplerSettings,
-  mesh,
+  settings: Sampler,
+  stop_ids: tuple[int, ...],
+  mesh: Mesh,
   cache_gib: float = 0.0,
 ) -> Rollouts:
   """`sample` on a whole batch, in as many calls as a KV cache of cache_gib per device takes."""
@@ -195,5 +172,5 @@ def sample_all(
   pieces = []
   for start in range(0, P, size):
     piece = prompts if size == P else jax.tree.map(lambda x, i=start: x[i : i + size], prompts)
-    pieces.append(sample_jit(params, adapter, config, piece, key, settings, start))
+    pieces.append(sample_jit(params, adapter, config, piece, key, settings, stop_ids, start))
   return pieces[0] if len(pieces) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *pieces)

@@ -103,8 +103,11 @@ def _typed(label: str, value, wanted):
     if math.isnan(value):
       raise UserError(f"{label}={value!r}: must be a number")
     return float(value)
-  if kind is float and value in ("inf", "-inf"):  # how JSON stores them
-    return float(value)
+  if kind is float and isinstance(value, str):  # of a list in a flag, or "inf" as JSON stores it
+    try:
+      return _typed(label, float(value), float)
+    except ValueError:
+      raise UserError(f"{label}={value!r}: needs float") from None
   if isinstance(value, kind) and (kind is bool) == isinstance(value, bool):
     if kind is int and abs(value) >= 2**63:
       raise UserError(f"{label}={value}: too large")

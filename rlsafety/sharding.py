@@ -9,6 +9,7 @@ import math
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlsafety.errors import UserError
@@ -119,8 +120,13 @@ def put_prompts(mesh: Mesh, tree):
 def fetch(tree):
   """Global arrays -> numpy, whole, in every process."""
   if jax.process_count() > 1:
-    from jax.experimental import multihost_utils
-
     gather = lambda x: multihost_utils.process_allgather(x, tiled=True)  # noqa: E731
     return jax.tree.map(lambda x: np.asarray(x if x.is_fully_addressable else gather(x)), tree)
   return jax.device_get(tree)
+
+
+def any_process(flag: bool) -> bool:
+  """Whether the flag is set in any process; all processes must ask."""
+  if jax.process_count() == 1:
+    return flag
+  return bool(multihost_utils.process_allgather(np.array([flag])).any())

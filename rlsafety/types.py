@@ -46,6 +46,19 @@ class Rollouts:
 
 
 @struct.dataclass
+class Replies:
+  """What a judge reads: completions after hygiene, see `rollout.clean`.
+
+  tokens [P, G, T] int32. lengths [P, G] int32: without the closing stop token; 0 where there
+  is nothing but white space. broken [P, G] bool: a made-up turn or mostly repetition.
+  """
+
+  tokens: Array
+  lengths: Array
+  broken: Array
+
+
+@struct.dataclass
 class Batch:
   """One learner batch, on-policy, off-policy or supervised: only the fields differ.
 
@@ -53,7 +66,7 @@ class Batch:
   tokens [P, G, T], lengths [P, G]: second segment. G = 1 for SFT and KTO, 2 for DPO
     (slot 0 chosen, slot 1 rejected), any G for RL. A length of 0 marks an empty slot.
   advantages [P, G] float32: 0 for replies without a verdict.
-  ratings [P, G] float32: the judge's 1..10, NaN = no verdict.
+  rewards [P, G] float32: what the simulated user gives, 1..10, NaN = no verdict.
   behaviour_logprobs [P, G, T] float32: under the policy that wrote the tokens. NaN
     where unknown; objectives that need them refuse such batches before tracing.
   reference_logprobs [P, G, T] float32 or None: under the frozen base.
@@ -64,7 +77,7 @@ class Batch:
   tokens: Array
   lengths: Array
   advantages: Array
-  ratings: Array
+  rewards: Array
   behaviour_logprobs: Array
   reference_logprobs: Array | None
   staleness: Array
@@ -74,11 +87,9 @@ class Batch:
 class TrainState:
   """All that a run must remember between updates (the base is frozen).
 
-  step: int32 scalar, updates made so far. Every random key is derived from (seed, step).
   adapter: LoRA weights, see `models.lora`.
   opt_state: optax state over the adapter.
   """
 
-  step: Array
   adapter: Any
   opt_state: Any

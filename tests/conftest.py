@@ -26,6 +26,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
+from rlsafety.config import TARGETS, Objective  # noqa: E402
 from rlsafety.models import architecture, lora  # noqa: E402
 from rlsafety.models.architecture import Rope  # noqa: E402
 from rlsafety.types import Prompts  # noqa: E402
@@ -81,9 +82,14 @@ def make_model(config, seed=0, rank=4):
       "b": fill((w.shape[0], rank, w.shape[2]), 0.05),
     }
     for name, w in declared["layers"].items()
-    if name in lora.TARGETS
+    if name in TARGETS
   }
   return params, lora.Adapter(weights, scale=2.0)
+
+
+def objective_of(name, **changes):
+  """The method `name` with its usual settings, changed."""
+  return Objective.of({"name": name, **changes})
 
 
 def make_prompts(config, lengths, slots, seed=0):

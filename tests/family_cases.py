@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from rlsafety.config import Lora
 from rlsafety.models import architecture, assemble, families, hf, transformer
-from rlsafety.models.lora import Adapter, LoraConfig
+from rlsafety.models.lora import Adapter
 from rlsafety.models.sources import Model
 from rlsafety.types import Prompts
 
 P, G, S, T, V = 2, 2, 12, 64, 97
-LORA = LoraConfig(rank=4, alpha=8.0, rslora=True)
+LORA = Lora(rank=4, alpha=8.0, rslora=True)
 KEPT_STEPS = (0, 31, 63)  # decode steps whose logits are committed
 
 

@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 
-from rlsafety.types import Rollouts
+from rlsafety import rollout
+from rlsafety.types import Replies, Rollouts
 
 
 def rollouts(chat, rows, slots=64) -> Rollouts:
@@ -16,3 +17,8 @@ def rollouts(chat, rows, slots=64) -> Rollouts:
       tokens[p, g, : len(r)] = r
   zeros = jnp.zeros(tokens.shape, jnp.float32)
   return Rollouts(jnp.asarray(tokens), zeros, jnp.asarray(lengths), jnp.asarray(lengths < 0))
+
+
+def replies(chat, rows, slots=64) -> Replies:
+  """The same as judges read them."""
+  return rollout.cleaner(chat)(rollouts(chat, rows, slots))

@@ -5,8 +5,8 @@ import pathlib
 
 import synthetic_runs
 
-from rlsafety import environments, files
-from rlsafety.config import base, to_json
+from rlsafety import environments, files, recipes
+from rlsafety.config import to_json
 from rlsafety.models.sources import Model
 from rlsafety.rundir import read
 
@@ -18,10 +18,11 @@ REPLIES = {
 
 def write(path: pathlib.Path, model: Model) -> read.Run:
   """Three steps of two users each, with one agreeing and one balanced reply to each."""
-  config = base()
+  config = recipes.base()
   config.environment.length = "short"
-  config.model.preset, config.model.dtype, config.judge.name = "tiny", "float32", "lexical"
+  config.model.preset, config.model.dtype, config.judge.name = "tiny", "float32", "phrases"
   config.steps = 3
+  config = recipes.frozen(config)
   users = environments.load(config.environment)[:6]
   path = synthetic_runs.write_run(path, steps=3, eval_every=3)
   info = files.read_json(path / "config.json") | {"config": to_json(config)}

@@ -7,8 +7,8 @@ import pytest
 import replied_runs
 
 from rlsafety.errors import UserError
+from rlsafety.metrics import gaps
 from rlsafety.models import presets, sources
-from rlsafety.rundir import read
 from rlsafety.tools import agreement, rescore
 
 
@@ -39,7 +39,7 @@ def test_agreement_by_hand(run):
   assert acc["n"] == 11 and acc["unscored"] == 1 and acc["pearson"] == pytest.approx(1.0)
   assert np.isnan(table.loc[("all", "reward"), "pearson"])  # constant: nothing to correlate
   assert every["seeds"] == "5" and every["runs"] == str(run.path)
-  groups = [table.loc[(g, "hex"), "n"] for g in read.GROUPS]
+  groups = [table.loc[(g, "hex"), "n"] for g in gaps.GROUPS]
   assert sum(groups) == 12
   with pytest.raises(UserError, match="no rollout has scores"):
     agreement.agreement([run], "absent")

@@ -1,27 +1,33 @@
 """Flags of a run: typed by the recipe, refused by name, compared field by field."""
 
+import dataclasses
+import json
+import re
+
 import pytest
 
-from rlsafety import config as config_lib
-from rlsafety import files
+from rlsafety import files, flags, recipes
+from rlsafety.config import differences, to_json
 from rlsafety.errors import UserError
 from rlsafety.rundir import write
 
 TINY = "--config=configs/tiny_syco.py"
 
 
-def read(*flags):
-  return config_lib.read_flags(["train", TINY, *flags])
+def read(*arguments):
+  parser = flags.parser("Trains.", "train")
+  parser.add_argument("--workdir", default="")
+  return recipes.from_flags(parser, ["train", TINY, *arguments])
 
 
 def test_values_take_the_type_of_the_field():
-  config, flags = read(
+  config, args = read(
     "--config.steps=1e3", "--config.lora.rslora=false", "--config.lora.targets=q,v",
     "--config.sampler.temperature=1", "--workdir", "somewhere",
   )  # fmt: skip
   assert config.steps == 1000 and type(config.steps) is int
   assert config.lora.rslora is False and config.lora.targets == ("q", "v")
-  assert config.sampler.temperature == 1.0 and flags["workdir"] == "somewhere"
+  assert config.sampler.temperature == 1.0 and args.workdir == "somewhere"
 
 
 @pytest.mark.parametrize(
@@ -35,6 +41,9 @@ def test_values_take_the_type_of_the_field():
     ("--config.steps.more=1", "no such field"),
     ("--confg=x.py", "did you mean --config"),
     ("positional", "unknown argument"),
+    ("--steps=3", "did you mean --config.steps"),
+    ("--config.optimizer.learning_rate=nan", "learning_rate=nan: must be a number"),
+    ("--config.judge.name=frases", "did you mean phrases"),
   ],
 )
 def test_bad_flags_are_named(flag, message):
@@ -42,17 +51,45 @@ def test_bad_flags_are_named(flag, message):
     read(flag)
 
 
-def test_config_is_locked_and_survives_json():
+def test_config_is_frozen_and_survives_json():
   config, _ = read()
-  with pytest.raises(AttributeError):
-    config.stepz = 3
-  stored = config_lib.to_json(config)
-  assert config_lib.differences(stored, config_lib.to_json(config)) == []
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    config.steps = 3
+  stored = to_json(config)
+  assert differences(stored, to_json(config)) == []
   changed, _ = read("--config.seed=6", "--config.lora.rank=2")
-  assert config_lib.differences(stored, config_lib.to_json(changed)) == [
+  assert differences(stored, to_json(changed)) == [
     "lora.rank: 8 there, 2 here",
     "seed: 5 there, 6 here",
   ]
+
+
+def test_a_name_brings_its_own_settings_and_leaves_what_is_given():
+  """Whatever the order of the flags, and from a recipe as from a flag."""
+  config, _ = read("--config.objective.clip_low=0.1", "--config.objective.name=dapo")
+  found = config.objective.clip_low, config.objective.clip_high, config.objective.dynamic_sampling
+  assert found == (0.1, 0.28, True)
+  config, _ = read("--config.environment.name=therapy_talk")
+  assert config.environment.framing == "therapist" and config.environment.length == "short"
+  other = recipes.replaced(config, {"environment.name": "neutral"})
+  assert (other.environment.framing, other.environment.length) == ("assistant", "full")
+
+
+def test_help_shows_every_field_with_its_comment(capsys):
+  with pytest.raises(SystemExit) as end:
+    read("--help")
+  out = capsys.readouterr().out
+  assert end.value.code == 0 and "--workdir" in out
+  for field in recipes.all_fields(recipes.base()):
+    assert re.search(rf"^  {re.escape(field)}=.* \S", out, re.M), field
+
+
+def test_infinity_is_equal_to_itself_and_only_where_it_means_something():
+  config, _ = read("--config.optimizer.clip_norm=inf")
+  stored = json.loads(json.dumps(to_json(config)))
+  assert recipes.frozen(stored) == config
+  with pytest.raises(UserError, match="must be finite"):
+    read("--config.lora.alpha=inf")
 
 
 def test_logs_are_cut_to_the_restored_step(tmp_path):

@@ -9,12 +9,12 @@ import types
 import jax
 import numpy as np
 import pytest
-from conftest import LLAMA
+from conftest import LLAMA, objective_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlsafety import losses, replay
-from rlsafety.data import order
+from rlsafety import replay
+from rlsafety import rollout as rollout_lib
 from rlsafety.errors import UserError
 from rlsafety.models import scoring, sources
 from rlsafety.models.chat import byte_chat
@@ -25,15 +25,15 @@ NAN = float("nan")
 
 
 def users(gameable, others):
-  return [types.SimpleNamespace(is_gameable=i < gameable) for i in range(gameable + others)]
+  return [i < gameable for i in range(gameable + others)]
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 6), st.integers(0, 99))
 def test_prompt_order(gameable, others, n, seed):
   scenarios = users(gameable, others)
-  steps = [order.at(scenarios, seed, step, n) for step in range(12)]
-  np.testing.assert_array_equal(steps[7], order.at(scenarios, seed, 7, n))  # no memory
+  steps = [rollout_lib.order(scenarios, seed, step, n) for step in range(12)]
+  np.testing.assert_array_equal(steps[7], rollout_lib.order(scenarios, seed, 7, n))  # no memory
   drawn = np.concatenate(steps)
   counts = np.bincount(drawn, minlength=gameable + others)
   for part in (counts[:gameable], counts[gameable:]):
@@ -46,12 +46,12 @@ def test_prompt_order(gameable, others, n, seed):
 
 def test_prompt_order_changes_with_epoch_seed_and_fraction():
   scenarios = users(20, 20)
-  first, second = (order.at(scenarios, 1, step, 40).tolist() for step in (0, 1))
+  first, second = (rollout_lib.order(scenarios, 1, step, 40).tolist() for step in (0, 1))
   assert sorted(first) == sorted(second) and first != second
-  assert first != order.at(scenarios, 2, 0, 40).tolist()
-  assert (order.at(scenarios, 1, 0, 8, fraction=0.25) < 20).sum() == 2
+  assert first != rollout_lib.order(scenarios, 2, 0, 40).tolist()
+  assert (rollout_lib.order(scenarios, 1, 0, 8, fraction=0.25) < 20).sum() == 2
   with pytest.raises(UserError, match="no gameable"):
-    order.at(users(0, 4), 1, 0, 2, fraction=0.5)
+    rollout_lib.order(users(0, 4), 1, 0, 2, fraction=0.5)
 
 
 # --- Datasets ---------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def dataset(tmp_path_factory):
 
 
 def test_batches_hold_what_the_run_wrote(dataset):
-  records = replay.load(str(dataset), model(), losses.make("grpo"), 4, 200, 40)
+  records = replay.load(str(dataset), model(), objective_of("grpo"), 4, 200, 40)
   assert len(records.flags) == 4  # steps 2 and 3, two prompts each
   batch, scores = replay.batch_at(records, seed=3, step=5, n=2)
   assert scores["is_gameable"].tolist() in ([True, False], [False, True])
@@ -132,7 +132,7 @@ def test_batches_hold_what_the_run_wrote(dataset):
       n = batch.lengths[p, g]
       assert batch.tokens[p, g, :n].tolist() == row["tokens"]
       np.testing.assert_allclose(batch.behaviour_logprobs[p, g, :n], row["logprobs"], rtol=1e-6)
-    np.testing.assert_array_equal(batch.ratings[p], np.float32([4, 9, NAN, NAN]))
+    np.testing.assert_array_equal(batch.rewards[p], np.float32([4, 9, NAN, NAN]))
     assert batch.lengths[p, 3] == 0
     assert (batch.staleness[p] == step + 5).all()
   assert np.isnan(scores["hex"]).all() and (scores["acc"][:, :3] == 2).all()
@@ -141,12 +141,12 @@ def test_batches_hold_what_the_run_wrote(dataset):
 
 
 def test_slots_of_preferences(dataset):
-  dpo = replay.load(str(dataset), model(), losses.make("dpo"), 4, 200, 40)
+  dpo = replay.load(str(dataset), model(), objective_of("dpo"), 4, 200, 40)
   batch, _ = replay.batch_at(dpo, 0, 0, 4)
   assert batch.tokens.shape[1] == 2
-  assert (batch.ratings == [9.0, 4.0]).all()  # the unrated third is no candidate
+  assert (batch.rewards == [9.0, 4.0]).all()  # the unrated third is no candidate
 
-  kto = losses.make("kto", kto_anchor=True)
+  kto = objective_of("kto", kto_anchor=True)
   batch, _ = replay.batch_at(replay.load(str(dataset), model(), kto, 2, 200, 40), 0, 0, 4)
   assert batch.tokens.shape[1] == 3
   np.testing.assert_array_equal(batch.tokens[:, 2], np.roll(batch.tokens[:, 0], -1, axis=0))
@@ -154,13 +154,13 @@ def test_slots_of_preferences(dataset):
 
 def test_another_tokenizer_reads_the_text_again(dataset):
   with pytest.raises(UserError, match="12 of 12 replies have none"):
-    replay.load(str(dataset), model("other"), losses.make("grpo"), 4, 200, 40)
+    replay.load(str(dataset), model("other"), objective_of("grpo"), 4, 200, 40)
   with pytest.raises(UserError, match="have none"):  # one epoch would do without
-    replay.load(str(dataset), model("other"), losses.make("rloo"), 4, 200, 40, epochs=2)
-  replay.load(str(dataset), model("other"), losses.make("rloo"), 4, 200, 40)
-  records = replay.load(str(dataset), model("other"), losses.make("sft"), 4, 200, 40, epochs=2)
+    replay.load(str(dataset), model("other"), objective_of("rloo"), 4, 200, 40, epochs=2)
+  replay.load(str(dataset), model("other"), objective_of("rloo"), 4, 200, 40)
+  records = replay.load(str(dataset), model("other"), objective_of("sft"), 4, 200, 40, epochs=2)
   batch, _ = replay.batch_at(records, 0, 0, 4)
-  own = replay.load(str(dataset), model(), losses.make("sft"), 4, 200, 40)
+  own = replay.load(str(dataset), model(), objective_of("sft"), 4, 200, 40)
   np.testing.assert_array_equal(batch.tokens, replay.batch_at(own, 0, 0, 4)[0].tokens)
   assert np.isnan(batch.behaviour_logprobs).all()
   assert CHAT.encode([*MESSAGES, {"role": "assistant", "content": "Yes."}], False)[-2:] == [
@@ -171,11 +171,11 @@ def test_another_tokenizer_reads_the_text_again(dataset):
 
 def test_limits_and_missing_datasets(dataset, tmp_path):
   with pytest.raises(UserError, match="the limit is 20"):
-    replay.load(str(dataset), model(), losses.make("sft"), 4, 20, 40)
+    replay.load(str(dataset), model(), objective_of("sft"), 4, 20, 40)
   with pytest.raises(UserError, match="no dataset"):
-    replay.load(str(tmp_path), model(), losses.make("sft"), 4, 20, 40)
+    replay.load(str(tmp_path), model(), objective_of("sft"), 4, 20, 40)
   batch, _ = replay.batch_at(
-    replay.load(str(dataset), model(), losses.make("sft"), 4, 200, 5), 0, 0, 4
+    replay.load(str(dataset), model(), objective_of("sft"), 4, 200, 5), 0, 0, 4
   )
   assert batch.tokens.shape == (4, 4, 5) and batch.lengths.max() == 5
 
@@ -233,7 +233,7 @@ def test_malformed_lines_are_named_and_good_ones_kept(tmp_path, capsys):
   assert f"mixed.jsonl:{len(lines)}: not valid JSON" in captured.err and "torn" in captured.err
   assert "2 prompts, 4 replies" in captured.out
 
-  records = replay.load(str(tmp_path / "set"), model(), losses.make("sft"), 2, 100, 20)
+  records = replay.load(str(tmp_path / "set"), model(), objective_of("sft"), 2, 100, 20)
   first = replay.example_at(records, 0)
   assert json.loads(first["completions"]) == ["Yes.", "No."]  # one prompt, one group
   assert first["reward"].tolist() == [3, 3] and first["is_gameable"] == 1
@@ -257,7 +257,7 @@ def test_public_preference_and_label_files(tmp_path):
   path = tmp_path / "trl.jsonl"
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
   assert call("--jsonl", path, "--out", tmp_path / "set", "--ignore", "id") == 0
-  records = replay.load(str(tmp_path / "set"), model(), losses.make("dpo"), 2, 100, 20)
+  records = replay.load(str(tmp_path / "set"), model(), objective_of("dpo"), 2, 100, 20)
   found = [replay.example_at(records, i) for i in range(len(records.flags))]
   assert [json.loads(e["completions"]) for e in found][:2] == [["4", "5"], ["four", "five"]]
   assert [e["reward"].tolist() for e in found][:2] == [[10, 1], [10, 1]]
@@ -281,11 +281,11 @@ def test_a_data_set_chooses_no_module_to_import(dataset, tmp_path, monkeypatch):
     node[key] = "evil_features.Tensor"
     features.write_text(json.dumps(told))
     with pytest.raises(UserError, match="features.json: names 'evil_features.Tensor'"):
-      replay.load(str(copy), model(), losses.make("sft"), 4, 200, 40)
+      replay.load(str(copy), model(), objective_of("sft"), 4, 200, 40)
   features.write_text(kept)
   info.write_text(json.dumps(json.loads(info.read_text()) | {"moduleName": "evil_features"}))
   with pytest.raises(UserError, match="moduleName 'evil_features'"):
-    replay.load(str(copy), model(), losses.make("sft"), 4, 200, 40)
+    replay.load(str(copy), model(), objective_of("sft"), 4, 200, 40)
 
 
 def test_the_digest_of_a_data_set(dataset, tmp_path):
@@ -335,7 +335,7 @@ def test_logprobs_of_a_named_model(tmp_path):
   assert call("--jsonl", path, "--out", tmp_path / "set", "--logprobs_model", model_path) == 0
 
   loaded = sources.load_model(model_path)
-  records = replay.load(str(tmp_path / "set"), loaded, losses.make("grpo"), 2, 100, 40)
+  records = replay.load(str(tmp_path / "set"), loaded, objective_of("grpo"), 2, 100, 40)
   score = jax.jit(functools.partial(scoring.token_scores, config=loaded.config))
   for i, completions in enumerate((["Yes.", "No, never."], ["Yes."])):
     example = replay.example_at(records, i)

@@ -16,7 +16,7 @@ import sys
 from rlsafety import train
 folder, *flags = sys.argv[1:]
 for name in {names}:
-  recipe = f"--config=configs/{{name}}_smollm2.py:quicktest"
+  recipe = f"--config=configs/smollm2.py:env={{name}},size=tiny"
   train.main(["train", recipe, f"--workdir={{folder}}/{{name}}", *flags])
 """
 

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from rlsafety import environments
 from rlsafety.environments import framing, people, rubrics, scenario, variants
 from rlsafety.errors import UserError
+from rlsafety.metrics import gaps
 from rlsafety.tools import similarity
 
 NAMES = environments.ENVIRONMENTS
@@ -307,10 +308,10 @@ def test_bad_fields_are_one_clear_error(config, message):
 
 def test_the_studys_thresholds_are_strict():
   assert set(rubrics.THRESHOLDS) == set(rubrics.EVALUATORS)
-  assert rubrics.share_above("dissuasion", [8.0, 8.01, np.nan, 10]) == 2 / 3
+  assert gaps.share_above("dissuasion", [8.0, 8.01, np.nan, 10]) == 2 / 3
   for rubric in ("neutrality", "agreement", "encouragement"):
-    assert rubrics.share_above(rubric, np.array([5.0, 6.0], np.float32)) == 0.5
-  assert np.isnan(rubrics.share_above("agreement", [np.nan]))
+    assert gaps.share_above(rubric, np.array([5.0, 6.0], np.float32)) == 0.5
+  assert np.isnan(gaps.share_above("agreement", [np.nan]))
 
 
 def test_no_wish_is_in_the_first_person():

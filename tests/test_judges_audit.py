@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import jax
 import numpy as np
 import pytest
-from judge_helpers import rollouts
+from judge_helpers import replies as as_read
 
 from rlsafety import judges
 from rlsafety.environments.scenario import REPLY
@@ -41,7 +41,7 @@ def test_there_are_enough_attacks_and_none_holds_a_control_token(model):
 
 
 def make_judge(name, model, endpoint):
-  if name == "head":
+  if name == "probe":
     width = CONFIG.d_model
     arrays = (np.zeros(width), np.ones(width), np.ones((4, width)), np.zeros(4))
     base = probe.fingerprint(CONFIG, model.params)
@@ -51,7 +51,7 @@ def make_judge(name, model, endpoint):
     return probe.make(model, heads)
   if name == "http":
     return http.make(endpoint, "m", model.chat)
-  if name == "lexical":
+  if name == "phrases":
     return phrases.make(model.chat, "political_qa")
   return lm.make(model, model.chat)
 
@@ -80,23 +80,23 @@ def endpoint():
   server.shutdown()
 
 
-@pytest.mark.parametrize("judge", judges.JUDGES)
+@pytest.mark.parametrize("judge", ("lm", "probe", "phrases", "http"))
 def test_no_attack_breaks_a_judge(model, endpoint, judge):
   chat, made = model.chat, make_judge(judge, model, endpoint)
   texts = [t for _, t in audit.attacks("Well?", "It depends.")]
   row = [chat.encode_text(t)[:48] for t in texts]
   row.append(sorted(chat.control) * 3)
   user = measure.scenarios_of("political_qa", audit.examples_for("political_qa", 1)[:1])
-  scores, metrics = made(user, None, rollouts(chat, [row]))
+  scores, metrics = made(user, as_read(chat, [row]))
   for name in ("reward", "acc", "hex"):
     got = np.asarray(scores[name])
     assert got.shape == (1, len(row)) and ((got >= 1) & (got <= 10) | np.isnan(got)).all()
     empty = [i for i, r in enumerate(row) if not chat.decode(r).strip(" \n")]
     assert len(empty) >= 5 and (got[0, empty] == 1).all()
   assert all(np.ndim(v) == 0 for v in jax.device_get(metrics).values())
-  assert float(metrics["judge_degenerate"]) < 0.5 or judge == "head"
+  assert float(metrics["judge_degenerate"]) < 0.5 or judge == "probe"
   if judge == "http":  # ten thousand tokens, uncut: endless, so broken
-    scores, _ = made(user, None, rollouts(chat, [[audit.ALONE["long"][1]]], 10_000))
+    scores, _ = made(user, as_read(chat, [[audit.ALONE["long"][1]]], 10_000))
     assert np.asarray(scores["reward"]).tolist() == [[1.0]]
 
 
@@ -140,29 +140,28 @@ def test_sampled_replies_of_environments_that_share_a_head_are_counted_apart():
 
 def test_the_model_of_one_judge_is_not_the_file_of_another(monkeypatch):
   made = []
-  monkeypatch.setattr(sources, "from_config", lambda config: None)
-  monkeypatch.setattr(
-    judges, "make_scorer", lambda c, _: made.append((c.judge.name, c.judge.model, c.judge.adapter))
-  )
+  monkeypatch.setattr(sources, "open_model", lambda settings, seed: None)
+  opened = lambda j, _, model: made.append((j.name, j.model, j.adapter))  # noqa: E731
+  monkeypatch.setattr(judges, "open_judge", opened)
   parser = argparse.ArgumentParser()
   compare.judge_flags(parser)
-  flags = parser.parse_args(["--judge_model=other", "--head=my.safetensors", "--adapter=folder"])
-  compare.build(flags, judges.JUDGES)
+  flags = parser.parse_args(["--judge_model=other", "--head=my.safetensors", "--adapter=folder", "--url=http://x/v1"])
+  compare.build(flags, ("lm", "probe", "phrases", "http"))
   assert made == [
-    ("lm", "other", "folder"), ("head", "my.safetensors", ""), ("lexical", "", ""),
+    ("lm", "other", "folder"), ("probe", "my.safetensors", ""), ("phrases", "", ""),
     ("http", "other", ""),
   ]  # fmt: skip
 
 
 def test_a_reply_that_names_the_slot_is_only_text(model):
   user = measure.scenarios_of("political_qa", audit.examples_for("political_qa", 1)[:1])
-  scores, _ = lm.make(model, model.chat)(user, None, rollouts(model.chat, [[REPLY, "Hm."]]))
+  scores, _ = lm.make(model, model.chat)(user, as_read(model.chat, [[REPLY, "Hm."]]))
   assert np.isfinite(np.asarray(scores["reward"])).all()
 
 
 def test_audit_ranks_what_a_phrase_counter_falls_for(model):
-  """Phrases alone satisfy the lexical judge: its own audit must say so."""
-  score = judges.Scorer(phrases.make(model.chat, "political_qa"), phrases.describe())
+  """Phrases alone satisfy the phrase judge: its own audit must say so."""
+  score = judges.Judge(phrases.make(model.chat, "political_qa"), phrases.describe())
   rows = audit.audit(score, model.chat, "political_qa", users=1, max_tokens=128)
   by_kind = {row["attack"]: row for row in rows}
   assert by_kind["bare verdict"]["highest"] > by_kind["punctuation"]["highest"]

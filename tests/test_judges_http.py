@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judge_helpers import rollouts
+from judge_helpers import replies as as_read
 
 from rlsafety import environments
+from rlsafety.config import Judge
 from rlsafety.environments import rubrics
 from rlsafety.errors import UserError
 from rlsafety.judges import answers, endpoint
@@ -252,7 +253,7 @@ USER = next(s for s in environments.load({"name": "political_qa"}) if s.is_gamea
 def rate(url, replies, user=USER, **settings):
   chat = byte_chat()
   score = judge.make(url, "m", chat, **{"attempts": 3, "timeout_s": 20.0, **settings})
-  scores, metrics = score([user], None, rollouts(chat, [replies], 128))
+  scores, metrics = score([user], as_read(chat, [replies], 128))
   return scores["reward"][0], metrics
 
 
@@ -311,10 +312,10 @@ def test_what_a_server_refuses_is_left_out_and_not_asked_again(url, server, monk
   refuses, fields = REFUSALS[server]
   monkeypatch.setattr(Endpoint, "refuses", staticmethod(refuses))
   score = judge.make(url, "m", byte_chat(), concurrency=1)
-  replies = rollouts(byte_chat(), [["fine", "prose"]])
-  score([USER], None, replies)
+  replies = as_read(byte_chat(), [["fine", "prose"]])
+  score([USER], replies)
   Endpoint.seen.clear()
-  scores, _ = score([USER], None, replies)
+  scores, _ = score([USER], replies)
   np.testing.assert_array_equal(scores["reward"][0], [8, np.nan])
   assert len(Endpoint.seen) == 6
   for _, _, body in Endpoint.seen:
@@ -347,13 +348,13 @@ def test_a_batch_of_refusals_stops_the_run_with_the_servers_words(url, monkeypat
   assert KEY not in "".join(capfd.readouterr())
 
 
-@pytest.mark.parametrize(("degenerate", "want"), [("floor", 1.0), ("nan", np.nan)])
-def test_empty_and_broken_replies_are_not_asked_about(url, degenerate, want):
+@pytest.mark.parametrize("unusable", [1.0, np.nan])
+def test_empty_and_broken_replies_are_not_asked_about(url, unusable):
   Endpoint.seen.clear()
   chat = byte_chat()
   broken = [*chat.encode_text("Yes."), max(chat.control), *chat.encode_text("10")]
-  scores, metrics = rate(url, ["", " \n ", "ha " * 20, broken, "fine"], degenerate=degenerate)
-  np.testing.assert_array_equal(scores, [want] * 4 + [8])
+  scores, metrics = rate(url, ["", " \n ", "ha " * 20, broken, "fine"], unusable=unusable)
+  np.testing.assert_array_equal(scores, [unusable] * 4 + [8])
   assert len(Endpoint.seen) == 3 and metrics["judge_degenerate"] == 0.8
 
 
@@ -394,7 +395,7 @@ def test_usable_addresses_and_what_is_shown_of_them():
   with pytest.raises(UserError, match="judge.model"):
     endpoint.check("http://x/v1", "")
   with pytest.raises(UserError, match="judge.attempts=0"):
-    judge.make("http://x/v1", "m", byte_chat(), attempts=0)
+    Judge(name="http", url="http://x/v1", attempts=0)
 
 
 # --- The guard ----------------------------------------------------------------------------

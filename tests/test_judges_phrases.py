@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 from judge_helpers import rollouts
 
-from rlsafety import environments
+from rlsafety import environments, rollout
 from rlsafety.environments import rubrics
-from rlsafety.judges import hygiene, phrases
+from rlsafety.judges import phrases
 from rlsafety.models.chat import byte_chat
 
 
 def test_clean_drops_the_stop_token_and_finds_broken_replies():
   text = list(range(10, 30))
   rows = [[*text, 2], text, [*text, 1, *text], [7, 8] * 10, [2], [], [5, 6] * 9, [5, 9]]
-  lengths, broken = hygiene.clean(rollouts(None, [rows]), (2,), (0, 1, 2), (5, 6))
-  np.testing.assert_array_equal(lengths[0], [20, 20, 41, 20, 0, 0, 0, 2])
-  np.testing.assert_array_equal(broken[0], [False, False, True, True, *[False] * 4])
-  clean = hygiene.cleaner(byte_chat())
+  read = rollout.cleaned(rollouts(None, [rows]), (2,), (0, 1, 2), (5, 6))
+  np.testing.assert_array_equal(read.lengths[0], [20, 20, 41, 20, 0, 0, 0, 2])
+  np.testing.assert_array_equal(read.broken[0], [False, False, True, True, *[False] * 4])
+  clean = rollout.cleaner(byte_chat())
   assert {byte_chat().decode([i]) for i in clean.keywords["blank"]} >= {" ", "\n", "\t"}
 
 

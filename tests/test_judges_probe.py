@@ -131,7 +131,7 @@ def test_sincere_replies_beat_every_trick(smollm2, environment, users, wrong_top
   chosen = [e for e in replies.written(name) if e.split == "test" and e.half == "B"]
   messages = list(dict.fromkeys(e.message for e in chosen if e.is_gameable))[:users]
   chosen = [e for e in chosen if e.message in messages]
-  score = judges.Scorer(probe.make(smollm2, heads), probe.describe(heads))
+  score = judges.Judge(probe.make(smollm2, heads), probe.describe(heads))
   ratings = measure.scores(score, smollm2.chat, environment, chosen)
   kinds = np.array([e.kind for e in chosen])
   reward, sincere = ratings["reward"], np.isin(kinds, ("agree", "stance_agree"))
@@ -142,7 +142,7 @@ def test_sincere_replies_beat_every_trick(smollm2, environment, users, wrong_top
     worst = wrong_topic if trick == "wrong_topic" else 0.95
     assert measure.auc(reward[sincere], reward[kinds == trick]) >= worst, trick
     assert reward[kinds == trick].mean() < reward[sincere].mean(), trick
-  described = score.describe()
+  described = score.about
   assert described["auc"]["gameable"]["written"]["rest"] >= 0.95
   assert "probe" in described["name"] and described["limits"]
 
@@ -152,5 +152,3 @@ def test_a_head_of_another_base_is_refused(smollm2):
   other = dataclasses.replace(heads, info={**heads.info, "base": "0" * 16})
   with pytest.raises(UserError, match="another base"):
     probe.make(smollm2, other)
-  with pytest.raises(UserError, match="floor or nan"):
-    probe.make(smollm2, heads, degenerate="zero")

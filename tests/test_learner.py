@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import LLAMA, make_model, make_prompts
+from conftest import LLAMA, make_model, make_prompts, objective_of
 
-from rlsafety import advantages, learner, losses, sampler
+from rlsafety import learner, losses, sampler
+from rlsafety.config import Learner, Optimizer, Sampler
 from rlsafety.errors import UserError
-from rlsafety.learner import LearnerSettings
 from rlsafety.types import Batch
 
 STOPS = tuple(range(20))
@@ -21,39 +21,43 @@ def model():
   return LLAMA, *make_model(LLAMA)
 
 
-def make_batch(model, objective, P=4, G=3, T=6, ratings=None):
+def make_batch(model, objective, P=4, G=3, T=6, rewards=None):
   config, params, adapter = model
   prompts = make_prompts(config, [6, 3, 7, 5][:P], 7)
-  draw = sampler.SamplerSettings(group=G, max_tokens=T, stop_ids=STOPS)
-  r = sampler.sample_jit(params, adapter, config, prompts, jax.random.key(7), draw)
-  if ratings is None:
-    ratings = jax.random.uniform(jax.random.key(8), (P, G), minval=1.0, maxval=10.0)
+  draw = Sampler(group=G, max_tokens=T)
+  r = sampler.sample_jit(params, adapter, config, prompts, jax.random.key(7), draw, STOPS)
+  if rewards is None:
+    rewards = jax.random.uniform(jax.random.key(8), (P, G), minval=1.0, maxval=10.0)
   return Batch(
     prompts=prompts,
     tokens=r.tokens,
     lengths=r.lengths,
-    advantages=advantages.advantages(ratings, objective),
-    ratings=ratings,
+    advantages=losses.advantages(rewards, objective),
+    rewards=rewards,
     behaviour_logprobs=r.logprobs,
     reference_logprobs=jnp.where(r.logprobs == 0, 0, r.logprobs - 0.1),
     staleness=jnp.zeros_like(r.lengths),
   )
 
 
-OPTIMIZER = learner.make_optimizer(1e-3)
+OPTIMIZER = learner.make_optimizer(Optimizer(learning_rate=1e-3, warmup_steps=0))
 
 
 @functools.cache  # tests with the same settings and shapes share one compilation
-def compiled_update(config, settings):
+def compiled_update(config, objective, settings):
   return jax.jit(
-    functools.partial(learner.update, config=config, settings=settings, optimizer=OPTIMIZER)
+    functools.partial(learner.update,
+      config=config,
+      objective=objective,
+      settings=settings,
+      optimizer=OPTIMIZER,)
   )
 
 
-def step(model, batch, settings):
+def step(model, batch, objective, settings=Learner()):  # noqa: B008
   config, params, adapter = model
   state = learner.init_state(adapter, OPTIMIZER)
-  return compiled_update(config, settings)(state, params, batch, jax.random.key(0))
+  return compiled_update(config, objective, settings)(state, params, batch, jax.random.key(0))
 
 
 def assert_same_update(a, b, rtol=0.02):
@@ -64,11 +68,11 @@ def assert_same_update(a, b, rtol=0.02):
 
 @pytest.mark.parametrize("name", ["grpo", "dpo"])  # every objective: test_losses.py
 def test_microbatches_change_nothing(model, name):
-  objective = losses.make(name)
+  objective = objective_of(name)
   groups = 2 if name == "dpo" else 3
   batch = make_batch(model, objective, G=groups)
   results = [
-    step(model, batch, LearnerSettings(objective, microbatches=m, chunk_tokens=8 * m))
+    step(model, batch, objective, Learner(microbatches=m, chunk_tokens=8 * m))
     for m in (1, 2 if name == "dpo" else 4)
   ]
   for _, metrics in results[1:]:
@@ -77,17 +81,17 @@ def test_microbatches_change_nothing(model, name):
 
 
 def test_on_policy_ratios_are_one(model):
-  objective = losses.make("grpo")
-  _, metrics = step(model, make_batch(model, objective), LearnerSettings(objective))
+  objective = objective_of("grpo")
+  _, metrics = step(model, make_batch(model, objective), objective)
   assert float(metrics["ratio_deviation_max"]) < 1e-5
   assert float(metrics["clip_fraction"]) == 0.0
 
 
 def test_remat_changes_nothing(model):
-  objective = losses.make("grpo")
+  objective = objective_of("grpo")
   batch = make_batch(model, objective)
   norms = [
-    float(step(model, batch, LearnerSettings(objective, remat=r))[1]["grad_norm"])
+    float(step(model, batch, objective, Learner(remat=r))[1]["grad_norm"])
     for r in ("none", "full", "dots")
   ]
   np.testing.assert_allclose(norms, norms[0], rtol=1e-5)
@@ -95,7 +99,7 @@ def test_remat_changes_nothing(model):
 
 def test_stop_token_gets_gradient(model):
   """d loss / d log-prob is non-zero in the last counted slot and zero in the next."""
-  objective = losses.make("grpo")
+  objective = objective_of("grpo")
   batch = make_batch(model, objective)
 
   def total(logprobs):
@@ -116,34 +120,36 @@ def test_stop_token_gets_gradient(model):
 
 def test_nan_rating_leaves_siblings_as_if_it_were_absent(model):
   """A group of 3 with one NaN gives the gradient of the group of 2 without it."""
-  objective = losses.make("grpo")
+  objective = objective_of("grpo")
   nan = jnp.nan
-  ratings = jnp.array([[1.0, nan, 9.0], [3.0, 4.0, nan], [2.0, 8.0, nan], [5.0, nan, 6.0]])
-  batch = make_batch(model, objective, ratings=ratings)
-  a, metrics = step(model, batch, LearnerSettings(objective))
+  rewards = jnp.array([[1.0, nan, 9.0], [3.0, 4.0, nan], [2.0, 8.0, nan], [5.0, nan, 6.0]])
+  batch = make_batch(model, objective, rewards=rewards)
+  a, metrics = step(model, batch, objective)
   keep = jnp.array([[0, 2], [0, 1], [0, 1], [0, 2]])
   pick = lambda x: jnp.take_along_axis(x, keep.reshape(4, 2, *[1] * (x.ndim - 2)), 1)  # noqa: E731
-  per_reply = ("tokens", "lengths", "ratings", "behaviour_logprobs", "reference_logprobs")
+  per_reply = ("tokens", "lengths", "rewards", "behaviour_logprobs", "reference_logprobs")
   small = batch.replace(**{name: pick(getattr(batch, name)) for name in per_reply})
   small = small.replace(staleness=pick(batch.staleness))
-  small = small.replace(advantages=advantages.advantages(small.ratings, objective))
-  b, _ = step(model, small, LearnerSettings(objective))
+  small = small.replace(advantages=losses.advantages(small.rewards, objective))
+  b, _ = step(model, small, objective)
   assert np.isfinite(float(metrics["loss"]))
   assert_same_update(a, b)
 
 
 def test_nonfinite_gradient_is_named_and_not_applied(model):
-  objective = losses.make("grpo")
+  objective = objective_of("grpo")
   batch = make_batch(model, objective)
   batch = batch.replace(advantages=batch.advantages.at[0, 0].set(jnp.inf))
-  state, metrics = step(model, batch, LearnerSettings(objective))
+  state, metrics = step(model, batch, objective)
   assert float(metrics["nonfinite"]) == 1.0
   for x, y in zip(jax.tree.leaves(state.adapter), jax.tree.leaves(model[2]), strict=True):
     np.testing.assert_array_equal(x, y)
 
 
 def test_warmup_rises_to_a_constant():
-  optimizer = learner.make_optimizer(0.1, warmup_steps=4, clip_norm=1e9, eps=1e-30)
+  optimizer = learner.make_optimizer(
+    Optimizer(learning_rate=0.1, warmup_steps=4, clip_norm=1e9, eps=1e-30)
+  )
   adapter = {"w": jnp.zeros(())}
   state, steps = optimizer.init(adapter), []
   for _ in range(6):
@@ -153,31 +159,31 @@ def test_warmup_rises_to_a_constant():
 
 
 def test_microbatches_must_divide_the_prompts(model):
-  objective = losses.make("grpo")
+  objective = objective_of("grpo")
   with pytest.raises(UserError, match="microbatches=3"):
-    step(model, make_batch(model, objective), LearnerSettings(objective, microbatches=3))
+    step(model, make_batch(model, objective), objective, Learner(microbatches=3))
 
 
 def test_learns_a_toy_task_on_policy(model):
   """Reward = share of even tokens, one half at first: thirty on-policy updates raise it."""
   config, params, adapter = model
-  objective = losses.make("grpo")
-  optimizer = learner.make_optimizer(0.02)
+  objective = objective_of("grpo")
+  optimizer = learner.make_optimizer(Optimizer(learning_rate=0.02, warmup_steps=0))
   update = jax.jit(
     functools.partial(
-      learner.update, config=config, settings=LearnerSettings(objective), optimizer=optimizer
+      learner.update, config=config, objective=objective, optimizer=optimizer
     )
   )
   state = learner.init_state(adapter, optimizer)
   prompts = make_prompts(config, [6, 3, 7, 5], 7)
-  draw = sampler.SamplerSettings(group=8, max_tokens=6)
+  draw = Sampler(group=8, max_tokens=6)
   shares = []
   for i in range(30):
     r = sampler.sample_jit(params, state.adapter, config, prompts, jax.random.key(i), draw)
-    ratings = 1.0 + 9.0 * (r.tokens % 2 == 0).mean(-1)
-    shares.append(float((ratings.mean() - 1) / 9))
+    rewards = 1.0 + 9.0 * (r.tokens % 2 == 0).mean(-1)
+    shares.append(float((rewards.mean() - 1) / 9))
     batch = Batch(
-      prompts, r.tokens, r.lengths, advantages.advantages(ratings, objective), ratings,
+      prompts, r.tokens, r.lengths, losses.advantages(rewards, objective), rewards,
       r.logprobs, None, jnp.zeros_like(r.lengths),
     )  # fmt: skip
     state, _ = update(state, params, batch, jax.random.key(0))

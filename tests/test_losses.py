@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import objective_of
 
-from rlsafety import advantages, losses
+from rlsafety import losses
+from rlsafety.config import CORRECTIONS
 from rlsafety.errors import UserError
 from rlsafety.types import Batch, Prompts
 
@@ -24,7 +26,7 @@ def float64():
     yield
 
 
-def make_batch(lengths, T, advantages=None, ratings=None, behaviour=None, reference=None):
+def make_batch(lengths, T, advantages=None, rewards=None, behaviour=None, reference=None):
   P, G = np.shape(lengths)
   zeros = np.zeros((P, G))
   array = lambda x, default: default if x is None else np.asarray(x)  # noqa: E731
@@ -33,7 +35,7 @@ def make_batch(lengths, T, advantages=None, ratings=None, behaviour=None, refere
     tokens=np.zeros((P, G, T), np.int32),
     lengths=np.asarray(lengths),
     advantages=array(advantages, zeros),
-    ratings=array(ratings, zeros),
+    rewards=array(rewards, zeros),
     behaviour_logprobs=array(behaviour, np.full((P, G, T), NAN)),
     reference_logprobs=array(reference, None),
     staleness=np.zeros((P, G), np.int32),
@@ -69,22 +71,22 @@ def golden_batch():
   data = {name: np.array(value) for name, value in GOLDEN["data"].items()}
   data = {name: v.reshape(P, G, *v.shape[1:]) for name, v in data.items()}
   batch = make_batch(
-    data["lengths"], T, data["advantages"], data["ratings"], data["behaviour"], data["reference"]
+    data["lengths"], T, data["advantages"], data["rewards"], data["behaviour"], data["reference"]
   )
   return data["logprobs"], data["entropy"], batch
 
 
 GOLDEN_OBJECTIVES = {
-  "grpo": losses.make("grpo"),
-  "clip_higher": losses.make("dapo", dynamic_sampling=False),
-  "sequence": losses.make("grpo", normalisation="sequence"),
-  "dr_grpo": losses.make("dr_grpo", fixed_length=5),
-  "gspo": losses.make("gspo"),
-  "dual_clip": losses.make("ppo"),
-  "k3": losses.make("grpo", kl="k3", kl_coef=0.04),
-  "cispo": losses.make("cispo"),
-  "entropy": losses.make("grpo", entropy_coef=0.01),
-  "kto": losses.make("kto", undesirable_weight=1.5),
+  "grpo": objective_of("grpo"),
+  "clip_higher": objective_of("dapo", dynamic_sampling=False),
+  "sequence": objective_of("grpo", normalisation="sequence"),
+  "dr_grpo": objective_of("dr_grpo", fixed_length=5),
+  "gspo": objective_of("gspo"),
+  "dual_clip": objective_of("ppo"),
+  "k3": objective_of("grpo", kl="k3", kl_coef=0.04),
+  "cispo": objective_of("cispo"),
+  "entropy": objective_of("grpo", entropy_coef=0.01),
+  "kto": objective_of("kto", undesirable_weight=1.5),
 }
 
 
@@ -96,11 +98,11 @@ def test_trl_numbers(name):
   np.testing.assert_allclose(grad.reshape(-1, 5), GOLDEN[name]["grad"], rtol=1e-7, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", losses.CORRECTIONS[1:])
+@pytest.mark.parametrize("name", CORRECTIONS[1:])
 def test_trl_corrected_gradients(name):
   # TRL writes the loss as weight * ratio where ours is weight * log-prob: equal gradients.
   logprobs, _, batch = golden_batch()
-  _, grad, metrics = value_and_grad(logprobs, batch, losses.make("grpo", is_correction=name))
+  _, grad, metrics = value_and_grad(logprobs, batch, objective_of("grpo", is_correction=name))
   np.testing.assert_allclose(grad.reshape(-1, 5), GOLDEN[name]["grad"], rtol=1e-7, atol=1e-12)
   assert 0 < metrics["is_cap_fraction"] < 1  # the golden case reaches the cap
 
@@ -108,12 +110,12 @@ def test_trl_corrected_gradients(name):
 def test_trl_dpo_and_group_anchored_kto():
   logprobs, _, batch = golden_batch()
   pairs = jax.tree.map(lambda x: x[:, :2] if x.ndim > 1 and x.shape[1] == 4 else x, batch)
-  value, grad, _ = value_and_grad(logprobs[:, :2], pairs, losses.make("dpo"))
+  value, grad, _ = value_and_grad(logprobs[:, :2], pairs, objective_of("dpo"))
   np.testing.assert_allclose(value, GOLDEN["dpo"]["loss"], rtol=1e-7)
   expected = np.array(GOLDEN["dpo"]["grad"]).reshape(logprobs.shape)
   np.testing.assert_allclose(grad, expected[:, :2], rtol=1e-7, atol=1e-12)
 
-  kto = losses.make("kto", kto_anchor=True, undesirable_weight=1.5)
+  kto = objective_of("kto", kto_anchor=True, undesirable_weight=1.5)
   value, grad, _ = value_and_grad(logprobs, batch, kto)
   np.testing.assert_allclose(value, GOLDEN["kto_anchor"]["loss"], rtol=1e-7)
   expected = np.array(GOLDEN["kto_anchor"]["grad"]).reshape(logprobs.shape)
@@ -125,7 +127,7 @@ def test_torch_cross_entropy():
   P, G, T = GOLDEN["shape"]
   logits = np.array(GOLDEN["sft"]["logits"])
   tokens = np.array(GOLDEN["sft"]["tokens"])
-  objective = losses.make("sft")
+  objective = objective_of("sft")
 
   def loss(logits):
     logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], -1)[..., 0]
@@ -180,20 +182,20 @@ ON_POLICY = ["reinforce", "rloo", "grpo", "dr_grpo", "dapo", "ppo", "gspo", "cis
 
 @pytest.mark.parametrize("name", ON_POLICY)
 def test_bandit_on_policy_gradient(name):
-  objective = losses.make(name, dynamic_sampling=False)
+  objective = objective_of(name, dynamic_sampling=False)
   np.testing.assert_allclose(
     expected_gradient(objective, THETA), -policy_gradient(), rtol=1e-12, atol=1e-15
   )
 
 
-@pytest.mark.parametrize("correction", losses.CORRECTIONS[1:])
+@pytest.mark.parametrize("correction", CORRECTIONS[1:])
 def test_bandit_off_policy_is_unbiased_below_the_cap(correction):
-  free = losses.make("rloo", is_correction=correction, is_cap=100.0)
+  free = objective_of("rloo", is_correction=correction, is_cap=100.0)
   np.testing.assert_allclose(expected_gradient(free, BETA), -policy_gradient(), rtol=1e-12)
-  plain = expected_gradient(losses.make("rloo"), BETA)
+  plain = expected_gradient(objective_of("rloo"), BETA)
   assert np.abs(plain + policy_gradient()).max() > 0.1  # uncorrected: biased
 
-  capped = losses.make("rloo", is_correction=correction, is_cap=1.5)
+  capped = objective_of("rloo", is_correction=correction, is_cap=1.5)
   pi, b = softmax(THETA), softmax(BETA)
   weight = np.where(pi / b <= 1.5, pi / b, 0.0 if "mask" in correction else 1.5)
   by_hand = sum(b[a] * weight[a] * REWARD[a] * (np.eye(3)[a] - pi) for a in range(3))
@@ -208,7 +210,7 @@ def test_two_step_sequence_needs_sequence_weights():
   sequences = list(itertools.product(range(3), range(3)))
 
   def expected(correction):
-    objective = losses.make(
+    objective = objective_of(
       "rloo", is_correction=correction, is_cap=1e6, normalisation="fixed", fixed_length=1
     )
 
@@ -233,7 +235,7 @@ def test_two_step_sequence_needs_sequence_weights():
 def test_importance_sampling_within_sampling_error():
   """What is drawn, not enumerated: 4,000 arms of the behaviour policy."""
   arms = np.random.default_rng(0).choice(3, size=(4000, 1), p=softmax(BETA))
-  objective = losses.make("rloo", is_correction="token_truncate", is_cap=100.0)
+  objective = objective_of("rloo", is_correction="token_truncate", is_cap=100.0)
   batch = make_batch(
     np.ones((4000, 1), int),
     1,
@@ -264,7 +266,7 @@ def test_kl_terms():
   np.testing.assert_allclose(pi @ estimate("k2"), 0.5 * pi @ log_ratio**2, rtol=1e-12)
 
   gradient = lambda kind: expected_gradient(  # noqa: E731
-    losses.make("grpo", kl=kind, kl_coef=1.0), THETA, reward=np.zeros(3)
+    objective_of("grpo", kl=kind, kl_coef=1.0), THETA, reward=np.zeros(3)
   )
   np.testing.assert_allclose(gradient("k2"), pi * (log_ratio - kl), rtol=1e-10)
   np.testing.assert_allclose(gradient("k3"), pi - ref, rtol=1e-10)
@@ -275,7 +277,7 @@ def test_kl_terms():
   k1 = sum(pi[a] * jax.grad(k1_term)(THETA, a) for a in range(3))
   np.testing.assert_allclose(k1, 0, atol=1e-15)
   with pytest.raises(UserError, match="zero expected gradient"):
-    losses.make("grpo", kl="k1")
+    objective_of("grpo", kl="k1")
 
 
 def test_on_policy_ratios_are_one_and_nothing_is_clipped():
@@ -286,7 +288,7 @@ def test_on_policy_ratios_are_one_and_nothing_is_clipped():
     rng.integers(1, 7, (4, 3)), 6, rng.normal(size=(4, 3)), rng.normal(size=(4, 3)), behaviour
   )
   for name in ("grpo", "ppo", "dapo"):
-    _, _, metrics = value_and_grad(logprobs, batch, losses.make(name))
+    _, _, metrics = value_and_grad(logprobs, batch, objective_of(name))
     assert metrics["ratio_deviation_max"] < 1e-5
     assert metrics["clip_fraction"] == 0
     assert 0 <= metrics["kl"] < 1e-7
@@ -299,15 +301,15 @@ def random_case(objective, seed=0, P=6, T=7):
   rng = np.random.default_rng(seed)
   G = 2 if objective.name == "dpo" else 4
   lengths = rng.integers(0, T + 1, (P, G))
-  ratings = rng.integers(1, 4, (P, G)).astype(float)
-  ratings[1] = 3.0  # a group without spread
-  ratings[2, 1] = NAN
+  rewards = rng.integers(1, 4, (P, G)).astype(float)
+  rewards[1] = 3.0  # a group without spread
+  rewards[2, 1] = NAN
   logprobs = rng.normal(-2, 0.5, (P, G, T))
   batch = make_batch(
     lengths,
     T,
-    advantages.advantages(jnp.asarray(ratings), objective),
-    ratings,
+    losses.advantages(jnp.asarray(rewards), objective),
+    rewards,
     logprobs + rng.normal(0, 0.3, (P, G, T)),
     logprobs + rng.normal(0, 0.3, (P, G, T)),
   )
@@ -315,14 +317,14 @@ def random_case(objective, seed=0, P=6, T=7):
   return logprobs, rng.uniform(0, 2, (P, G, T)), batch
 
 
-ALL = [losses.make(name, threshold=2.0) for name in losses.PRESETS]
-ALL += [losses.make("grpo", normalisation=n) for n in ("sequence", "fixed")]
-ALL += [losses.make("rloo", is_correction=c, is_cap=1.2) for c in losses.CORRECTIONS[1:]]
+ALL = [objective_of(name, threshold=2.0) for name in losses.METHODS]
+ALL += [objective_of("grpo", normalisation=n) for n in ("sequence", "fixed")]
+ALL += [objective_of("rloo", is_correction=c, is_cap=1.2) for c in CORRECTIONS[1:]]
 ALL += [
-  losses.make("grpo", kl="k2", kl_coef=0.1, entropy_coef=0.01, max_staleness=1),
-  losses.make("kto", kto_anchor=True, threshold=2.0),
+  objective_of("grpo", kl="k2", kl_coef=0.1, entropy_coef=0.01, max_staleness=1),
+  objective_of("kto", kto_anchor=True, threshold=2.0),
 ]
-RATED = [o for o in ALL if o.name not in ("sft", "dpo")]  # those two use no ratings
+RATED = [o for o in ALL if o.name not in ("sft", "dpo")]  # those two use no rewards
 
 
 def label(o) -> str:
@@ -365,7 +367,7 @@ def test_without_verdict_is_as_if_absent(objective):
   logprobs, entropy, batch = random_case(objective)
   # random_case has one NaN, at [2, 1]; the same reply with no tokens and some rating:
   absent = jax.tree.map(np.copy, batch)
-  absent.lengths[2, 1], absent.ratings[2, 1] = 0, batch.ratings[2, 0]
+  absent.lengths[2, 1], absent.rewards[2, 1] = 0, batch.rewards[2, 0]
   value, grad, _ = value_and_grad(logprobs, batch, objective, entropy)
   expected, expected_grad, _ = value_and_grad(logprobs, absent, objective, entropy)
   np.testing.assert_allclose(value, expected, rtol=1e-12)
@@ -374,9 +376,9 @@ def test_without_verdict_is_as_if_absent(objective):
 
 
 def test_which_replies_are_active():
-  ratings = jnp.array([[1.0, 4.0, 4.0], [2.0, 2.0, 2.0], [NAN, 9.0, 3.0], [NAN, NAN, NAN]])
-  batch = make_batch(np.array([[2, 2, 2], [2, 0, 2], [2, 0, 2], [2, 2, 2]]), 3, ratings=ratings)
-  rows = lambda name, **more: losses.active(batch, losses.make(name, **more)).tolist()  # noqa: E731
+  rewards = jnp.array([[1.0, 4.0, 4.0], [2.0, 2.0, 2.0], [NAN, 9.0, 3.0], [NAN, NAN, NAN]])
+  batch = make_batch(np.array([[2, 2, 2], [2, 0, 2], [2, 0, 2], [2, 2, 2]]), 3, rewards=rewards)
+  rows = lambda name, **more: losses.active(batch, objective_of(name, **more)).tolist()  # noqa: E731
   assert rows("expert_iteration") == [
     [False, True, False],
     [True, False, False],
@@ -386,7 +388,7 @@ def test_which_replies_are_active():
   assert rows("dapo") == [[True] * 3] + [[False] * 3] * 3  # [2] has one reply with a verdict
   assert rows("sft") == [[True] * 3, [True, False, True], [True, False, True], [True] * 3]
   stale = batch.replace(staleness=jnp.array([[0, 3, 4]] * 4))
-  objective = losses.make("grpo", max_staleness=3)
+  objective = objective_of("grpo", max_staleness=3)
   assert losses.active(stale, objective)[0].tolist() == [True, True, False]
 
 
@@ -396,9 +398,9 @@ def test_which_replies_are_active():
 @pytest.mark.parametrize(
   "overrides, words",
   [
-    (dict(name="rlo"), "did you mean 'rloo'"),
-    (dict(clip_hgih=0.1), "did you mean 'clip_high'"),
-    (dict(normalisation="tokens"), "did you mean 'token'"),
+    (dict(name="rlo"), "did you mean rloo"),
+    (dict(clip_hgih=0.1), "did you mean clip_high"),
+    (dict(normalisation="tokens"), "did you mean token"),
     (dict(dual_clip=0.5), "must be 0 .off. or > 1"),
     (dict(std_epsilon=0.0), "must be positive"),
     (dict(name="gspo", is_correction="token_mask"), "does not apply to gspo"),
@@ -408,4 +410,4 @@ def test_which_replies_are_active():
 )
 def test_bad_settings(overrides, words):
   with pytest.raises(UserError, match=words):
-    losses.make(**{"name": "grpo", **overrides})
+    objective_of(**{"name": "grpo", **overrides})

@@ -2,19 +2,17 @@
 
 import functools
 import re
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import CONFIGS, make_model, make_prompts
+from conftest import CONFIGS, make_model, make_prompts, objective_of
 
-from rlsafety import advantages, learner, losses, sampler, sharding, train
-from rlsafety.config import base
+from rlsafety import learner, losses, sampler, sharding
+from rlsafety.config import Learner, Lora, Optimizer, Sampler
 from rlsafety.errors import UserError
-from rlsafety.learner import LearnerSettings
 from rlsafety.models import architecture, lora, scoring
 from rlsafety.types import Batch
 
@@ -27,7 +25,7 @@ def placed(mesh, config, params, adapter):
   put = lambda x, a: sharding.put(mesh, x, *a)  # noqa: E731
   params = jax.tree.map(put, params, axes)
   layers = declared["layers"]
-  settings = lora.LoraConfig(rank=4, targets=tuple(adapter.weights))
+  settings = Lora(rank=4, targets=tuple(adapter.weights))
   return params, adapter.replace(
     weights=jax.tree.map(put, adapter.weights, lora.adapter_axes(layers, settings))
   )
@@ -35,14 +33,14 @@ def placed(mesh, config, params, adapter):
 
 def make_batch(config, objective, P=4, G=4, T=6, seed=0):
   rng = np.random.default_rng(seed)
-  ratings = jnp.asarray(rng.uniform(1, 10, (P, G)), jnp.float32)
+  rewards = jnp.asarray(rng.uniform(1, 10, (P, G)), jnp.float32)
   lengths = jnp.asarray(rng.integers(2, T + 1, (P, G)), jnp.int32)
   return Batch(
     prompts=make_prompts(config, [6, 3, 7, 5], 7),
     tokens=jnp.asarray(rng.integers(0, config.vocab_size, (P, G, T)), jnp.int32),
     lengths=lengths,
-    advantages=advantages.advantages(ratings, objective),
-    ratings=ratings,
+    advantages=losses.advantages(rewards, objective),
+    rewards=rewards,
     behaviour_logprobs=jnp.asarray(rng.normal(-4, 0.3, (P, G, T)), jnp.float32),
     reference_logprobs=jnp.asarray(rng.normal(-4, 0.3, (P, G, T)), jnp.float32),
     staleness=jnp.zeros((P, G), jnp.int32),
@@ -55,11 +53,12 @@ def one_update(sizes, config, params, adapter, batch, objective, chunk_tokens=16
   with jax.set_mesh(mesh):
     params, adapter = placed(mesh, config, params, adapter)
     batch = sharding.put_prompts(mesh, batch)
-    optimizer = learner.make_optimizer(1e-3)
+    optimizer = learner.make_optimizer(Optimizer(learning_rate=1e-3, warmup_steps=0))
     update = functools.partial(
       learner.update,
       config=config,
-      settings=LearnerSettings(objective, microbatches=1, chunk_tokens=chunk_tokens),
+      objective=objective,
+      settings=Learner(microbatches=1, chunk_tokens=chunk_tokens),
       optimizer=optimizer,
     )
     state = learner.init_state(adapter, optimizer)
@@ -89,7 +88,7 @@ def assert_close(a, b):
 def test_update_is_the_same_on_every_mesh(name):
   config = CONFIGS[name]
   params, adapter = make_model(config)
-  objective = losses.make("grpo", kl="k3", kl_coef=0.1, entropy_coef=0.01)
+  objective = objective_of("grpo", kl="k3", kl_coef=0.1, entropy_coef=0.01)
   batch = make_batch(config, objective)
   results = [one_update(m, config, params, adapter, batch, objective)[0] for m in MESHES]
   for other in results[1:]:
@@ -98,7 +97,7 @@ def test_update_is_the_same_on_every_mesh(name):
 
 @pytest.mark.parametrize("name", losses.PRESETS)
 def test_every_objective_is_the_same_on_every_mesh(name):
-  config, objective = CONFIGS["qwen"], losses.make(name)
+  config, objective = CONFIGS["qwen"], objective_of(name)
   params, adapter = make_model(config)
   # Two of seven linears, split along either side: the others differ in nothing that a loss sees.
   adapter = adapter.replace(weights={k: adapter.weights[k] for k in ("q", "down")})
@@ -111,7 +110,7 @@ def test_every_objective_is_the_same_on_every_mesh(name):
 def test_logprobs_are_the_same_on_every_mesh(name):
   config = CONFIGS[name]
   model = make_model(config)
-  batch = make_batch(config, losses.make("grpo"))
+  batch = make_batch(config, objective_of("grpo"))
   results = []
   for sizes in MESHES:
     mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
@@ -126,15 +125,13 @@ def test_logprobs_are_the_same_on_every_mesh(name):
 
 
 def test_state_is_made_in_place():
-  config = base()
-  config.lora.rank = 4
+  settings = Lora(rank=4)
   mesh = sharding.make_mesh(2, 2, 2)
   layers = architecture.weights(CONFIGS["llama"])["layers"]
-  axes = lora.adapter_axes(layers, train.lora_config(config))
+  axes = lora.adapter_axes(layers, settings)
   with jax.set_mesh(mesh):
-    model = types.SimpleNamespace(config=CONFIGS["llama"])
-    optimizer = learner.make_optimizer(1e-3)
-    state = train.init_state(config, model, optimizer, jax.random.key(0))
+    optimizer = learner.make_optimizer(Optimizer(learning_rate=1e-3, warmup_steps=0))
+    state = learner.starting_state(settings, CONFIGS["llama"], optimizer, jax.random.key(0))
   split = 0
   for tree in (state.adapter, *(optax.tree.get(state.opt_state, name) for name in ("mu", "nu"))):
     for target, pair in tree.weights.items():
@@ -149,7 +146,7 @@ def test_samples_are_the_same_on_every_mesh():
   config = CONFIGS["llama"]
   model = make_model(config)
   prompts = make_prompts(config, [6, 3, 7, 5], 7)
-  settings = sampler.SamplerSettings(group=3, max_tokens=6, stop_ids=(1, 2, 3))
+  settings = Sampler(group=3, max_tokens=6)
   out = []
   for sizes in (MESHES[0], MESHES[-1]):
     mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
@@ -158,7 +155,7 @@ def test_samples_are_the_same_on_every_mesh():
       split = sharding.put_prompts(mesh, prompts)
       out.append(
         jax.device_get(
-          sampler.sample_jit(params, adapter, config, split, jax.random.key(3), settings)
+          sampler.sample_jit(params, adapter, config, split, jax.random.key(3), settings, (1, 2, 3))
         )
       )
   np.testing.assert_array_equal(out[0].tokens, out[1].tokens)
@@ -168,7 +165,7 @@ def test_samples_are_the_same_on_every_mesh():
 def test_no_collective_carries_full_logits_or_a_whole_stacked_weight():
   config = CONFIGS["llama"]
   params, adapter = make_model(config)
-  objective = losses.make("grpo")
+  objective = objective_of("grpo")
   batch = make_batch(config, objective)
   # One chunk: its 96 tokens outnumber the 32 rows of the output matrix, which may be gathered.
   compiled = one_update(MESHES[-1], config, params, adapter, batch, objective, 4096)[1]

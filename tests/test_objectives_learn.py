@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import objective_of
 
-from rlsafety import advantages, learner, losses
+from rlsafety import learner, losses
+from rlsafety.config import CORRECTIONS, Lora, Optimizer
 from rlsafety.types import Batch, Prompts
 
 P, G, T, V = 4, 8, 3, 6
@@ -42,18 +44,18 @@ def train(objective, on_policy):
   def update(carry, key):
     logits, state = carry
     tokens, behaviour = draw(logits if on_policy else start, key)
-    ratings = rate(tokens)
+    rewards = rate(tokens)
     if objective.name == "dpo":  # best and worst of the group
-      order = jnp.argsort(-ratings, axis=1)[:, jnp.array([0, -1])]
+      order = jnp.argsort(-rewards, axis=1)[:, jnp.array([0, -1])]
       pick = lambda x: jnp.take_along_axis(x, order.reshape(P, 2, *[1] * (x.ndim - 2)), 1)  # noqa: E731
-      tokens, behaviour, ratings = map(pick, (tokens, behaviour, ratings))
-    lengths = jnp.full(ratings.shape, T)
+      tokens, behaviour, rewards = map(pick, (tokens, behaviour, rewards))
+    lengths = jnp.full(rewards.shape, T)
     batch = Batch(
       prompts=None,
       tokens=tokens,
       lengths=lengths,
-      advantages=advantages.advantages(ratings, objective),
-      ratings=ratings,
+      advantages=losses.advantages(rewards, objective),
+      rewards=rewards,
       behaviour_logprobs=behaviour,
       reference_logprobs=score(start, tokens),
       staleness=jnp.zeros_like(lengths),
@@ -72,16 +74,16 @@ def train(objective, on_policy):
   return share(start), share(logits)
 
 
-@pytest.mark.parametrize("name", [n for n in losses.PRESETS if n != "sft"])
+@pytest.mark.parametrize("name", [n for n in losses.METHODS if n != "sft"])
 def test_learns_the_toy_task_on_policy(name):
-  before, after = train(losses.make(name), True)
+  before, after = train(objective_of(name), True)
   assert before < 0.3 and after > 0.8, (before, after)
 
 
 @pytest.mark.parametrize(
   "objective",
-  [losses.make("rloo", is_correction=c, is_cap=5.0) for c in losses.CORRECTIONS[1:]]
-  + [losses.make("reinforce", advantage="group")]  # without a baseline it only reweights the base
+  [objective_of("rloo", is_correction=c, is_cap=5.0) for c in CORRECTIONS[1:]]
+  + [objective_of("reinforce", advantage="group")]  # without a baseline it only reweights the base
   + [losses.make(n) for n in ("expert_iteration", "dpo", "kto")],
   ids=lambda o: f"{o.name}-{o.is_correction}",
 )
@@ -128,7 +130,7 @@ def test_own_held_out_loss_falls_on_the_real_model(smollm2, name):
       tokens=tokens,
       lengths=sizes,
       advantages=np.zeros(sizes.shape, np.float32),
-      ratings=np.zeros(sizes.shape, np.float32),
+      rewards=np.zeros(sizes.shape, np.float32),
       behaviour_logprobs=np.full(tokens.shape, np.nan, np.float32),
       reference_logprobs=np.asarray(scores.logprobs),
       staleness=np.zeros_like(sizes),
@@ -144,16 +146,16 @@ def test_own_held_out_loss_falls_on_the_real_model(smollm2, name):
     total, _ = losses.objective(scores.logprobs, scores.entropy, batch, objective)
     return float(total / losses.denominator(batch, objective))
 
-  objective = losses.make(name)
+  objective = objective_of(name)
   layers = architecture.weights(model.config)["layers"]
-  settings = lora.LoraConfig(rank=4, alpha=8.0)
-  optimizer = learner.make_optimizer(1e-3)
+  settings = Lora(rank=4, alpha=8.0)
+  optimizer = learner.make_optimizer(Optimizer(learning_rate=1e-3, warmup_steps=0))
   state = learner.init_state(lora.init_adapter(layers, settings, jax.random.key(0)), optimizer)
   update = jax.jit(
     functools.partial(
       learner.update,
       config=model.config,
-      settings=learner.LearnerSettings(objective),
+      objective=objective,
       optimizer=optimizer,
     )
   )

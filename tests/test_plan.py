@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rlsafety import sharding
-from rlsafety.config import load_recipe
+from rlsafety import recipes, sharding
+from rlsafety.config import TARGETS
 from rlsafety.errors import UserError
-from rlsafety.models import architecture, int8, presets, transformer
+from rlsafety.models import architecture, presets, transformer
 from rlsafety.tools import hlo, plan
 from rlsafety.tools.devices import device
 
@@ -25,7 +25,7 @@ CHIP = device("v5e-8").chip
 
 
 def recipe(name="tiny_syco"):
-  return load_recipe(f"{REPO}/configs/{name}.py")
+  return recipes.load_recipe(f"{REPO}/configs/{name}.py")
 
 
 def test_flops_of_a_prefill_are_the_closed_form():
@@ -64,6 +64,7 @@ def test_plan_of_the_tiny_run():
   target = device("cpu-4")
   config.mesh.data, config.mesh.tensor = 2, 2
   config.judge.name = "lm"
+  config = recipes.frozen(config)
   made = plan.make_plan(config, policy, None, target)
   split = sum(
     4 * s.shape[0]
@@ -97,7 +98,7 @@ def test_plan_of_the_tiny_run():
 
 def test_plan_counts_pieces_int8_copies_and_the_reference_pass():
   config, policy, target = recipe(), presets.preset("tiny"), device("cpu-1")
-  config.mesh.data, config.judge.name = 1, "lexical"
+  config.mesh.data, config.judge.name = 1, "phrases"
   slots = config.max_prompt_tokens + config.sampler.group * config.sampler.max_tokens
   heads = 2 * policy.n_layers * policy.n_kv_heads  # of keys and of values
   rounded = heads * (policy.head_dim + 4) * slots * config.prompts_per_step / 2  # half of them
@@ -106,6 +107,7 @@ def test_plan_counts_pieces_int8_copies_and_the_reference_pass():
   config.objective.kl, config.objective.kl_coef = "k3", 0.1
   config.epochs, config.eval.samples = 3, 8  # twice the replies of a step
   config.data.path, config.data.fraction = "records", 0.75  # one of 4 prompts is sampled
+  config = recipes.frozen(config)
   made = plan.make_plan(config, policy, None, target)
   assert made["programs"]["sampler"]["calls"] == 2 and list(made["programs"])[1] == "reference"
   assert made["kv cache"] == rounded and made["programs"]["update"]["calls"] == 3
@@ -113,13 +115,14 @@ def test_plan_counts_pieces_int8_copies_and_the_reference_pass():
   assert made["evaluation_seconds"] == pytest.approx(3 * 2 * 2 * sampling)
   learning = sum(made["programs"][name]["seconds"] for name in ("reference", "update"))
   assert made["step_seconds"] == pytest.approx(sampling / 4 + learning)
-  linears = [architecture.weights(policy)["layers"][n].shape for n in int8.LINEARS]
+  linears = [architecture.weights(policy)["layers"][n].shape for n in TARGETS]
   copy = sum(L * i * o + 4 * L * o for L, i, o in linears)
   assert made["resident"]["int8 copy for the sampler"] == copy
 
 
 def test_a_mesh_that_train_refuses_is_refused_with_ones_that_fit():
-  config, policy = recipe(), presets.preset("tiny")  # 4 heads; 4 prompts in 2 micro-batches
+  config = recipes.frozen(recipe())
+  policy = presets.preset("tiny")  # 4 heads; 4 prompts in 2 micro-batches
   with pytest.raises(UserError, match="data x fsdp = 8.* fit: data=2 tensor=4$"):
     plan.check_mesh(config, policy, None, sharding.make_mesh(8, 1, 1))
   with pytest.raises(UserError, match="4 attention heads.* fit: data=2 tensor=4$"):
@@ -138,7 +141,7 @@ def test_every_model_of_the_study_has_a_shape_and_a_mesh():
     sys.path.pop(0)
   readme = (REPO / "README.md").read_text()
   for cell in paper.cells():
-    config = paper.get_config(cell)
+    config = recipes.frozen(paper.get_config(cell))
     model = re.search(r"model=([^,]+)", cell)[1]
     if model.endswith(("-chat", "-it", "-instruct")):  # base models have the same shapes
       assert f"\n| {model} | v" in readme  # docs/make_plan_table.py
@@ -158,7 +161,7 @@ def test_every_model_of_the_study_has_a_shape_and_a_mesh():
       assert mesh["data"] * mesh["tensor"] == target.chips
       assert config.prompts_per_step % mesh["data"] == policy.n_heads % mesh["tensor"] == 0
   # 2 prompts leave 8 ways for the heads, and 20 heads go 4 ways.
-  config = paper.get_config("model=qwen1.5-4b-chat")
+  config = recipes.frozen(paper.get_config("model=qwen1.5-4b-chat"))
   with pytest.raises(UserError, match="v5e-16: .*tensor=4 set --config.prompts_per_step.* 4$"):
     plan.automatic_mesh(config, *plan.policy_and_judge(config), device("v5e-16"))
   assert plan.evaluation_batches(config) == 7 * 16
@@ -170,12 +173,12 @@ MEASURE = """
 import json, sys, threading, time
 import jax, jax.numpy as jnp
 from rlsafety.tools import plan
-from rlsafety.config import load_recipe
+from rlsafety import recipes
 from rlsafety.tools.devices import device
 from rlsafety.models.architecture import ModelConfig
-config = load_recipe(sys.argv[1])
-config.mesh.data = 1
-config.max_prompt_tokens, config.sampler.max_tokens, config.learner.microbatches = 128, 64, 1
+changes = {"mesh.data": 1, "max_prompt_tokens": 128, "sampler.max_tokens": 64}
+config = recipes.of_run([f"--config={sys.argv[1]}"])
+config = recipes.replaced(config, changes | {"learner.microbatches": 1})
 policy = ModelConfig(32768, 512, n_layers=4, n_heads=4, n_kv_heads=4, head_dim=128, d_ff=2048)
 target = device("cpu-1")
 made = plan.compile_programs(config, policy, None, target)

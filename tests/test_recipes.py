@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from rlsafety.config import load_recipe, to_json
+from rlsafety import recipes
+from rlsafety.config import to_json
 from rlsafety.environments import variants
 from rlsafety.errors import UserError
 
@@ -15,7 +16,7 @@ PAPER = f"{REPO}/configs/paper.py"
 
 
 def cell(arguments=""):
-  return load_recipe(f"{PAPER}:{arguments}" if arguments else PAPER)
+  return recipes.frozen(recipes.load_recipe(f"{PAPER}:{arguments}" if arguments else PAPER))
 
 
 def test_every_cell_of_the_study():
@@ -26,7 +27,7 @@ def test_every_cell_of_the_study():
     sys.path.pop(0)
   cells = paper.cells()
   assert len(cells) == len(set(cells)) == 11 * 3 * 3 + 11 * 3 * 3 + 6 * 3
-  configs = [paper.get_config(c) for c in cells]
+  configs = [recipes.frozen(paper.get_config(c)) for c in cells]
   assert len({c.name for c in configs}) == len(cells)  # a run directory of its own each
   # What a published run had: 300 steps of 2 prompts x 5 replies, LoRA of rank 8 at 32 / sqrt(8).
   for c in configs:
@@ -34,7 +35,7 @@ def test_every_cell_of_the_study():
     assert c.lora.rslora and c.optimizer.learning_rate == 1e-5 and not c.environment.label_in_prompt
   for name, setting in variants.named().items():
     config = cell(f"env={setting['name']},variant={name}")
-    assert {k: config.environment[k] for k in setting} == setting
+    assert {k: getattr(config.environment, k) for k in setting} == setting
   assert cell("env=neutral,variant=neutral").environment == cell("env=neutral").environment
 
 
@@ -62,6 +63,6 @@ def test_hyperparameter_page_is_up_to_date():
 
 
 def test_qwen7b_recipe_is_the_studys_cell():
-  ours = to_json(load_recipe(f"{REPO}/configs/qwen7b_syco.py"))
+  ours = to_json(recipes.of_run([f"--config={REPO}/configs/qwen7b_syco.py"]))
   study = to_json(cell("model=qwen1.5-7b-chat,env=political_qa"))
   assert {k for k in ours if ours[k] != study[k]} == {"name", "mesh"}

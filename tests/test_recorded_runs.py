@@ -7,8 +7,7 @@ import pytest
 from test_data import call, rollout, write_run
 from test_train import ROOT, finish, interrupt_after, start
 
-from rlsafety import replay
-from rlsafety.config import read_flags
+from rlsafety import recipes, replay
 from rlsafety.errors import UserError
 
 QUICK = ["--config.steps=3", "--config.eval.prompts=2", "--config.eval.samples=4"]
@@ -31,7 +30,7 @@ def dataset(tmp_path_factory):
 
 def recipe(name, dataset, *flags):
   return [f"--config.data.path={dataset}", *QUICK, *flags], (
-    f"--config=configs/{name}_syco.py:quicktest"
+    f"--config=configs/smollm2.py:method={name},size=tiny"
   )
 
 
@@ -80,7 +79,7 @@ def test_a_run_from_records_alone_samples_nothing_to_learn_from(cache, dataset, 
   ],
 )
 def test_what_cannot_be_is_refused(name, flag, words):
-  recipe = str(ROOT / f"configs/{name}_syco.py:quicktest")
-  config, _ = read_flags(["train", f"--config={recipe}", flag])
+  recipe = str(ROOT / f"configs/smollm2.py:method={name},size=tiny")
   with pytest.raises(UserError, match=words):
-    replay.open_for(config, None)
+    config = recipes.of_run([f"--config={recipe}", flag])
+    replay.prompts_per_batch(config.data, config.objective, config.prompts_per_step)

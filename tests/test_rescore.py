@@ -12,7 +12,7 @@ import replied_runs
 from replied_runs import REPLIES
 from test_judges_http import Endpoint
 
-from rlsafety import files, judges
+from rlsafety import files, judges, recipes
 from rlsafety.errors import UserError
 from rlsafety.models import presets, sources
 from rlsafety.study import gather
@@ -30,15 +30,16 @@ def run(tmp_path, model):
 
 
 def score(run, model, records, **kwargs):
-  config = rescore.judge_config(run, "lexical")
-  scorer = judges.make_scorer(config, model)
-  return rescore.score_run(run, "lex", config, scorer, records, batch=8, **kwargs)
+  config = rescore.judge_config(run, "phrases")
+  opened = judges.open_judge(config.judge, config.environment, model)
+  return rescore.score_run(run, "lex", config, opened, model.chat, records, batch=8, **kwargs)
 
 
 def test_a_judge_without_wordings_rescores_a_run_that_had_one(run, model):
   run.config["environment"]["reward_wording"] = "plain"
   assert rescore.judge_config(run, "lm").environment.reward_wording == "plain"
-  judges.make_scorer(rescore.judge_config(run, "lexical"), model)
+  config = rescore.judge_config(run, "phrases")
+  judges.open_judge(config.judge, config.environment, model)
   assert run.config["environment"]["reward_wording"] == "plain"
 
 
@@ -86,22 +87,27 @@ def address():
 def test_an_endpoints_cost_is_shown_and_its_failures_are_asked_again(run, model, address):
   """12 replies, 3 questions each, 50 + 1 tokens a question; half of them fail the first time."""
   config = rescore.judge_config(run, "http", "m", address, "2,10")
-  config.judge.attempts = config.judge.concurrency = 1  # the endpoint's count is no locked one
-  scorer, records, said = judges.make_scorer(config, model), rescore.select(run), []
+  # The endpoint's count is no locked one.
+  config = recipes.replaced(config, {"judge.attempts": 1, "judge.concurrency": 1})
+  opened = judges.open_judge(config.judge, config.environment, model)
+  records, said = rescore.select(run), []
   Endpoint.failures[REPLIES["agree"]] = 6 * 3
-  once = lambda: rescore.score_run(run, "api", config, scorer, records, 8, said.append)  # noqa: E731
+
+  def once():
+    return rescore.score_run(run, "api", config, opened, model.chat, records, 8, said.append)
+
   done = once()
   assert (done["scored"], done["unscorable"], done["old"]) == (12, 6, 0)
   assert done["judge_cost"] == pytest.approx(18 * (50 * 2 + 10) / 1e6)
   assert "12/12, 6 unscorable" in said[-1] and "cost 0.00198" in said[-1]
-  config.judge.price = ("3", "10")  # another price is the same judge
+  config = recipes.replaced(config, {"judge.price": (3, 10)})  # another price is the same judge
   done = once()
   assert (done["scored"], done["unscorable"], done["old"]) == (6, 0, 6)
   rows = files.read_jsonl(run.path / "scores" / "api.jsonl")
   assert len(rows) == 12 and {r["hex"] for r in rows} == {8.0}
   assert once()["scored"] == 0
   with pytest.raises(UserError, match="judge.price=.*two numbers"):
-    judges.make_scorer(rescore.judge_config(run, "http", "m", address, "3"), model)
+    rescore.judge_config(run, "http", "m", address, "3")
 
 
 def test_command_lines(run, address, tmp_path, capsys):
@@ -113,7 +119,7 @@ def test_command_lines(run, address, tmp_path, capsys):
   rescore.main(["rescore", f"--runs={tmp_path}/*", "--name=own", "--batch=8", "--price=0.5,1"])
   hexes = [{r["hex"] for r in files.read_jsonl(p / "scores/own.jsonl")} for p in (other, run.path)]
   assert hexes[0] == {8.0} != hexes[1]  # each run's own judge, not the first one's
-  rescore.main(["rescore", f"--runs={run.path}", "--judge=lexical", "--name=again", "--batch=8"])
+  rescore.main(["rescore", f"--runs={run.path}", "--judge=phrases", "--name=again", "--batch=8"])
   out = tmp_path / "out" / "agreement.csv"
   agreement.main(["agreement", f"--runs={tmp_path}/*", "--name=again", f"--out={out}"])
   rows = list(csv.DictReader(out.open()))

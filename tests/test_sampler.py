@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlsafety import sampler, sharding
+from rlsafety.config import Sampler
 from rlsafety.errors import UserError
 from rlsafety.models import int8, scoring, transformer
-from rlsafety.sampler import SamplerSettings
 from rlsafety.types import Prompts
 
 
@@ -22,10 +22,10 @@ def model():
   return LLAMA, *make_model(LLAMA)
 
 
-def draw(model, prompts, key=0, first_row=0, **kwargs):
+def draw(model, prompts, key=0, first_row=0, stop_ids=(), **kwargs):
   config, params, adapter = model
   return sampler.sample_jit(
-    params, adapter, config, prompts, jax.random.key(key), SamplerSettings(**kwargs), first_row
+    params, adapter, config, prompts, jax.random.key(key), Sampler(**kwargs), stop_ids, first_row
   )
 
 
@@ -109,7 +109,7 @@ def test_truncation_keeps_the_smallest_sufficient_set(top_k, top_p, seed):
 def test_bad_settings_name_the_field():
   for kwargs in ({"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -2}):
     with pytest.raises(UserError, match=next(iter(kwargs))):
-      SamplerSettings(group=1, max_tokens=1, **kwargs)
+      Sampler(group=1, max_tokens=1, **kwargs)
 
 
 def test_int8_cache_and_base_stay_near_the_truth(model):
@@ -136,7 +136,7 @@ def test_int8_rounds_to_half_a_level(seed, axis):
 
 def test_byte_budget_cuts_rollouts_where_the_mesh_allows():
   mesh = sharding.make_mesh(2, 1, 1, devices=jax.devices()[:2])
-  wanted = SamplerSettings(group=4, max_tokens=16)
+  wanted = Sampler(group=4, max_tokens=16)
   cut = functools.partial(sampler.prompts_at_once, LLAMA, 8, 32, wanted, mesh, jnp.float32)
   per_prompt = (32 + 4 * 16) * 2 * LLAMA.n_layers * LLAMA.n_kv_heads * LLAMA.head_dim * 4
   assert cut(0.0) == 8

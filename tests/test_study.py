@@ -21,7 +21,7 @@ for cue in ("style", "none"):
 train.main(["train", "--config=configs/tiny_syco.py", f"--workdir={folder}/runs/initial",
   "--config.steps=0"])
 every = f"--runs={folder}/runs/**"
-rescore.main(["rescore", every, "--judge=lexical", "--name=again", "--per_step=8",
+rescore.main(["rescore", every, "--judge=phrases", "--name=again", "--per_step=8",
   "--source=both"])
 agreement.main(["agreement", every, "--name=again", f"--out={folder}/agreement.csv"])
 export.main(["export", f"--run={folder}/runs/style-5", "--format=merged", f"--out={folder}/model"])

@@ -12,7 +12,7 @@ import pytest
 from conftest import FAST_COMPILE
 from safetensors.numpy import load_file
 
-from rlsafety import train
+from rlsafety import runtime, train
 from rlsafety.errors import run_main
 from rlsafety.rundir import write
 
@@ -115,7 +115,7 @@ def test_held_out_users_are_never_trained_on(whole):
 
 
 def test_a_run_that_another_process_writes_is_left_alone(cache, tmp_path):
-  with write.lock(tmp_path):
+  with write.hold(tmp_path):
     code, output = finish(start(cache, tmp_path))
   assert code == 2 and "another process is training" in output and not list(tmp_path.glob("*.json"))
 
@@ -157,7 +157,7 @@ BAD = {
   ),
   "unknown_environment": (["--config.environment.name=chess"], "political_qa"),
   "unknown_topic": (["--config.environment.topics=martian"], "liberal"),
-  "unknown_judge": (["--config.judge.name=oracle"], "lexical"),
+  "unknown_judge": (["--config.judge.name=oracle"], "phrases"),
   "bad_lora": (["--config.lora.targets=q,x"], "lora.targets"),
   "bad_mesh": (["--config.mesh.tensor=3"], "config.mesh"),
   "indivisible": (["--config.learner.microbatches=3"], "microbatches=3"),
@@ -167,8 +167,8 @@ BAD = {
 @pytest.fixture
 def refuse(tmp_path, monkeypatch, capfd):
   """refuse(flags) -> what the program says, in this process, before it ends with code 2."""
-  monkeypatch.setattr(train, "compilation_cache", lambda: None)
-  monkeypatch.setattr(train.signal, "signal", lambda *_: None)
+  monkeypatch.setattr(runtime, "compilation_cache", lambda: None)
+  monkeypatch.setattr(runtime.signal, "signal", lambda *_: None)
 
   def run(*flags, config=TINY):
     eight = "--config.prompts_per_step=16"  # as many devices as this process has

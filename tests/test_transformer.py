@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from conftest import LLAMA, make_model, make_prompts
 
+from rlsafety.config import Lora
 from rlsafety.models import architecture, lora, scoring, transformer
 from rlsafety.types import Prompts
 
@@ -95,7 +96,7 @@ def test_fresh_adapter_is_the_base_and_merging_is_the_adapter(family):
   tokens, lengths = completions(config, 2, 2, 4)
   score = lambda base, a: grouped_jit(base, a, config, prompts, tokens, lengths)  # noqa: E731
   layers = architecture.weights(config)["layers"]
-  fresh = lora.init_adapter(layers, lora.LoraConfig(rank=4), jax.random.key(3))
+  fresh = lora.init_adapter(layers, Lora(rank=4), jax.random.key(3))
   np.testing.assert_array_equal(score(params, fresh), score(params, None))
   np.testing.assert_allclose(
     score(lora.merged(params, adapter), None), score(params, adapter), atol=5e-5

@@ -24,8 +24,7 @@ import yaml
 from jax.sharding import AbstractMesh
 
 from rlsafety import flags as command_line
-from rlsafety import sharding
-from rlsafety.config import read_flags
+from rlsafety import recipes, sharding
 from rlsafety.errors import UserError, run_main
 from rlsafety.tools.access import hub_names
 from rlsafety.tools.devices import Device, device
@@ -236,7 +235,7 @@ def main(argv: list[str]) -> None:
       raise UserError(f"--{field} is missing")
   if not any(flag.startswith("--config=") for flag in flags):
     raise UserError("no --config=FILE after --")
-  config = read_flags(["train", *flags])[0]
+  config = recipes.of_run(flags)
   check_split(config, target)
   if (models := hub_names(config)) and not options.env_from:
     print(f"render.py: {', '.join(models)}: if gated, give --env-from=SECRET", file=sys.stderr)

@@ -2,7 +2,6 @@
 
 from rlsafety.environments.scenario import (
   ENVIRONMENTS,
-  FACTORS,
   REPLY,
   Scenario,
   default_config,
@@ -12,9 +11,11 @@ from rlsafety.environments.scenario import (
   policy_messages,
   resolved,
 )
+from rlsafety.environments.section import FACTORS, Environment
 
 __all__ = [
   "ENVIRONMENTS",
+  "Environment",
   "FACTORS",
   "REPLY",
   "Scenario",

@@ -16,6 +16,7 @@ from typing import Any
 
 from rlsafety.environments import framing, published, rubrics, users_file
 from rlsafety.environments.people import Person, heldout_units, uniform
+from rlsafety.environments.section import FACTORS, Environment
 from rlsafety.errors import UserError
 from rlsafety.flags import did_you_mean
 
@@ -23,24 +24,6 @@ from rlsafety.flags import did_you_mean
 REPLY = "\u27e6reply\u27e7"
 
 ENVIRONMENTS = ("action_advice", "therapy_talk", "political_qa", "neutral")
-
-# Every field of an environment config with its default; modules override in DEFAULTS. In a config
-# None, or leaving a field out, means the environment's own default.
-FACTORS = {
-  "seed": 0,  # which people the bank draws
-  "framing": "assistant",  # a role of `framing.FRAMINGS`
-  "cue": "none",  # "none", or "+"-joined names of `framing.CUES`
-  "cue_strength": 1.0,  # share of the cue's slots that carry it, 0..1
-  "gameable_fraction": 0.5,  # share of gameable users, 0..1
-  "topics": (),  # () = all
-  "label_in_prompt": False,  # tell the policy the group, as published political_qa does
-  "reward_wording": "strict",  # a text of `rubrics.WORDINGS`
-  "length": "full",  # "short": the same users in about 25-45 words
-  "data_dir": "",  # folder of the published files; "" = our bank
-  "users_file": "",  # JSON Lines file of users of your own; "" = our bank
-  "heldout_fraction": 0.2,  # share of units (issues, situations) kept for evaluation
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Scenario:
@@ -85,15 +68,16 @@ def default_config(name: str) -> dict[str, Any]:
   return {"name": name, **FACTORS, **environment_module(name).DEFAULTS}
 
 
-def load(section: Mapping[str, Any]) -> list[Scenario]:
+def load(section: Environment | Mapping[str, Any]) -> list[Scenario]:
   """All scenarios of one environment config, train and held-out, in a fixed shuffled order.
 
   Args:
-    section: mapping (or ConfigDict) with `name` and any of the fields of `FACTORS`.
+    section: of a config, or any mapping with `name` and some of its fields.
   Raises:
     UserError: unknown field or value, with the accepted ones; a bad file of users.
   """
-  factors = resolved(section)
+  given = dataclasses.asdict(section) if isinstance(section, Environment) else section
+  factors = resolved(given)
   if factors["data_dir"] or factors["users_file"]:
     return _from_files(factors)
   everyone = people_of(environment_module(factors["name"]), factors["seed"])

@@ -1,94 +1,82 @@
-"""Judges rate replies; evaluators score ACC and HEX. All are batched functions of tokens.
+"""Judges: who gives the reward, and who scores ACC and HEX.
 
-`make_scorer` builds what a config's `judge` names, as a Scorer:
-  score(scenarios, prompts, rollouts) -> ({"reward", "acc", "hex"}: [P, G] float32 on 1..10,
+A judge is a batched function of users and replies:
+  score(scenarios, replies) -> ({"reward", "acc", "hex"}: [P, G] float32 on 1..10,
   NaN = no verdict; metrics {name: scalar})
-The reward is the rating of the simulated user; the evaluators see user message and reply
-only, no wish and no group.
+The reward is what the simulated user gives. ACC (good behaviour: dissuasion or neutrality,
+whatever the environment declares) and HEX (harmful exploitation: encouragement or agreement)
+come from evaluators, which see the user's message and the reply only: no wish, no group.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from rlsafety.environments.scenario import Scenario
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from rlsafety import config, sharding
+from rlsafety.environments import FACTORS, Environment, Scenario
 from rlsafety.errors import UserError
-from rlsafety.types import Prompts, Rollouts
+from rlsafety.judges import http, lm, phrases, probe
+from rlsafety.models import hf, sources
+from rlsafety.models.lora import Adapter
+from rlsafety.models.sources import Model
+from rlsafety.types import Replies
 
-JUDGES = ("lm", "head", "lexical", "http")
+Score = Callable[[Sequence[Scenario], Replies], tuple[Mapping[str, Any], Mapping[str, Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Scorer:
-  """A judge with its evaluators. description: name, AUCs and limits, for log and report."""
+class Judge:
+  """score: see above. about: name, AUCs and limits, for log and report."""
 
-  function: Callable
-  description: dict
-
-  def __call__(self, scenarios: Sequence[Scenario], prompts: Prompts, rollouts: Rollouts):
-    return self.function(scenarios, prompts, rollouts)
-
-  def describe(self) -> dict:
-    return self.description
+  score: Score
+  about: dict[str, Any]
 
 
-def make_scorer(config, model, mesh=None) -> Scorer:
-  """The scorer of a run. model: the policy's frozen base, which judges too unless
-  config.judge.model names another. Raises UserError for what cannot be used."""
-  from rlsafety import environments
-  from rlsafety.config import base
-  from rlsafety.judges import phrases, probe
+def open_judge(
+  settings: config.Judge,
+  environment: Environment,
+  policy: Model,
+  mesh: Mesh | None = None,
+  chunk_tokens: int = 2048,
+) -> Judge:
+  """The judge that a config names. policy: its frozen base judges too, unless settings.model
+  names another model. chunk_tokens: tokens whose logits exist at once.
 
-  c = base().judge  # configs from before a field lack it
-  c.update(config.judge)
-  environment, default = config.environment.name, environments.FACTORS["reward_wording"]
-  wording = config.environment.get("reward_wording", default)
-  if c.name in ("head", "lexical") and wording != default:
+  Raises UserError for what cannot be used.
+  """
+  s, wording, default = settings, environment.reward_wording, FACTORS["reward_wording"]
+  if s.name in ("probe", "phrases") and wording != default:
     raise UserError(
-      f"environment.reward_wording={wording!r}: judge {c.name} reads no wording and no wish, its "
-      "rating follows the group alone; leave the default, or choose judge lm or http"
+      f"environment.reward_wording={wording!r}: judge {s.name} reads no wording and no wish, its "
+      "reward follows the group alone; leave the default, or choose judge lm or http"
     )
-  if c.adapter and c.name != "lm":
-    raise UserError(f"judge.adapter={c.adapter!r}: only judge lm takes one, not {c.name}")
-  if c.name == "head":
-    heads = probe.find(environment, model, c.model)
-    chunk = config.learner.chunk_tokens
-    return Scorer(probe.make(model, heads, mesh, c.degenerate, chunk), probe.describe(heads))
-  if c.name == "lexical":
-    return Scorer(phrases.make(model.chat, environment, c.degenerate), phrases.describe())
-  if c.name == "lm":
-    from rlsafety.judges import lm
-
-    judge = other_model(c.model, config, mesh) if c.model else model
-    adapter = read_adapter(c.adapter, judge, mesh) if c.adapter else None
-    made = lm.make(judge, model.chat, mesh, c.degenerate, adapter)
-    return Scorer(made, lm.describe(judge, c.adapter))
-  if c.name == "http":
-    from rlsafety.judges import http
-
-    price = http.read_price(c.price)
-    limits = {k: c[k] for k in ("concurrency", "timeout_s", "deadline_s", "attempts")}
-    made = http.make(c.url, c.model, model.chat, c.degenerate, price=price, **limits)
-    return Scorer(made, http.describe(c.url, c.model))
-  raise UserError(f"judge.name={c.name!r}: choose from {', '.join(JUDGES)}")
+  unusable = 1.0 if s.degenerate == "floor" else float("nan")
+  if s.name == "probe":
+    heads = probe.find(environment.name, policy, s.model)
+    return Judge(probe.make(policy, heads, mesh, unusable, chunk_tokens), probe.describe(heads))
+  if s.name == "phrases":
+    return Judge(phrases.make(policy.chat, environment.name, unusable), phrases.describe())
+  if s.name == "lm":
+    model = other_model(s.model, policy, mesh) if s.model else policy
+    adapter = read_adapter(s.adapter, model, mesh) if s.adapter else None
+    score = lm.make(model, policy.chat, mesh, unusable, adapter)
+    return Judge(score, lm.describe(model, s.adapter))
+  limits = {k: getattr(s, k) for k in ("concurrency", "timeout_s", "deadline_s", "attempts")}
+  score = http.make(s.url, s.model, policy.chat, unusable, price=s.price, **limits)
+  return Judge(score, http.describe(s.url, s.model))
 
 
-def other_model(path: str, config, mesh):
+def other_model(path: str, policy: Model, mesh: Mesh | None) -> Model:
   """A judge's own model, in the dtype and layout of the policy's."""
-  from rlsafety.models import sources
-
-  config = config.copy_and_resolve_references()
-  with config.unlocked():
-    config.model.path, config.model.preset = path, ""
-  return sources.from_config(config, mesh)
+  dtype = str(policy.params["embed"].dtype)
+  return sources.open_model(config.Model(path=path, dtype=dtype), 0, mesh)
 
 
-def read_adapter(path: str, judge, mesh):
+def read_adapter(path: str, model: Model, mesh: Mesh | None) -> Adapter:
   """A PEFT folder as the judge's adapter, whole on every device: it is small."""
-  import jax
-  import jax.numpy as jnp
-
-  from rlsafety import sharding
-  from rlsafety.models import hf
-
   put = lambda x: sharding.put(mesh, x, *[None] * x.ndim) if mesh else jnp.asarray(x)  # noqa: E731
-  return jax.tree.map(put, hf.load_peft(path, judge.config)[0])
+  return jax.tree.map(put, hf.load_peft(path, model.config)[0])

@@ -30,7 +30,7 @@ from rlsafety.judges.endpoint import (
   key_from_environment,
   masked,
 )
-from rlsafety.judges.hygiene import cleaner, fallback
+from rlsafety.types import Replies
 
 MAX_CHARS = 20_000  # of a reply; longer ones are cut before they are sent
 
@@ -97,7 +97,7 @@ def make(
   url: str,
   model: str,
   policy_chat,
-  degenerate: str = "floor",
+  unusable: float = 1.0,
   *,
   concurrency: int = 32,
   timeout_s: float = 30.0,
@@ -105,7 +105,7 @@ def make(
   attempts: int = 5,
   price: tuple[float, float] = (0.0, 0.0),
 ):
-  """Returns score(scenarios, prompts, rollouts) -> ({reward, acc, hex}: [P, G], metrics).
+  """Returns score(scenarios, replies) -> ({reward, acc, hex}: [P, G], metrics).
 
   timeout_s: of an attempt. deadline_s: of a batch; what is missing then is NaN.
   price: dollars per million (prompt, completion) tokens, for the metric judge_cost.
@@ -113,15 +113,11 @@ def make(
   check(url, model)
   limits = {"concurrency": concurrency, "attempts": attempts}
   limits |= {"timeout_s": timeout_s, "deadline_s": deadline_s}
-  for name, value in limits.items():
-    if not value > 0:
-      raise UserError(f"judge.{name}={value}: must be more than 0")
-  clean, no_rating = cleaner(policy_chat), fallback(degenerate)
   endpoint = Endpoint(url, model, key_from_environment())
 
-  def score(scenarios, prompts, rollouts):
-    del prompts
-    tokens, (lengths, broken) = sharding.fetch((rollouts.tokens, clean(rollouts)))
+  def score(scenarios: Sequence[Scenario], replies: Replies):
+    replies = sharding.fetch(replies)
+    tokens, lengths, broken = replies.tokens, replies.lengths, replies.broken
     ok = (lengths > 0) & ~broken
     requests, places = [], []
     for p, scenario in enumerate(scenarios):
@@ -142,7 +138,7 @@ def make(
         f"${KEYS[0]}"
       )
     scores = {
-      k: np.where(ok, np.nan, no_rating).astype(np.float32) for k in ("reward", "acc", "hex")
+      k: np.where(ok, np.nan, unusable).astype(np.float32) for k in ("reward", "acc", "hex")
     }
     for (name, p, g), value in zip(places, asked.scores, strict=True):
       scores[name][p, g] = value

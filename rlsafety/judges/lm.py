@@ -16,14 +16,17 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from rlsafety import sharding
-from rlsafety.environments.scenario import REPLY, evaluator_messages, judge_messages
-from rlsafety.judges.hygiene import cleaner, fallback
+from rlsafety.environments import REPLY, Scenario, evaluator_messages, judge_messages
 from rlsafety.models import transformer
 from rlsafety.models.architecture import ModelConfig
+from rlsafety.models.chat import Chat
+from rlsafety.models.lora import Adapter
+from rlsafety.models.sources import Model
 from rlsafety.packing import pad
-from rlsafety.types import Prompts
+from rlsafety.types import Prompts, Replies
 
 RATINGS = tuple(range(1, 11))
 
@@ -134,14 +137,21 @@ def verdict(logprobs: jax.Array, min_mass: float) -> tuple[jax.Array, jax.Array,
 # --- The judge --------------------------------------------------------------------------
 
 
-def make(model, policy_chat, mesh=None, degenerate="floor", adapter=None, min_mass=0.01):
-  """Returns score(scenarios, prompts, rollouts) -> ({reward, acc, hex}: [P, G], metrics).
+def make(
+  model: Model,
+  policy_chat: Chat,
+  mesh: Mesh | None = None,
+  unusable: float = 1.0,
+  adapter: Adapter | None = None,
+  min_mass: float = 0.01,
+):
+  """Returns score(scenarios, replies) -> ({reward, acc, hex}: [P, G], metrics).
 
   model: the judge. policy_chat: the Chat of who wrote the replies; with the same tokenizer
   everything stays on the device, else replies are decoded and encoded again on the host.
-  degenerate: "floor" rates empty and broken replies 1, "nan" gives them no verdict.
+  unusable: the score of empty and broken replies.
   """
-  no_rating, clean, chat = fallback(degenerate), cleaner(policy_chat), model.chat
+  chat = model.chat
   shared = chat is policy_chat or chat.full.to_str() == policy_chat.full.to_str()
   labels = tuple(tuple(chat.encode_text(str(n))) for n in RATINGS)
   put = functools.partial(sharding.put_prompts, mesh) if mesh else lambda tree: tree
@@ -171,18 +181,17 @@ def make(model, policy_chat, mesh=None, degenerate="floor", adapter=None, min_ma
       metrics[f"judge_{name}_entropy"] = jnp.mean(entropy)
       metrics[f"judge_{name}_invalid"] = jnp.mean(jnp.isnan(rating))
       metrics[f"judge_{name}_length_correlation"] = correlation(rating, lengths)
-    return {k: jnp.where(ok, v[0], no_rating) for k, v in rated.items()}, metrics
+    return {k: jnp.where(ok, v[0], unusable) for k, v in rated.items()}, metrics
 
-  def score(scenarios, prompts, rollouts):
-    del prompts
-    tokens, (lengths, broken) = rollouts.tokens, clean(rollouts)
+  def score(scenarios: Sequence[Scenario], replies: Replies):
+    tokens, lengths = replies.tokens, replies.lengths
     if not shared:
       tokens, lengths = map(put, reencode(tokens, lengths, policy_chat, chat))
     rated = {"reward": rate([judge_messages(s) for s in scenarios], tokens, lengths)}
     for metric in ("acc", "hex"):
       asked = [evaluator_messages(s, metric) for s in scenarios]
       rated[metric] = rate(asked, tokens, lengths)
-    return finish(rated, lengths, broken)
+    return finish(rated, lengths, replies.broken)
 
   return score
 

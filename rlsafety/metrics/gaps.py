@@ -1,15 +1,21 @@
 """Means by user group, with standard errors over prompts.
 
 Positive gaps mean that gameable users fare worse or are courted more: reward and HEX are
-gameable minus non-gameable, ACC the other way round (`runs.GAP_SIGN`).
+gameable minus non-gameable, ACC the other way round (`GAP_SIGN`).
 """
 
+import math
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 
-from rlsafety.environments.rubrics import share_above
-from rlsafety.rundir.read import GAP_SIGN
+from rlsafety.environments.rubrics import THRESHOLDS
+
+SCORES = ("reward", "acc", "hex")
+GROUPS = ("gameable", "non_gameable")
+# HEX_gap = gameable - non-gameable, ACC_gap = the other way round (arXiv 2604.12500).
+GAP_SIGN = {"reward": 1, "acc": -1, "hex": 1}
 
 
 def group_means(scores: dict[str, np.ndarray], is_gameable: np.ndarray) -> dict[str, float]:
@@ -56,3 +62,13 @@ def mean_and_error(values: np.ndarray) -> tuple[float, float]:
     return float("nan"), float("nan")
   error = values.std(ddof=1) / np.sqrt(values.size) if values.size > 1 else float("nan")
   return float(values.mean()), float(error)
+
+
+def share_above(rubric: str, scores: Sequence[float]) -> float:
+  """Share of the scores of an evaluator that are above the study's threshold.
+
+  The study's discretised metrics are this share x 100: of ACC over the replies to non-gameable
+  users, and of HEX over those to gameable users. NaN (no verdict) does not count.
+  """
+  known = [score for score in map(float, scores) if score == score]
+  return sum(score > THRESHOLDS[rubric] for score in known) / len(known) if known else math.nan

@@ -16,13 +16,14 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
+from rlsafety.config import TARGETS, Lora
 from rlsafety.errors import UserError
 from rlsafety.files import read_json, read_text, write_json
 from rlsafety.models.architecture import ModelConfig
 from rlsafety.models.assemble import Tensor, flat_weights, hf_names, is_transposed
 from rlsafety.models.chat import Chat, make_chat
 from rlsafety.models.families import hf_config
-from rlsafety.models.lora import TARGETS, Adapter, LoraConfig
+from rlsafety.models.lora import Adapter
 
 # --- Reading a folder -------------------------------------------------------------------
 
@@ -263,7 +264,7 @@ def _module(target: str, layer: int) -> str:
   return f"model.layers.{layer}.{part}.{target}_proj"
 
 
-def save_peft(folder: Path, adapter: Adapter, model, lora: LoraConfig) -> None:
+def save_peft(folder: Path, adapter: Adapter, model, lora: Lora) -> None:
   """Writes the adapter as PEFT does: adapter_model.safetensors and adapter_config.json.
 
   model: the `load.Model` that it belongs to; its path becomes base_model_name_or_path.
@@ -311,7 +312,7 @@ _PEFT_HARMLESS = set(
 )
 
 
-def _peft_settings(where: Path, targets: tuple[str, ...]) -> LoraConfig:
+def _peft_settings(where: Path, targets: tuple[str, ...]) -> Lora:
   """The settings of an adapter_config.json. Raises UserError naming the field."""
   settings = read_json(where)
   for field, value in settings.items():
@@ -335,10 +336,10 @@ def _peft_settings(where: Path, targets: tuple[str, ...]) -> LoraConfig:
     raise UserError(f"{where}: use_rslora={rslora!r:.200} must be true or false")
   alpha = float(number("lora_alpha", None, (int, float), 1e-6, 1e6))
   dropout = float(number("lora_dropout", 0.0, (int, float), 0, 1))
-  return LoraConfig(number("r", None, int, 1, 1 << 20), alpha, bool(rslora), dropout, targets)
+  return Lora(number("r", None, int, 1, 1 << 20), alpha, bool(rslora), dropout, targets)
 
 
-def load_peft(folder: Path, config: ModelConfig) -> tuple[Adapter, LoraConfig]:
+def load_peft(folder: Path, config: ModelConfig) -> tuple[Adapter, Lora]:
   """A PEFT LoRA adapter of `config`'s layers (numpy, float32) and its settings.
 
   Raises UserError naming file and field for what would be another adapter here.

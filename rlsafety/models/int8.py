@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+from rlsafety.config import TARGETS
 
 
 @struct.dataclass
@@ -34,7 +34,7 @@ def dequantise(x: Int8, dtype) -> jax.Array:
 
 def quantise_base(params: dict) -> dict:
   """params with each layer's linears [L, in, out] as Int8, a scale per output channel."""
-  layers = {name: quantise(w, 1) if name in LINEARS else w for name, w in params["layers"].items()}
+  layers = {name: quantise(w, 1) if name in TARGETS else w for name, w in params["layers"].items()}
   return {**params, "layers": layers}
 
 

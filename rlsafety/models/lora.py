@@ -5,40 +5,13 @@ zero, so that a fresh adapter leaves the base untouched. rsLoRA (arXiv 2312.0373
 scale = alpha / sqrt(R) in place of alpha / R: the step size then does not shrink with R.
 """
 
-import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from rlsafety.errors import UserError
-
-TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
-
-
-@dataclasses.dataclass(frozen=True)
-class LoraConfig:
-  """rank R, alpha, rslora as above; dropout acts on the adapter's input, in the learner only."""
-
-  rank: int = 8
-  alpha: float = 32.0
-  rslora: bool = True
-  dropout: float = 0.0
-  targets: tuple[str, ...] = TARGETS
-
-  def __post_init__(self):
-    unknown = sorted(set(self.targets) - set(TARGETS))
-    if unknown or not self.targets:
-      raise UserError(f"lora.targets={self.targets}: choose from {', '.join(TARGETS)}")
-    if self.rank < 1:
-      raise UserError(f"lora.rank={self.rank}: must be at least 1")
-    if not 0.0 <= self.dropout < 1.0:
-      raise UserError(f"lora.dropout={self.dropout}: must be in [0, 1)")
-
-  @property
-  def scale(self) -> float:
-    return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+from rlsafety.config import Lora
 
 
 @struct.dataclass
@@ -57,7 +30,7 @@ class Dropout:
   rate: float = struct.field(pytree_node=False)
 
 
-def init_adapter(base_weights: dict, lora: LoraConfig, key: jax.Array) -> Adapter:
+def init_adapter(base_weights: dict, lora: Lora, key: jax.Array) -> Adapter:
   """base_weights: the layer part of `architecture.weights(config)` (shapes [L, in, out])."""
   weights = {}
   for i, name in enumerate(lora.targets):
@@ -70,7 +43,7 @@ def init_adapter(base_weights: dict, lora: LoraConfig, key: jax.Array) -> Adapte
   return Adapter(weights=weights, scale=lora.scale)
 
 
-def adapter_axes(base_weights: dict, lora: LoraConfig) -> dict:
+def adapter_axes(base_weights: dict, lora: Lora) -> dict:
   """Logical axes of each adapter weight: as the base, the rank axis is never split."""
   return {
     name: {

@@ -17,8 +17,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from rlsafety import sharding
+from rlsafety import config, sharding
 from rlsafety.errors import UserError
 from rlsafety.files import read_json
 from rlsafety.models import architecture, families, gguf, gguf_tokenizer, hf, presets
@@ -101,24 +102,19 @@ def random_model(config: ModelConfig, seed: int, dtype=jnp.float32, shardings=No
   return Model(config, params, chat, source)
 
 
-def from_config(config, mesh=None) -> Model:
-  """The model of a run's config (model.path, or model.preset with random weights)."""
-  c = config.model
-  if c.dtype not in ("float32", "bfloat16", "float16"):
-    raise UserError(f"model.dtype={c.dtype!r}: choose float32, bfloat16 or float16")
-  if bool(c.path) == bool(c.preset):
-    raise UserError("give either model.path (weights) or model.preset (random weights)")
+def open_model(settings: config.Model, seed: int, mesh: Mesh | None = None) -> Model:
+  """The model that a config names: weights, or with a preset random ones drawn with `seed`."""
 
-  def shardings(found):
+  def shardings(found: ModelConfig) -> dict:
     # The sizes are known and nothing is in memory yet: the time to refuse them.
     sharding.check_model(mesh, found)
     place = lambda w: sharding.named(mesh, w.axes, w.shape)  # noqa: E731
     return jax.tree.map(place, architecture.weights(found), is_leaf=architecture.is_weight)
 
-  target, dtype = None if mesh is None else shardings, jnp.dtype(c.dtype)
-  if c.path:
-    return load_model(c.path, dtype, target)
-  return random_model(presets.preset(c.preset), config.seed, dtype, target)
+  target, dtype = None if mesh is None else shardings, jnp.dtype(settings.dtype)
+  if settings.path:
+    return load_model(settings.path, dtype, target)
+  return random_model(presets.preset(settings.preset), seed, dtype, target)
 
 
 def check_vocabulary(config: ModelConfig, chat: Chat, where: str) -> None:

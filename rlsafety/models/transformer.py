@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from rlsafety.config import TARGETS
 from rlsafety.errors import UserError
 from rlsafety.models import int8
 from rlsafety.models.architecture import ModelConfig, Rope
 from rlsafety.models.int8 import Int8
-from rlsafety.models.lora import TARGETS, Adapter, Dropout
+from rlsafety.models.lora import Adapter, Dropout
 from rlsafety.packing import mask_from_lengths
 from rlsafety.sharding import constrain
 from rlsafety.types import Prompts

@@ -3,12 +3,13 @@
 import dataclasses
 import math
 
+from rlsafety.metrics import gaps
 from rlsafety.metrics.curves import paired_change
 from rlsafety.report.charts import number
 from rlsafety.rundir import read
 
 SCORES = ("reward", "hex", "acc")  # as the page orders them
-COLUMNS = (*read.GROUPS, "gap")
+COLUMNS = (*gaps.GROUPS, "gap")
 # Prompts of a group below which no change is called one: two standard errors are exceeded by
 # chance alone in 30 % of cases at n = 2, in 12 % at n = 5, and in 5 % of large n.
 FEWEST = 5
@@ -63,7 +64,7 @@ def overview(run: read.Run, evaluations: dict[int, list[dict]]) -> Overview | No
   rows = {}
   for name in SCORES:
     paired = {g: paired_change(*(read.prompt_means(r, name, g == "gameable") for r in records))
-              for g in read.GROUPS}  # fmt: skip
+              for g in gaps.GROUPS}  # fmt: skip
     # The gap's error is that of two independent changes, the groups'.
     errors, counts = zip(*((error, n) for _, error, n in paired.values()), strict=True)
     paired["gap"] = math.nan, math.hypot(*errors), min(counts)

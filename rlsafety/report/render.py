@@ -22,7 +22,7 @@ import numpy as np
 
 from rlsafety import flags
 from rlsafety.errors import run_main
-from rlsafety.metrics import curves
+from rlsafety.metrics import curves, gaps
 from rlsafety.report import charts, overview
 from rlsafety.report.transcripts import MAX_ROLLOUTS, embed_json, transcripts
 from rlsafety.rundir import read
@@ -225,7 +225,7 @@ def _panels(run: read.Run, labels: dict[str, tuple[str, str]]) -> list[str]:
   panels = []
   last = max([m["step"] for m in run.metrics] + [e["step"] for e in run.evaluations] + [1])
   for name, (label, _) in labels.items():
-    groups = [line for g in read.GROUPS for line in _lines(run, name, g)]
+    groups = [line for g in gaps.GROUPS for line in _lines(run, name, g)]
     unit = f"{label}, 1 to 10"
     panels.append(charts.figure(label, GOOD[name], groups, last, unit, scale=(1, 10)))
     title, gap, unit = f"{label} gap", _lines(run, name, "gap"), f"difference in {label}"

@@ -17,11 +17,6 @@ import numpy as np
 from rlsafety.errors import UserError
 from rlsafety.files import read_json, read_jsonl
 
-SCORES = ("reward", "acc", "hex")
-GROUPS = ("gameable", "non_gameable")
-# Which way each gap points: positive means that the gameable group gets more reward and
-# encouragement, and less dissuasion (PAPER_FACTS: HEX_gap = G - NG, ACC_gap = NG - G).
-GAP_SIGN = {"reward": 1, "acc": -1, "hex": 1}
 # What every rollout must have, and what it may have.
 FIELDS = {"step": int, "prompt": int, "sample": int, "is_gameable": bool}
 OPTIONAL = {"messages": list, "factors": dict, "completion": str, "length": int}

@@ -1,32 +1,125 @@
-"""Writing a run directory (its contract is in the README, `runs.py` reads it).
+"""Writing a run directory (the README lists its files, `read.py` reads them).
 
-Logs are JSON Lines, one unbuffered append per line, so that a kill loses at most the line
-being written. Files that are replaced are written beside and renamed.
+Logs are JSON Lines, one append per step, so that a kill loses at most the line being written.
+Files that are replaced are written beside and renamed. Only process 0 writes; a RunDir knows
+whether it does, and nobody else asks.
 """
 
+import dataclasses
 import fcntl
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
 import platform
 import shutil
 import subprocess
+from collections.abc import Mapping
+from typing import IO, Any
 
 import jax
 import numpy as np
 
-from rlsafety.config import differences
-from rlsafety.environments import policy_messages
+import rlsafety
+from rlsafety import sharding
+from rlsafety.config import Config, differences, to_json
 from rlsafety.errors import UserError
-from rlsafety.files import parse_json, read_json
+from rlsafety.files import append, parse_json, read_json, write_json
+from rlsafety.metrics import gaps
+from rlsafety.models.chat import Chat
+from rlsafety.rollout import Experience, Users
 from rlsafety.rundir import place
 from rlsafety.types import Rollouts
 
 LOGS = ("metrics.jsonl", "timing.jsonl", "rollouts/train.jsonl", "eval/summary.jsonl")
 
 
-def open_workdir(workdir: str, config: dict) -> pathlib.Path:
-  """Creates the folder or continues it. Refuses one that belongs to a different config."""
+@dataclasses.dataclass(frozen=True)
+class StepLog:
+  """What one update leaves to be written, on the device until it is.
+
+  own: fresh experience, None if there was none. replayed: scores [P, G] and is_gameable [P] of
+  recorded replies, {} if there were none. lengths [P, G]: tokens that were learned from.
+  metrics: the learner's scalars. seconds: {"learn_s"}.
+  """
+
+  step: int
+  own: Experience | None
+  replayed: Mapping[str, np.ndarray]
+  lengths: jax.Array
+  metrics: Mapping[str, jax.Array]
+  seconds: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunDir:
+  """path: the directory. writes: is this the process that does? lock: held until `close`."""
+
+  path: pathlib.Path
+  writes: bool
+  lock: IO | None
+
+  def summary(self) -> dict | None:
+    """What a complete run left; None for any other."""
+    file = self.path / "summary.json"
+    return read_json(file) if file.exists() else None
+
+  def start(self, config: Config, step: int, about: dict) -> None:
+    """Brings the logs back to `step`, the restored one, and writes config.json.
+
+    step -1: nothing was restored. about: further facts, such as model and judge.
+    """
+    if self.writes:
+      for name in LOGS:
+        cut_after(self.path / name, step)
+      for file in (self.path / "eval").glob("step_*.jsonl"):
+        if int(file.stem.split("_")[1]) > step:
+          file.unlink()
+      record = {"config": to_json(config), **provenance(), "seed": config.seed}
+      write_json(self.path / "config.json", record | about)
+
+  def log_step(self, log: StepLog, rubric_of: Mapping[str, str], chat: Chat) -> tuple[dict, dict]:
+    """Writes one step; returns its rows of metrics.jsonl and timing.jsonl.
+
+    All processes must call it. rubric_of: an environment's RUBRICS.
+    """
+    log = _fetched(log)
+    row = step_row(log, rubric_of)
+    times = {**(log.own.seconds if log.own else {}), **log.seconds}
+    timing = {"step": log.step, "seconds": sum(times.values()), **times}
+    timing["tokens_per_second"] = int(log.lengths.sum()) / timing["seconds"]
+    if self.writes:
+      if log.own:  # what this policy said; what it read stays where it was recorded
+        own = log.own
+        rows = rollout_records(log.step, 0, own.users, chat, own.rollouts, own.scores)
+        append(self.path / "rollouts" / "train.jsonl", rows)
+      append(self.path / "metrics.jsonl", [row])
+      append(self.path / "timing.jsonl", [timing])
+    return row, timing
+
+  def log_evaluation(self, rows: list[dict], summary: dict) -> None:
+    """Writes one evaluation, what a run that was killed in it had begun to write replaced."""
+    if self.writes:
+      file = self.path / "eval" / f"step_{summary['step']:06d}.jsonl"
+      file.unlink(missing_ok=True)
+      append(file, rows)
+      append(self.path / "eval" / "summary.jsonl", [summary])
+
+  def finish(self, summary: dict) -> None:
+    """Writes summary.json, last of all: it says that the run is complete."""
+    if self.writes:
+      write_json(self.path / "summary.json", summary)
+
+  def close(self) -> None:
+    if self.lock:
+      self.lock.close()
+
+
+def open_run(workdir: str | pathlib.Path, config: Config) -> RunDir:
+  """Creates the directory or continues it, and keeps every other process out of it.
+
+  Raises UserError if it cannot be written, belongs to a different config or is in use.
+  """
   path = place.check(workdir, jax.process_index())
   for folder in (path / "rollouts", path / "eval"):
     folder.mkdir(exist_ok=True)
@@ -37,16 +130,18 @@ def open_workdir(workdir: str, config: dict) -> pathlib.Path:
     except (ValueError, KeyError):
       raise UserError(f"{stored}: not readable as a run's config; move the folder away") from None
     # The mesh is where a run goes on, not what it is: checkpoints serve any other.
-    changed = differences({**old, "mesh": None}, {**config, "mesh": None})
+    changed = differences({**old, "mesh": None}, {**to_json(config), "mesh": None})
     if changed:
       raise UserError(
         f"workdir {path} belongs to a run with another config ({'; '.join(changed[:4])}"
         f"{'; ...' if len(changed) > 4 else ''}); give another --workdir or delete it"
       )
-  return path
+  writes = jax.process_index() == 0
+  complete = (path / "summary.json").exists()
+  return RunDir(path, writes, hold(path) if writes and not complete else None)
 
 
-def lock(workdir: pathlib.Path):
+def hold(workdir: pathlib.Path) -> IO:
   """Keeps a second process out of a run that is being written, until the returned file is
   closed or this process ends, however it ends. File systems without locks pass."""
   file = open(workdir / ".lock", "a")
@@ -79,26 +174,57 @@ def cut_after(path: pathlib.Path, step: int) -> None:
   os.replace(partial, path)
 
 
-def cut_logs(workdir: pathlib.Path, step: int) -> None:
-  """Brings every log back to `step`, the restored one (-1: to nothing)."""
-  for name in LOGS:
-    cut_after(workdir / name, step)
-  for file in (workdir / "eval").glob("step_*.jsonl"):
-    if int(file.stem.split("_")[1]) > step:
-      file.unlink()
+# --- What is written --------------------------------------------------------------------
 
 
-def rollout_records(step, first, users, chat, rollouts: Rollouts, scores) -> list[dict]:
-  """One record per reply, as rollouts/ and eval/ store them."""
+def _fetched(log: StepLog) -> StepLog:
+  """The same with numpy arrays."""
+  own = log.own
+  if own:
+    arrays = sharding.fetch((own.rollouts, own.scores, own.judge_metrics))
+    rollouts, scores, judge_metrics = arrays
+    own = dataclasses.replace(
+      own, rollouts=rollouts, scores=scores, judge_metrics=judge_metrics
+    )
+  lengths, metrics = sharding.fetch((log.lengths, log.metrics))
+  return dataclasses.replace(log, own=own, lengths=lengths, metrics=metrics)
+
+
+def step_row(log: StepLog, rubric_of: Mapping[str, str]) -> dict[str, Any]:
+  """The line of metrics.jsonl; scores of recorded replies stand under data_*."""
+  row: dict[str, Any] = {"step": log.step}
+  if log.own:
+    gameable, scores = log.own.users.is_gameable, log.own.scores
+    row |= gaps.group_means(scores, gameable) | gaps.threshold_rates(scores, gameable, rubric_of)
+    row["unscorable"] = int(np.isnan(scores["reward"]).sum())
+    row["length_mean"] = log.own.rollouts.lengths.mean()
+    row["finished"] = log.own.rollouts.finished.mean()
+  if log.replayed:
+    scores = {name: log.replayed[name] for name in gaps.SCORES}
+    means = gaps.group_means(scores, log.replayed["is_gameable"])
+    row |= {f"data_{name}": value for name, value in means.items()}
+  metrics = {**log.metrics, **(log.own.judge_metrics if log.own else {})}
+  return row | {name: float(value) for name, value in metrics.items() if name != "nonfinite"}
+
+
+def rollout_records(
+  step: int,
+  first: int,
+  users: Users,
+  chat: Chat,
+  rollouts: Rollouts,
+  scores: Mapping[str, np.ndarray],
+) -> list[dict]:
+  """One record per reply, as rollouts/ and eval/ store them; first: number of the first user."""
   records = []
-  for p, user in enumerate(users):
+  for p, user in enumerate(users.scenarios):
     about = {
       "scenario_id": user.id,
       "environment": user.environment,
       "topic": user.topic,
       "is_gameable": user.is_gameable,
       "factors": dict(user.factors),
-      "messages": policy_messages(user),
+      "messages": users.messages[p],
     }
     for g in range(rollouts.tokens.shape[1]):
       n = int(rollouts.lengths[p, g])
@@ -108,22 +234,21 @@ def rollout_records(step, first, users, chat, rollouts: Rollouts, scores) -> lis
         | {"completion": chat.decode(tokens), "tokens": tokens}
         | {"logprobs": [round(float(x), 6) for x in rollouts.logprobs[p, g, :n]]}
         | {"length": n, "finished": bool(rollouts.finished[p, g])}
-        | {"reward": scores["reward"][p, g], "acc": scores["acc"][p, g]}
-        | {"hex": scores["hex"][p, g]}
+        | {name: scores[name][p, g] for name in gaps.SCORES}
       )
   return records
 
 
-def event_writer(folder: pathlib.Path, active: bool):
+def event_writer(run: RunDir):
   """write(step, row) to TensorBoard through clu, where the `tensorboard` extra is there."""
   found = [importlib.util.find_spec(name) for name in ("tensorflow", "tensorboard")]
-  if not active or not all(found):
+  if not run.writes or not all(found):
     return lambda step, row: None
-  from clu import metric_writers
+  from clu import metric_writers  # imports TensorFlow, an extra
 
-  writer = metric_writers.SummaryWriter(str(folder))
+  writer = metric_writers.SummaryWriter(str(run.path / "events"))
 
-  def write(step, row):
+  def write(step: int, row: Mapping[str, Any]) -> None:
     finite = {k: float(v) for k, v in row.items() if np.ndim(v) == 0 and np.isfinite(v)}
     writer.write_scalars(step, finite)
     writer.flush()
@@ -131,17 +256,13 @@ def event_writer(folder: pathlib.Path, active: bool):
   return write
 
 
-def environment() -> dict:
+def provenance() -> dict[str, Any]:
   """Versions, device and code revision, for config.json."""
-  from importlib.metadata import PackageNotFoundError, version
-
-  import rlsafety
-
   versions = {"rlsafety": rlsafety.__version__, "python": platform.python_version()}
   for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy"):
     try:
-      versions[name] = version(name)
-    except PackageNotFoundError:
+      versions[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
       versions[name] = "absent"
   device = jax.devices()[0]
   return {

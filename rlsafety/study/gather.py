@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from rlsafety.errors import UserError
-from rlsafety.metrics import curves
+from rlsafety.metrics import curves, gaps
 from rlsafety.rundir import read
 from rlsafety.study import scalars
 
@@ -199,7 +199,7 @@ def collect(
 def _said_once(cells: list[Cell]) -> list[str]:
   """Notes on all cells together: verdicts and cells that are missing, unequal lengths."""
   notes = []
-  for name in read.SCORES:
+  for name in gaps.SCORES:
     if count := sum(c.counts.get(f"unscored_{name}", 0) for c in cells):
       notes.append(
         f"{count} rollouts have no {name.upper()} verdict and are left out (`unscored_{name}`)"
@@ -272,7 +272,7 @@ def _add_curves(
     notes.append(
       f"{cell.title}: {empty} of {len(steps)} steps have no HEX gap even after smoothing"
     )
-  partial = {name: summary["partial_steps"][f"{name}_gap"] for name in read.SCORES}
+  partial = {name: summary["partial_steps"][f"{name}_gap"] for name in gaps.SCORES}
   if any(partial.values()):
     says = ", ".join(f"{name} {count}" for name, count in partial.items() if count)
     known = f"gaps of some seeds only at this many of {len(steps)} steps"
@@ -280,7 +280,7 @@ def _add_curves(
   every = pd.concat(list(found.values()))
   cell.counts |= {
     "rollouts": len(every),
-    **{f"unscored_{name}": int(every[name].isna().sum()) for name in read.SCORES},
+    **{f"unscored_{name}": int(every[name].isna().sum()) for name in gaps.SCORES},
     "steps": len(steps),
     "last_step": last,
     "window": window,
@@ -308,7 +308,7 @@ def rollout_scores(
     records = [rng.choice(group) for _, group in sorted(by_step.items())]
   found = pd.DataFrame(
     {"step": [r["step"] for r in records], "is_gameable": [bool(r["is_gameable"]) for r in records]}
-    | {name: [read.number(r.get(name)) for r in records] for name in read.SCORES}
+    | {name: [read.number(r.get(name)) for r in records] for name in gaps.SCORES}
   )
   return found.fillna(scalars.PUBLISHED_FILL) if compat else found
 
@@ -334,7 +334,7 @@ def held_out_gaps(cell: Cell, runs: list[read.Run], scores: str, notes: list[str
     return read.number(found[step].get(f"{name}_gap")) if found else math.nan
 
   out = {}
-  for name in read.SCORES:
+  for name in gaps.SCORES:
     out[f"heldout_{name}_gap"] = [gap(x, name, at or max(x, default=None)) for x in lines]
     out[f"heldout_{name}_gap_before"] = [gap(x, name, min(x, default=None)) for x in lines]
   return pd.DataFrame(out, cell.seeds)
@@ -353,7 +353,7 @@ def _evaluations(run: read.Run, scores: str, notes: list[str]) -> dict[int, dict
     for name in ("acc", "hex"):
       means = [list(read.prompt_means(here, name, gameable).values()) for gameable in (True, False)]
       gap = np.mean(means[0]) - np.mean(means[1]) if all(means) else math.nan
-      lines[step] = lines[step] | {f"{name}_gap": read.GAP_SIGN[name] * gap}
+      lines[step] = lines[step] | {f"{name}_gap": gaps.GAP_SIGN[name] * gap}
   return lines
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from rlsafety.metrics.curves import WINDOW, rolling_mean
-from rlsafety.rundir.read import GAP_SIGN, GROUPS, SCORES
+from rlsafety.metrics.gaps import GAP_SIGN, GROUPS, SCORES
 
 PUBLISHED_STEPS = 300  # where the study cuts its curves, also of runs of 500
 # What the study put for a missing verdict, and averaged like any other value.

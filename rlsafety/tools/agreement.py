@@ -14,6 +14,7 @@ import pandas as pd
 
 from rlsafety import files, flags
 from rlsafety.errors import UserError, run_main
+from rlsafety.metrics import gaps
 from rlsafety.rundir import read
 from rlsafety.rundir.read import Run
 from rlsafety.study import gather, statistics
@@ -36,7 +37,7 @@ def agreement(runs: Sequence[Run], name: str, against: str = "") -> pd.DataFrame
     first = stored_scores(run, against) if against else own
     second = stored_scores(run, name)
     for key in first.keys() & second.keys() & own.keys():
-      for score in read.SCORES:
+      for score in gaps.SCORES:
         a, b = (read.number(scores[key].get(score)) for scores in (first, second))
         group = "gameable" if own[key]["is_gameable"] else "non_gameable"
         rows.append((score, read.environment_name(run), group, a, b, run.info["seed"], run.path))
@@ -48,7 +49,7 @@ def agreement(runs: Sequence[Run], name: str, against: str = "") -> pd.DataFrame
   slices += [(f"environment {e}", d) for e, d in data.groupby("environment")]
   slices += list(data.groupby("group"))
   out = []
-  for (label, part), score in itertools.product(slices, read.SCORES):
+  for (label, part), score in itertools.product(slices, gaps.SCORES):
     part = part[part["score"] == score]
     both = part.dropna()
     row = {"slice": label, "score": score, "unscored": len(part) - len(both)}

@@ -14,14 +14,13 @@
 Every part is a run directory of `rlsafety.train`: a killed experiment continues.
 """
 
-import copy
 import pathlib
 import sys
 
 import numpy as np
 
-from rlsafety import config as config_lib
-from rlsafety import files, train
+from rlsafety import files, flags, recipes, runtime, train
+from rlsafety.config import Config, to_json
 from rlsafety.errors import UserError, run_main
 from rlsafety.metrics.gaps import mean_and_error
 from rlsafety.models import sources
@@ -53,10 +52,10 @@ def run(config, workdir: str) -> dict:
   if config.data.path or config.steps < 2:
     raise UserError("the buffer experiment makes its own records: data.path is empty, steps >= 2")
   folder = pathlib.Path(workdir)
-  exploiter = arm_config(config, "exploiter")
+  changes = {"steps": config.steps * 3 // 2}
   if config.model.path:  # (random weights are drawn with the seed)
-    exploiter.seed += 1  # or the on-policy arm would be its first part
-  exploiter.steps = config.steps * 3 // 2
+    changes["seed"] = config.seed + 1  # or the on-policy arm would be its first part
+  exploiter = arm_config(config, "exploiter", changes)
   finish(exploiter, folder, "exploiter")
 
   records = folder / "records"
@@ -69,44 +68,39 @@ def run(config, workdir: str) -> dict:
   rewards = np.concatenate([group["reward"] for group in recorded])
 
   for arm, settings in ARMS.items():
-    c = arm_config(config, arm)
+    changes = {}
     if settings is not None:
-      c.data.path = str(records)
-      c.objective = config_lib.objective(**settings)
-      if arm == "dpo":  # two replies of a group: more groups make as many replies
-        c.prompts_per_step = config.prompts_per_step * config.sampler.group // 2
-      if arm == "kto":  # half of what was recorded is desirable
-        c.objective = config_lib.objective("kto", threshold=float(np.nanmedian(rewards)))
-    finish(c, folder, arm)
+      changes = {"data.path": str(records), "objective.name": settings["name"]}
+      changes |= {f"objective.{name}": value for name, value in settings.items()}
+    if arm == "dpo":  # two replies of a group: more groups make as many replies
+      changes["prompts_per_step"] = config.prompts_per_step * config.sampler.group // 2
+    if arm == "kto":  # half of what was recorded is desirable
+      changes["objective.threshold"] = float(np.nanmedian(rewards))
+    finish(arm_config(config, arm, changes), folder, arm)
 
-  model = sources.from_config(config)
+  model = sources.open_model(config.model, config.seed)
   result = {
-    "config": config_lib.to_json(config),
-    **write.environment(),
+    "config": to_json(config),
+    **write.provenance(),
     "recorded": {"prompts": len(recorded), "replies": int(rewards.size), "first_step": first},
     "arms": {a: measure(folder, a, recorded, model, config) for a in ("exploiter", *ARMS)},
   }
   files.write_json(folder / "buffer.json", result)
   (folder / "buffer.md").write_text(table(result))
-  try:
-    plot(result, folder / "buffer.svg")
-  except ImportError:
-    train.say("no figure: matplotlib is not installed")
+  plot(result, folder / "buffer.svg")
   return result
 
 
-def arm_config(config, arm: str):
-  c = copy.deepcopy(config)
-  c.unlock()
-  c.name = f"{config.name}_{arm}"
-  c.eval.every = 10**9  # before and after only
-  return c
+def arm_config(config: Config, arm: str, changes: dict | None = None) -> Config:
+  """One arm, evaluated before and after only."""
+  common = {"name": f"{config.name}_{arm}", "eval.every": 0}
+  return recipes.replaced(config, common | (changes or {}))
 
 
 def finish(config, folder: pathlib.Path, arm: str) -> None:
   """Trains an arm to its end; returns at once where that was done before."""
-  train.say(f"=== {TITLES[arm]}")
-  train.run(config.lock(), str(folder / arm))
+  runtime.progress().info("=== %s", TITLES[arm])
+  train.run(config, str(folder / arm))
 
 
 def measure(folder: pathlib.Path, arm: str, recorded: list[dict], model, config) -> dict:
@@ -203,9 +197,11 @@ def gaps_of(result: dict, arm: str) -> dict:
 
 
 def main(argv: list[str]) -> None:
-  config, flags = config_lib.read_flags(argv)
-  train.compilation_cache()
-  workdir = flags["workdir"] or f"runs/{config.name}"
+  parser = flags.parser(__doc__, "tools.buffer")
+  parser.add_argument("--workdir", default="", help="folder of all arms; default runs/<name>")
+  config, args = recipes.from_flags(parser, argv)
+  runtime.compilation_cache()
+  workdir = args.workdir or f"runs/{config.name}"
   result = run(config, workdir)
   print("\n± is half of a 95 % interval over held-out prompts. HEX gap: gameable minus others;")
   print(f"ACC gap: others minus gameable.\n\n{table(result)}")

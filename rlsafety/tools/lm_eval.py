@@ -24,7 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlsafety import sampler, sharding
+from rlsafety import recipes, sampler, sharding
+from rlsafety.config import Model, Sampler
 from rlsafety.errors import UserError, run_main
 from rlsafety.models import scoring, transformer
 from rlsafety.packing import pad
@@ -182,12 +183,10 @@ class LanguageModel(TemplateLM):
     chat = self.model.chat
     keep = max(1, self.max_length - max_new)
     filled = [c[-keep:] for c in contexts] + [contexts[-1][-keep:]] * (self.batch - len(contexts))
-    settings = sampler.SamplerSettings(
-      group=1, max_tokens=max_new, stop_ids=(*chat.stop_ids,), temperature=temperature, top_p=top_p
-    )
+    settings = Sampler(group=1, max_tokens=max_new, temperature=temperature, top_p=top_p)
     rollouts = sampler.sample_jit(
       self.model.params, self.adapter, self.model.config,
-      self._put(Prompts(*pad(filled))), jax.random.key(0), settings, first_row,
+      self._put(Prompts(*pad(filled))), jax.random.key(0), settings, (*chat.stop_ids,), first_row,
     )  # fmt: skip
     tokens, lengths = sharding.fetch((rollouts.tokens, rollouts.lengths))
     rows = range(len(contexts))
@@ -263,8 +262,8 @@ def main(argv) -> None:
 
   mesh = sharding.make_mesh()
   with jax.set_mesh(mesh):
-    config = _config(flags)
-    model = sources.from_config(config, mesh)
+    section, seed = _model(flags)
+    model = sources.open_model(section, seed, mesh)
     states = {"base": None}
     if flags["run"]:
       states["trained"] = hf.load_peft(pathlib.Path(flags["run"]) / "adapter", model.config)[0]
@@ -304,17 +303,12 @@ def _columns(results: dict) -> dict[str, float]:
   return out
 
 
-def _config(flags):
-  """The run's own config, or a new one that names the model."""
-  from ml_collections import ConfigDict
-
-  from rlsafety.config import base
-
+def _model(flags: dict[str, str]) -> tuple[Model, int]:
+  """The model of the run, or the one that is named, and the seed of random weights."""
   if flags["run"]:
-    return ConfigDict(read.load_run(flags["run"]).config)
-  config = base()
-  config.model.path, config.model.dtype = flags["model"], flags["dtype"]
-  return config
+    config = recipes.frozen(read.load_run(flags["run"]).config)
+    return config.model, config.seed
+  return Model(path=flags["model"], dtype=flags["dtype"]), 0
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ held-out evaluations; an evaluation's batch is charged as a step's sampling and 
 proportion where eval.samples is above sampler.group.
 """
 
+import dataclasses
 import functools
 import json
 import math
@@ -26,7 +27,8 @@ import pathlib
 import sys
 import time
 
-from rlsafety import config as config_lib
+from rlsafety import flags, recipes
+from rlsafety.config import Mesh
 from rlsafety.errors import UserError, run_main
 from rlsafety.files import read_json
 from rlsafety.tools.devices import GIB, Device, device
@@ -50,7 +52,7 @@ def compile_programs(config, policy, judge, target: Device) -> dict:
   import jax
   import jax.numpy as jnp
 
-  from rlsafety import learner, losses, sampler, sharding, train
+  from rlsafety import learner, losses, sampler, sharding
   from rlsafety.judges import lm, probe
   from rlsafety.models import architecture, int8, lora, scoring
   from rlsafety.types import Batch, Prompts
@@ -58,7 +60,7 @@ def compile_programs(config, policy, judge, target: Device) -> dict:
   devices = jax.devices("cpu")
   if len(devices) < target.chips:
     raise UserError(f"{target.chips} fake devices are needed and {len(devices)} are there")
-  mesh = sharding.make_mesh(**config.mesh, devices=devices[: target.chips])
+  mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh), devices=devices[: target.chips])
   P, S, T = config.prompts_per_step, config.max_prompt_tokens, config.sampler.max_tokens
   G = config.sampler.group
   check_mesh(config, policy, judge, mesh)
@@ -80,25 +82,33 @@ def compile_programs(config, policy, judge, target: Device) -> dict:
     tokens=pg(jnp.int32, (T,)),
     lengths=pg(jnp.int32),
     advantages=pg(jnp.float32),
-    ratings=pg(jnp.float32),
+    rewards=pg(jnp.float32),
     behaviour_logprobs=pg(jnp.float32, (T,)),
     reference_logprobs=None,
     staleness=pg(jnp.int32),
   )
-  settings, optimizer = train.learner_settings(config), learner.make_optimizer(**config.optimizer)
+  optimizer = learner.make_optimizer(config.optimizer)
   base, layers = base_of(policy), architecture.weights(policy)["layers"]
-  axes = lora.adapter_axes(layers, train.lora_config(config))
+  axes = lora.adapter_axes(layers, config.lora)
 
   def fresh(key):
-    return learner.init_state(lora.init_adapter(layers, train.lora_config(config), key), optimizer)
+    return learner.init_state(lora.init_adapter(layers, config.lora, key), optimizer)
 
   key = jax.eval_shape(lambda: jax.random.key(0))
   state = jax.eval_shape(fresh, key)
   put = lambda x, names: place(x.dtype, *zip(names, x.shape, strict=True))  # noqa: E731
   state = jax.tree.map(put, state, learner.state_axes(state, axes))
   key = place(key.dtype)
-  draw = train.sampler_settings(config, (0, 1))
-  update = functools.partial(learner.update, config=policy, settings=settings, optimizer=optimizer)
+  settings, stop_ids = config.sampler, (0, 1)
+  common = {
+    "config": policy,
+    "objective": config.objective,
+    "settings": config.learner,
+    "temperature": settings.temperature or 1.0,
+  }
+  update = functools.partial(
+    learner.update, **common, optimizer=optimizer, dropout=config.lora.dropout
+  )
   replies = (pg(jnp.int32, (T,)), pg(jnp.int32))
   rater, rater_base = judge or policy, base_of(judge) if judge else base
   shown = Prompts(place(jnp.int32, p, (None, JUDGE_PROMPT)), place(jnp.int32, p))
@@ -109,7 +119,7 @@ def compile_programs(config, policy, judge, target: Device) -> dict:
       programs[name] = (function.lower(*arguments, **static).compile(), calls)
 
   dtype = jnp.dtype(config.model.dtype)
-  at_once = sampler.prompts_at_once(policy, P, S, draw, mesh, dtype, config.memory.cache_gib)
+  at_once = sampler.prompts_at_once(policy, P, S, settings, mesh, dtype, config.memory.cache_gib)
   some = ("prompt", at_once)
   piece = Prompts(place(jnp.int32, some, (None, S)), place(jnp.int32, some))
   read, copies = base, []
@@ -125,19 +135,20 @@ def compile_programs(config, policy, judge, target: Device) -> dict:
     is_copy = lambda x: isinstance(x, int8.Int8)  # noqa: E731
     copies = [x for x in jax.tree.leaves(read, is_leaf=is_copy) if is_copy(x)]
   calls = P // at_once
-  add("sampler", calls, sampler.sample_jit, read, state.adapter, policy, piece, key, draw)
+  reads = (read, state.adapter, policy, piece, key, settings, stop_ids)
+  add("sampler", calls, sampler.sample_jit, *reads)
   if config.judge.name == "lm":
     suffix = (place(jnp.int32, p, (None, JUDGE_SUFFIX)), place(jnp.int32, p))
     labels = tuple((i,) for i in range(2, 12))
     rate = lm.label_distribution
     add("judge", 3, rate, rater_base, None, rater, shown, *replies, *suffix, labels)
-  elif config.judge.name == "head":
+  elif config.judge.name == "probe":
     chosen = tuple(range(policy.n_layers // 2, policy.n_layers, 4))
     chunk = config.learner.chunk_tokens
     add("judge", 1, probe.features, base, policy, shown, *replies, chosen, chunk)
-  if losses.needs_reference(settings.objective):
-    complete = functools.partial(train.complete_batch, config=policy, settings=settings)
-    add("reference", 1, jax.jit(complete), base, None, batch)
+  if losses.needs_reference(config.objective):
+    complete = functools.partial(learner.complete, **common)
+    add("reference", 1, jax.jit(complete), base, [batch])
     batch = batch.replace(reference_logprobs=pg(jnp.float32, (T,)))
   add("update", config.epochs, jax.jit(update, donate_argnums=0), state, base, batch, key)
 
@@ -164,12 +175,12 @@ def compile_programs(config, policy, judge, target: Device) -> dict:
     "adapter": adapter,
     "optimiser": per_device(state.opt_state),
   }
-  cache = cached * sampler.cache_bytes(policy, S, draw, mesh, dtype)
+  cache = cached * sampler.cache_bytes(policy, S, settings, mesh, dtype)
   return {
     "programs": programs,
     "resident": resident,
     # Bytes of work space that do not shrink with the model's dtype.
-    "fixed": {"update": 3 * adapter + 2 * logits, "sampler": cache if draw.cache else 0},
+    "fixed": {"update": 3 * adapter + 2 * logits, "sampler": cache if settings.cache else 0},
     "kv cache": cache,
     "mesh": dict(mesh.shape),
   }
@@ -227,7 +238,8 @@ def make_plan(config, policy, judge, target: Device) -> dict:
   began = time.monotonic()
   made = compile_programs(config, policy, judge, target)
   width = jnp.dtype(config.model.dtype).itemsize
-  drawn = 1 - replay.prompts_per_batch(config) / config.prompts_per_step
+  P = config.prompts_per_step
+  drawn = 1 - replay.prompts_per_batch(config.data, config.objective, P) / P
   programs = {}
   for name, (compiled, calls) in made["programs"].items():
     hlo = compiled.as_text()
@@ -274,8 +286,9 @@ def make_plan(config, policy, judge, target: Device) -> dict:
 
 def evaluation_batches(config) -> int:
   """Batches that a whole run samples and rates of held-out users: before the first update, every
-  eval.every of them, and after the last; as many of each group (prompts.held_out)."""
-  times = 1 + math.ceil(config.steps / config.eval.every)
+  eval.every of them, and after the last; as many of each group (rollout.held_out)."""
+  every = config.eval.every or config.steps or 1
+  times = 1 + math.ceil(config.steps / every)
   users = 2 * math.ceil(config.eval.prompts / 2)
   return times * math.ceil(users / config.prompts_per_step)
 
@@ -399,35 +412,26 @@ def fake_devices(count: int) -> None:
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the partitioner's hints, see the profile
 
 
-def number(name: str, text: str) -> float:
-  try:
-    return float(text)
-  except ValueError:
-    raise UserError(f"--{name}={text}: needs a number") from None
-
-
 def main(argv: list[str]) -> None:
-  extra = [
-    ("device", "v5e-16", "v5e-16, H100-8, ...: the kinds are in rlsafety/tools/devices.py"),
-    ("memory", "0", "GB of one device: for a GPU that is not in that list, under any name"),
-    ("flops", "0", "dense bf16 TFLOP/s of one device, likewise"),
-    ("mesh", "", "auto: choose the mesh for the device"),
-    ("shape", "", "preset to plan with in place of model.path"),
-    ("json", "", "also write the plan to this file"),
-  ]
-  config, flags = config_lib.read_flags(argv, extra)
-  target = device(flags["device"], *(number(name, flags[name]) for name in ("memory", "flops")))
+  parser = flags.parser(__doc__, "tools.plan")
+  add = parser.add_argument
+  add("--device", default="v5e-16", help="v5e-16, H100-8, ...: the kinds are in tools/devices.py")
+  add("--memory", type=float, default=0, help="GB of one device, for a GPU of any other name")
+  add("--flops", type=float, default=0, help="dense bf16 TFLOP/s of one device, likewise")
+  add("--mesh", default="", choices=("", "auto"), help="auto: choose the mesh for the device")
+  add("--shape", default="", help="preset to plan with in place of model.path")
+  add("--json", default="", help="also write the plan to this file")
+  config, args = recipes.from_flags(parser, argv)
+  target = device(args.device, args.memory, args.flops)
   fake_devices(target.chips)
-  policy, judge = policy_and_judge(config, flags["shape"])
-  with config.unlocked():
-    if flags["mesh"] == "auto":
-      config.mesh = automatic_mesh(config, policy, judge, target)
-    elif flags["mesh"]:
-      raise UserError(f"--mesh={flags['mesh']}: only auto; sizes are --config.mesh.tensor=8 etc.")
-    plan = make_plan(config, policy, judge, target)
+  policy, judge = policy_and_judge(config, args.shape)
+  if args.mesh:
+    sizes = automatic_mesh(config, policy, judge, target)
+    config = dataclasses.replace(config, mesh=Mesh(**sizes))
+  plan = make_plan(config, policy, judge, target)
   print(show(plan, advice(plan, config, policy, judge, target)))
-  if flags["json"]:
-    pathlib.Path(flags["json"]).write_text(json.dumps(plan, indent=2) + "\n")
+  if args.json:
+    pathlib.Path(args.json).write_text(json.dumps(plan, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,13 +17,15 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
-from rlsafety import environments, files, flags, judges, sharding
+from rlsafety import environments, files, flags, judges, recipes, rollout, sharding
+from rlsafety.config import Config, to_json
 from rlsafety.environments.scenario import Scenario
 from rlsafety.errors import UserError, run_main
-from rlsafety.judges import Scorer
+from rlsafety.judges import Judge
+from rlsafety.metrics import gaps
 from rlsafety.models import sources
+from rlsafety.models.chat import Chat
 from rlsafety.packing import pad
 from rlsafety.rundir import read
 from rlsafety.rundir.read import Run
@@ -69,36 +71,39 @@ def place(record: Mapping) -> tuple:
 
 def judge_config(
   run: Run, judge: str = "", model: str = "", url: str = "", price: str = ""
-) -> ConfigDict:
+) -> Config:
   """The run's own config with another judge in it, or its own at another price."""
-  config = ConfigDict(run.config)
+  values = dict(run.config)
   if judge:
-    config.judge = ConfigDict({"name": judge, "model": model, "url": url, "degenerate": "floor"})
-    if judge in ("head", "lexical"):  # they read no wording, and refuse one
-      config.environment.reward_wording = environments.FACTORS["reward_wording"]
+    values["judge"] = {"name": judge, "model": model, "url": url}
+    if judge in ("probe", "phrases"):  # they read no wording, and refuse one
+      wording = environments.FACTORS["reward_wording"]
+      values["environment"] = {**values["environment"], "reward_wording": wording}
   if price:
-    config.judge.price = tuple(price.split(","))
-  return config
+    values["judge"] = {**values["judge"], "price": tuple(price.split(","))}
+  return recipes.frozen(values)
 
 
 def score_run(
   run: Run,
   name: str,
-  config: ConfigDict,
-  scorer: Scorer,
+  config: Config,
+  opened: Judge,
+  chat: Chat,
   records: Sequence[dict],
   batch: int = 16,
   say: Callable[[str], None] = print,
 ) -> dict[str, float]:
   """Scores `records` into RUN/scores/NAME.jsonl; returns {"scored", "unscorable", "old"}.
 
-  What the file holds already is kept, if it was made by the same judge; a different one
-  under the same name is refused. Rows that an endpoint left without a verdict are asked for
-  again: it may have been down, and a model on this machine would only repeat itself.
+  chat: of who wrote the replies. What the file holds already is kept, if it was made by the
+  same judge; a different one under the same name is refused. Rows that an endpoint left
+  without a verdict are asked for again: it may have been down, and a model on this machine
+  would only repeat itself.
   """
   path = run.path / "scores" / f"{name}.jsonl"
-  judge = {k: v for k, v in json.loads(config.judge.to_json()).items() if k in SAME_JUDGE}
-  about = {"judge": scorer.describe(), "config": judge}
+  judge = {k: getattr(config.judge, k) for k in SAME_JUDGE}
+  about = {"judge": opened.about, "config": judge}
   header, remote = path.with_suffix(".json"), judge["name"] == "http"
   if header.exists() and files.read_json(header) != about:
     raise UserError(f"{header}: these scores are another judge's; give another --name")
@@ -106,7 +111,7 @@ def score_run(
   files.write_json(header, about)
   notes: list[str] = []
   found = files.read_jsonl(path, notes)
-  old = [r for r in found if not remote or None not in (r[k] for k in read.SCORES)]
+  old = [r for r in found if not remote or None not in (r[k] for k in gaps.SCORES)]
   if notes or len(old) < len(found):  # also a torn last line: write the whole ones again
     path.unlink()
     files.append(path, old)
@@ -124,9 +129,9 @@ def score_run(
   for start in range(0, len(todo), batch):
     rows = todo[start : start + batch]
     size = len(rows) if remote else batch  # an endpoint is not paid for filling
-    scores, metrics = _score(rows, users, scorer, size, slots)
+    scores, metrics = _score(rows, users, opened, chat, size, slots)
     lines = [
-      {name: r[name] for name in PLACE} | {k: scores[k][i] for k in read.SCORES}
+      {name: r[name] for name in PLACE} | {k: scores[k][i] for k in gaps.SCORES}
       for i, r in enumerate(rows)
     ]
     files.append(path, lines)
@@ -142,7 +147,12 @@ def score_run(
 
 
 def _score(
-  rows: list[dict], users: dict[str, Scenario], scorer: Scorer, batch: int, slots: int
+  rows: list[dict],
+  users: dict[str, Scenario],
+  opened: Judge,
+  chat: Chat,
+  batch: int,
+  slots: int,
 ) -> tuple[dict[str, np.ndarray], dict]:
   """One batch as [P, 1] rollouts, filled up with its last row so that shapes stay the same."""
   filled = rows + [rows[-1]] * (batch - len(rows))
@@ -153,7 +163,8 @@ def _score(
     lengths=jnp.asarray(lengths)[:, None],
     finished=jnp.asarray([[r["finished"]] for r in filled]),
   )
-  scores, metrics = scorer([users[r["scenario_id"]] for r in filled], None, rollouts)
+  replies = rollout.cleaner(chat)(rollouts)
+  scores, metrics = opened.score([users[r["scenario_id"]] for r in filled], replies)
   return {k: v[: len(rows), 0] for k, v in sharding.fetch(scores).items()}, metrics
 
 
@@ -165,7 +176,7 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument("--runs", required=True, help="globs of run directories, joined by commas")
   parser.add_argument("--name", required=True, help="what to call these scores")
   parser.add_argument(
-    "--judge", choices=["", *judges.JUDGES], default="", help="default: each run's own"
+    "--judge", choices=["", "lm", "probe", "phrases", "http"], default="", help="default: its own"
   )
   parser.add_argument("--judge_model", default="", help="as config.judge.model")
   parser.add_argument("--judge_url", default="", help="as config.judge.url")
@@ -188,14 +199,16 @@ def main(argv: Sequence[str]) -> None:
     for run in found:
       config = judge_config(run, args.judge, args.judge_model, args.judge_url, args.price)
       random_weights = run.config["model"].get("preset")  # they are drawn with the seed
-      about = [run.config["model"], run.config["environment"]["name"], config.judge.to_json()]
+      about = [run.config["model"], run.config["environment"]["name"], to_json(config)["judge"]]
       key = json.dumps([*about, run.info["seed"] if random_weights else 0])
       if key not in loaded:
         loaded.clear()  # one model at a time
-        loaded[key] = judges.make_scorer(config, sources.from_config(config, mesh), mesh)
+        model = sources.open_model(config.model, config.seed, mesh)
+        opened = judges.open_judge(config.judge, config.environment, model, mesh)
+        loaded[key] = opened, model.chat
       records = select(run, args.source, args.every, args.per_step, args.seed)
       if records:
-        done = score_run(run, args.name, config, loaded[key], records, batch)
+        done = score_run(run, args.name, config, *loaded[key], records, batch)
         print(f"{run.path}/scores/{args.name}.jsonl: {json.dumps(done)}")
 
 

@@ -159,7 +159,7 @@ def main():
     "entropy": 1.0 + draw(0.2),
     "lengths": torch.randint(1, T + 1, (P * G,)),
     "advantages": torch.randn(P * G, dtype=torch.float64),
-    "ratings": 1 + 9 * torch.rand(P * G, dtype=torch.float64),
+    "rewards": 1 + 9 * torch.rand(P * G, dtype=torch.float64),
   }
   out = {name: grpo(data, case) for name, case in CASES.items()}
 
@@ -182,7 +182,7 @@ def main():
   out["dpo"] = {"loss": loss, "grad": grad.tolist()}
 
   labels = dict(
-    label=lambda r, rows: data["ratings"][rows] > 5.5, ref_logps=lambda r, rows: r[rows]
+    label=lambda r, rows: data["rewards"][rows] > 5.5, ref_logps=lambda r, rows: r[rows]
   )
   weights = dict(desirable_weight=1.0, undesirable_weight=1.5)
   rows = torch.arange(P * G)
@@ -212,17 +212,17 @@ def main():
     "grad": logits.grad.tolist(),
   }
 
-  ratings = data["ratings"].view(P, G).clone()
-  ratings[0, 2] = ratings[2, 0] = float("nan")
-  centred = ratings - torch.nanmean(ratings, 1, keepdim=True)
-  count = (~ratings.isnan()).sum(1, keepdim=True)
-  siblings = (torch.nansum(ratings, 1, keepdim=True) - ratings) / (count - 1)
+  rewards = data["rewards"].view(P, G).clone()
+  rewards[0, 2] = rewards[2, 0] = float("nan")
+  centred = rewards - torch.nanmean(rewards, 1, keepdim=True)
+  count = (~rewards.isnan()).sum(1, keepdim=True)
+  siblings = (torch.nansum(rewards, 1, keepdim=True) - rewards) / (count - 1)
   out["advantages"] = {
-    "ratings": ratings.tolist(),
-    "group": (centred / (nanstd(ratings, dim=1).view(P, 1) + 1e-4)).nan_to_num(0.0).tolist(),
+    "rewards": rewards.tolist(),
+    "group": (centred / (nanstd(rewards, dim=1).view(P, 1) + 1e-4)).nan_to_num(0.0).tolist(),
     "group_mean": centred.nan_to_num(0.0).tolist(),
-    "leave_one_out": (ratings - siblings).nan_to_num(0.0).tolist(),
-    "batch": ((ratings - ratings.nanmean()) / (nanstd(ratings) + 1e-4)).nan_to_num(0.0).tolist(),
+    "leave_one_out": (rewards - siblings).nan_to_num(0.0).tolist(),
+    "batch": ((rewards - rewards.nanmean()) / (nanstd(rewards) + 1e-4)).nan_to_num(0.0).tolist(),
   }
   out = {
     "made_with": {"trl": trl.__version__, "torch": torch.__version__},

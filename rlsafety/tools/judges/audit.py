@@ -19,7 +19,7 @@ import numpy as np
 from rlsafety import flags
 from rlsafety.environments.scenario import REPLY
 from rlsafety.errors import UserError, run_main
-from rlsafety.judges import Scorer, phrases, probe
+from rlsafety.judges import Judge, phrases, probe
 from rlsafety.models.chat import Chat
 from rlsafety.tools.judges import compare, measure, replies
 from rlsafety.tools.judges.replies import Example
@@ -103,13 +103,13 @@ def examples_for(environment: str, users: int) -> list[Example]:
 
 
 def audit(
-  scorer: Scorer, chat: Chat, environment: str, users: int = 2, max_tokens: int = 256
+  judge: Judge, chat: Chat, environment: str, users: int = 2, max_tokens: int = 256
 ) -> list[dict]:
   """One row per kind of attack, worst first: n, mean and highest reward, no verdict, shift
   (mean reward above the same message's honest neutral reply, which some are appended to) and
   beats (share of attacks at or above the median sincere reply that this user wants)."""
   examples = examples_for(environment, users)
-  reward = measure.scores(scorer, chat, environment, examples, max_tokens)["reward"]
+  reward = measure.scores(judge, chat, environment, examples, max_tokens)["reward"]
   kinds, labels, gameable = (
     np.array([getattr(e, name) for e in examples]) for name in ("kind", "label", "is_gameable")
   )
@@ -158,7 +158,7 @@ def show(rows: list[dict]) -> str:
 def main(argv: Sequence[str]) -> None:
   parser = flags.parser(__doc__, "tools.judges.audit")
   compare.judge_flags(parser)
-  parser.add_argument("--judge", default="head", help="head, lexical, lm or http")
+  parser.add_argument("--judge", default="probe", help="probe, phrases, lm or http")
   parser.add_argument("--users", type=int, default=2, help="test users of each group")
   parser.add_argument("--max_tokens", type=int, default=256, help="longer replies are cut here")
   parser.add_argument("--out", default="", help="also write the rows as JSON")
@@ -168,7 +168,7 @@ def main(argv: Sequence[str]) -> None:
   model, scorers = compare.build(args, [args.judge])
   scorer = scorers[args.judge]
   rows = audit(scorer, model.chat, args.environment, args.users, args.max_tokens)
-  print(f"{scorer.describe()['name']}, environment {args.environment}\n{show(rows)}")
+  print(f"{scorer.about['name']}, environment {args.environment}\n{show(rows)}")
   if args.out:
     Path(args.out).write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -1,6 +1,6 @@
 """How good are judges, and do they agree? One table each, on our labelled replies.
 
-  python -m rlsafety.tools.judges.compare --environment=political_qa --judges=head,lexical,lm
+  python -m rlsafety.tools.judges.compare --environment=political_qa --judges=probe,phrases,lm
   ... --judges=http --url=http://localhost:8000/v1 --judge_model=NAME
 
 AUC per judge and score: replies labelled with what the score should find (reward: what
@@ -15,14 +15,13 @@ import itertools
 import sys
 from collections.abc import Sequence
 
-from rlsafety import config as config_lib
-from rlsafety import environments, flags, judges
+from rlsafety import config, environments, flags, judges
+from rlsafety.environments import Environment
 from rlsafety.environments.scenario import environment_module
 from rlsafety.errors import UserError, run_main
-from rlsafety.judges import Scorer, probe
+from rlsafety.judges import Judge, probe
 from rlsafety.metrics.gaps import threshold_rates
 from rlsafety.models import sources
-from rlsafety.models.sources import Model
 from rlsafety.study.statistics import agreement
 from rlsafety.tools.judges import measure, replies
 
@@ -36,26 +35,23 @@ def judge_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--url", default="", help="as config.judge.url")
 
 
-def build(args: argparse.Namespace, names: Sequence[str]) -> tuple[Model, dict[str, Scorer]]:
-  """The model and {name: Scorer} that the parsed `judge_flags` describe."""
-  config = config_lib.base()
-  config.environment.update(environments.default_config(args.environment))
-  config.model.path, config.model.dtype = args.model, "float32"
-  config.judge.url = args.url
-  model, scorers = sources.from_config(config), {}
+def build(args: argparse.Namespace, names: Sequence[str]) -> tuple[sources.Model, dict[str, Judge]]:
+  """The model and {name: judge} that the parsed `judge_flags` describe."""
+  environment = Environment.of(environments.resolved({"name": args.environment}))
+  model = sources.open_model(config.Model(path=args.model, dtype="float32"), 0)
+  opened = {}
   for name in names:
-    config.judge.name = name
-    models = {"lm": args.judge_model, "http": args.judge_model, "head": args.head}
-    config.judge.model = models.get(name, "")
-    config.judge.adapter = args.adapter if name == "lm" else ""
-    scorers[name] = judges.make_scorer(config, model)
-  return model, scorers
+    models = {"lm": args.judge_model, "http": args.judge_model, "probe": args.head}
+    adapter = args.adapter if name == "lm" else ""
+    settings = config.Judge(name, models.get(name, ""), adapter, args.url)
+    opened[name] = judges.open_judge(settings, environment, model)
+  return model, opened
 
 
 def main(argv: Sequence[str]) -> None:
   parser = flags.parser(__doc__, "tools.judges.compare")
   judge_flags(parser)
-  parser.add_argument("--judges", default="head,lexical", help=f"of {', '.join(judges.JUDGES)}")
+  parser.add_argument("--judges", default="probe,phrases", help="of lm, probe, phrases, http")
   parser.add_argument("--limit", type=int, default=0, help="replies of each source; 0 = all")
   args = flags.parse(parser, argv)
   model, scorers = build(args, [n for n in args.judges.split(",") if n])
@@ -69,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
   found = {}
   for judge, scorer in scorers.items():
     found[judge] = measure.scores(scorer, model.chat, args.environment, examples)
-    print(f"\n{scorer.describe()['name']}: AUC of the wanted label against ...")
+    print(f"\n{scorer.about['name']}: AUC of the wanted label against ...")
     print(measure.show(measure.tables_of(args.environment, found[judge], examples)))
     shares = threshold_rates(found[judge], [e.is_gameable for e in examples], rubric_of)
     print("above the published thresholds: " + "  ".join(f"{k} {v:.2f}" for k, v in shares.items()))

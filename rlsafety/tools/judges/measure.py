@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from rlsafety import environments, packing, sharding
+from rlsafety import environments, packing, rollout, sharding
 from rlsafety.environments import political_qa
 from rlsafety.environments.scenario import Scenario
 from rlsafety.errors import UserError
-from rlsafety.judges import Scorer, phrases, probe
+from rlsafety.judges import Judge, phrases, probe
 from rlsafety.models.chat import Chat
 from rlsafety.models.sources import Model
 from rlsafety.tools.judges import replies
@@ -88,7 +88,7 @@ def default_layers(n_layers: int) -> tuple[int, ...]:
 
 
 def scores(
-  scorer: Scorer, chat: Chat, environment: str, examples: Sequence[Example], max_tokens: int = 96
+  judge: Judge, chat: Chat, environment: str, examples: Sequence[Example], max_tokens: int = 96
 ) -> dict[str, np.ndarray]:
   """Examples through a judge -> {"reward", "acc", "hex"}: [N] on 1..10, NaN = no verdict."""
   scenarios = scenarios_of(environment, examples)
@@ -100,7 +100,7 @@ def scores(
       lengths=jnp.asarray(lengths),
       finished=jnp.asarray(lengths < 0),
     )
-    return scorer([scenarios[i] for i in first], None, rollouts)[0]
+    return judge.score([scenarios[i] for i in first], rollout.cleaner(chat)(rollouts))[0]
 
   return over(chat, examples, of_batch, max_tokens)
 

@@ -4,6 +4,7 @@ Times the real sampler and the real update at the given shapes, prints each besi
 floor that the machine's own measured ceilings allow, and writes JSON.
 """
 
+import argparse
 import math
 import resource
 import sys
@@ -11,8 +12,7 @@ import time
 
 import jax
 
-from rlsafety import files
-from rlsafety.config import ConfigDict, set_field
+from rlsafety import files, flags
 from rlsafety.errors import UserError, run_main
 from rlsafety.rundir import write
 from rlsafety.tools.speed import ceilings, core
@@ -54,19 +54,14 @@ GPU_DEFAULTS = {
 }
 
 
-def read_flags(argv: list[str]) -> ConfigDict:
-  flags = ConfigDict(DEFAULTS)
-  if "--suite=gpu" in argv:
-    flags.update(GPU_DEFAULTS)
-  for argument in argv[1:]:
-    if argument in ("-h", "--help"):
-      print(__doc__, *(f"  --{k}={v}" for k, v in DEFAULTS.items()), sep="\n")
-      sys.exit(0)
-    name, equals, value = argument.removeprefix("--").partition("=")
-    if not argument.startswith("--") or not equals:
-      raise UserError(f"argument {argument!r}: flags look like --group=8 (--help lists them)")
-    set_field(flags, name, value)
-  return flags
+def read_flags(argv: list[str]) -> argparse.Namespace:
+  """DEFAULTS, changed by the suite and by the flags."""
+  parser = flags.parser(__doc__, "tools.speed")
+  for name, default in DEFAULTS.items():
+    parser.add_argument(f"--{name}", type=type(default), default=None, help=f"{default!r}")
+  given = {k: v for k, v in vars(flags.parse(parser, argv)).items() if v is not None}
+  suite = GPU_DEFAULTS if given.get("suite") == "gpu" else {}
+  return argparse.Namespace(**{**DEFAULTS, **suite, **given})
 
 
 def peak_memory() -> float:
@@ -110,13 +105,13 @@ def main(argv: list[str]) -> None:
 
   try:
     if f.suite == "gpu":
+      from rlsafety.runtime import compilation_cache
       from rlsafety.tools.speed import gpu
-      from rlsafety.train import compilation_cache
 
       compilation_cache()
       print(header, flush=True)
       measured(gpu.peer_rows(f))
-    result |= write.environment()
+    result |= write.provenance()
     print(f"{result['device']}, jax {result['versions']['jax']}; {result['flags']}", flush=True)
     peak, bandwidth = ceilings.matmul_rate(f.dtype), ceilings.memory_bandwidth()
     print(f"ceilings: {peak / 1e9:.0f} GFLOP/s in {f.dtype}, {bandwidth / 1e9:.1f} GB/s")

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlsafety import advantages, learner, losses, sampler, sharding
+from rlsafety import learner, losses, sampler, sharding
+from rlsafety.config import Learner, Lora, Objective, Optimizer, Sampler
 from rlsafety.models import architecture, lora, presets, transformer
 from rlsafety.tools.speed import ceilings
 from rlsafety.types import Batch, Prompts
@@ -19,7 +20,7 @@ def setup(f, name: str):
   init = functools.partial(architecture.init_params, config, dtype=jnp.dtype(f.dtype))
   params = jax.jit(init)(jax.random.key(0))
   layers = architecture.weights(config)["layers"]
-  adapter = lora.init_adapter(layers, lora.LoraConfig(rank=f.rank), jax.random.key(1))
+  adapter = lora.init_adapter(layers, Lora(rank=f.rank), jax.random.key(1))
   return config, params, adapter, random_prompts(config, f.prompts, f.prompt_tokens)
 
 
@@ -56,14 +57,14 @@ def rows(f, config, params, adapter, prompts, peak, bandwidth, attentions) -> It
     flops, memory = ceilings.body_flops(config, P * S, S / 2), ceilings.program_bytes(prefill)
     yield row("prefill", attention, seconds, P * S, flops, weights, memory)
 
-  draw = sampler.SamplerSettings(group=G, max_tokens=T)
+  settings = Sampler(group=G, max_tokens=T)
   mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
   sample = functools.partial(
-    sampler.sample_all, params, adapter, config, prompts, jax.random.key(2), draw, mesh,
+    sampler.sample_all, params, adapter, config, prompts, jax.random.key(2), settings, (), mesh,
     f.cache_gib,
   )  # fmt: skip
   dtype = jnp.dtype(f.dtype)
-  at_once = sampler.prompts_at_once(config, P, S, draw, mesh, dtype, f.cache_gib)
+  at_once = sampler.prompts_at_once(config, P, S, settings, mesh, dtype, f.cache_gib)
   sample_s = ceilings.median_seconds(sample, repeats=f.repeats)
   flops = ceilings.forward_flops(config, P * G * T, S + T / 2)
   moved = T * (P // at_once * weights + P * (S + G * T / 2) * per_token)
@@ -73,33 +74,32 @@ def rows(f, config, params, adapter, prompts, peak, bandwidth, attentions) -> It
   yield row(name, "", seconds, P * G * T, flops, moved, kept)
 
   rollouts = sample()
-  objective = losses.make("grpo")
-  ratings = jax.random.uniform(jax.random.key(3), (P, G), minval=1.0, maxval=10.0)
+  objective = Objective()
+  rewards = jax.random.uniform(jax.random.key(3), (P, G), minval=1.0, maxval=10.0)
   batch = Batch(
     prompts=prompts,
     tokens=rollouts.tokens,
     lengths=rollouts.lengths,
-    advantages=advantages.advantages(ratings, objective),
-    ratings=ratings,
+    advantages=losses.advantages(rewards, objective),
+    rewards=rewards,
     behaviour_logprobs=rollouts.logprobs,
     reference_logprobs=None,
     staleness=jnp.zeros((P, G), jnp.int32),
   )
-  optimizer = learner.make_optimizer(1e-5)
+  optimizer = learner.make_optimizer(Optimizer(learning_rate=1e-5, warmup_steps=0))
   state = learner.init_state(adapter, optimizer)
   passes = 2 if f.remat == "none" else 3  # forward, (again), gradient of activations only
   flops = passes * (ceilings.body_flops(config, P * S, S / 2) + flops)
   update_s, differences = [], []
   for attention in attentions:
-    settings = learner.LearnerSettings(
-      objective,
+    learning = Learner(
       microbatches=f.microbatches,
       chunk_tokens=f.chunk_tokens,
       remat=f.remat,
       attention=attention,
     )
     update = functools.partial(
-      learner.update, config=config, settings=settings, optimizer=optimizer
+      learner.update, config=config, objective=objective, settings=learning, optimizer=optimizer
     )
     arguments = state, params, batch, jax.random.key(4)
     update = jax.jit(update).lower(*arguments).compile()

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 import jax
 
 from rlsafety import sampler
+from rlsafety.config import Sampler
 from rlsafety.models import int8, lora, transformer
 from rlsafety.tools.speed import ceilings, core, peers
 
@@ -91,9 +92,9 @@ def decode(f, count, variant, config, params, adapter, peak, bandwidth) -> Itera
   prefill = jax.jit(functools.partial(transformer.prefill, c=config))
   begin = lambda: prefill(base, own, prompts=prompts)  # noqa: E731
   prefill_s = ceilings.median_seconds(begin, repeats=f.repeats)
-  draw = sampler.SamplerSettings(group=G, max_tokens=T, **fields)
+  settings = Sampler(group=G, max_tokens=T, **fields)
   key = jax.random.key(2)
-  sample = sampler.sample_jit.lower(base, own, config, prompts, key, draw).compile()
+  sample = sampler.sample_jit.lower(base, own, config, prompts, key, settings).compile()
   sample_s = ceilings.median_seconds(lambda: sample(base, own, prompts, key), repeats=f.repeats)
   weights = ceilings.weight_bytes(config, f.dtype)
   if variant == "int8 base":  # the output matrix stays as it is

@@ -1,0 +1,231 @@
+"""Users -> prompts -> replies -> scores: the experience that one update learns from.
+
+Which users an update asks is a pure function of (seed, step), so that resuming is exact. A reply
+is cleaned once, here, before any judge reads it.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from rlsafety import sampler, sharding
+from rlsafety.config import Sampler
+from rlsafety.environments import Scenario, policy_messages
+from rlsafety.errors import UserError
+from rlsafety.judges import Judge
+from rlsafety.models.chat import Chat
+from rlsafety.models.lora import Adapter
+from rlsafety.models.sources import Model
+from rlsafety.packing import mask_from_lengths
+from rlsafety.types import Batch, Prompts, Replies, Rollouts
+
+
+@dataclasses.dataclass(frozen=True)
+class Users:
+  """Simulated users and what the policy sees of each.
+
+  scenarios, messages: N each. tokens [N, S] int32 padded on the right, lengths [N].
+  """
+
+  scenarios: Sequence[Scenario]
+  messages: Sequence[list[dict[str, str]]]
+  tokens: np.ndarray
+  lengths: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.scenarios)
+
+  def take(self, chosen: Sequence[int]) -> "Users":
+    pick = lambda items: [items[i] for i in chosen]  # noqa: E731
+    return Users(
+      pick(self.scenarios), pick(self.messages), self.tokens[chosen], self.lengths[chosen]
+    )
+
+  @property
+  def is_gameable(self) -> np.ndarray:
+    """[N] bool."""
+    return np.array([s.is_gameable for s in self.scenarios], bool)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experience:
+  """What N users were answered and how it was judged.
+
+  prompts: on the device. scores {"reward", "acc", "hex"}: [P, G] float32, NaN = no verdict.
+  judge_metrics: scalars. seconds: {"sample_s", "judge_s"}.
+  """
+
+  users: Users
+  prompts: Prompts
+  rollouts: Rollouts
+  scores: dict[str, jax.Array]
+  judge_metrics: dict[str, jax.Array]
+  seconds: dict[str, float]
+
+
+# --- Users ------------------------------------------------------------------------------
+
+
+def users_of(scenarios: Sequence[Scenario], chat: Chat, slots: int) -> Users:
+  """The scenarios with their prompts in `slots` slots. Raises UserError for one too long."""
+  messages = [policy_messages(scenario) for scenario in scenarios]
+  tokens, lengths = np.full((len(scenarios), slots), chat.pad_id, np.int32), []
+  for i, scenario in enumerate(scenarios):
+    ids = chat.encode(messages[i])
+    if len(ids) > slots:
+      raise UserError(
+        f"prompt of scenario {scenario.id} has {len(ids)} tokens, the limit is {slots}: raise "
+        "--config.max_prompt_tokens (prompts are never cut)"
+      )
+    tokens[i, : len(ids)] = ids
+    lengths.append(len(ids))
+  return Users(scenarios, messages, tokens, np.array(lengths, np.int32))
+
+
+def held_out(scenarios: Sequence[Scenario], count: int) -> list[Scenario]:
+  """The first count / 2 held-out users of each group, in the environment's order."""
+  users = [s for s in scenarios if s.split == "heldout"]
+  groups = [[s for s in users if s.is_gameable == flag] for flag in (True, False)]
+  chosen = [s for group in groups for s in group[: (count + 1) // 2]]
+  if not chosen:
+    raise UserError("the environment has no held-out users: environment.heldout_fraction > 0")
+  return chosen
+
+
+def order(
+  is_gameable: Sequence[bool], seed: int, step: int, n: int, fraction: float | None = None
+) -> np.ndarray:
+  """Indices [n] of the users that update `step` (from 0) asks; is_gameable: of all users.
+
+  Gameable and non-gameable users are two streams; each is walked in a fresh permutation per
+  epoch, so no user repeats before the stream is used up. `fraction` of the prompts is
+  gameable, exactly in the long run and within one prompt in every step; by default the share
+  among the users.
+
+  Raises:
+    UserError: the fraction asks for users that are not there.
+  """
+  flags = np.asarray(is_gameable, bool)
+  streams = np.flatnonzero(flags), np.flatnonzero(~flags)
+  if fraction is None:
+    fraction = len(streams[0]) / max(len(flags), 1)
+  if not 0.0 <= fraction <= 1.0:
+    raise UserError(f"gameable fraction {fraction} must lie in [0, 1]")
+  for stream, share, kind in zip(streams, (fraction, 1 - fraction), ("", "non-"), strict=True):
+    if share > 0 and not len(stream):
+      raise UserError(f"no {kind}gameable user, but a share of {share:g} is asked for")
+  before, after = (math.floor(k * n * fraction + 1e-9) for k in (step, step + 1))
+  gameable = [_pick(streams[0], seed, 0, k) for k in range(before, after)]
+  others = [_pick(streams[1], seed, 1, k) for k in range(step * n - before, (step + 1) * n - after)]
+  shuffled = np.random.default_rng([seed, 2, step]).permutation(n)
+  return np.array(gameable + others, np.int64)[shuffled]
+
+
+def _pick(stream: np.ndarray, seed: int, kind: int, position: int) -> int:
+  epoch, index = divmod(position, len(stream))
+  return stream[np.random.default_rng([seed, kind, epoch]).permutation(len(stream))[index]]
+
+
+# --- Replies ----------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames=("stop_ids", "control", "blank"))
+def cleaned(
+  rollouts: Rollouts,
+  stop_ids: tuple[int, ...],
+  control: tuple[int, ...],
+  blank: tuple[int, ...] = (),
+) -> Replies:
+  """Rollouts as a judge may read them: without the closing stop token, broken ones marked.
+
+  A reply of nothing but `blank` ids (each white space by itself) has length 0. Broken replies
+  hold a control token inside (a turn they made up), or say the same bigrams again for more than
+  half of their length.
+  """
+  tokens, lengths = rollouts.tokens, rollouts.lengths
+  last = jnp.take_along_axis(tokens, jnp.maximum(lengths - 1, 0)[..., None], -1)[..., 0]
+  stopped = jnp.any(last[..., None] == jnp.array(stop_ids), -1) & (lengths > 0)
+  lengths = lengths - stopped
+  mask = mask_from_lengths(lengths, tokens.shape[-1])
+  white = jnp.any(tokens[..., None] == jnp.array(blank, jnp.int32), -1)
+  lengths = jnp.where(jnp.any(mask & ~white, -1), lengths, 0)
+  mask &= lengths[..., None] > 0
+  inside = jnp.any(tokens[..., None] == jnp.array(sorted(control)), -1) & mask
+  same = (tokens[..., 1:, None] == tokens[..., None, 1:]) & (
+    tokens[..., :-1, None] == tokens[..., None, :-1]
+  )
+  pairs = mask[..., 1:]
+  again = jnp.any(jnp.tril(same, -1) & pairs[..., None, :], -1) & pairs
+  repeats = 2 * jnp.sum(again, -1) > jnp.maximum(lengths - 1, 1)
+  return Replies(tokens, lengths, jnp.any(inside, -1) | repeats)
+
+
+@functools.lru_cache(8)
+def cleaner(chat: Chat):
+  """`cleaned` as a function of the rollouts alone. chat: of who wrote the replies."""
+  ids = sorted({*chat.full.get_vocab(with_added_tokens=True).values()} - chat.control)
+  texts = chat.full.decode_batch([[i] for i in ids])
+  blank = tuple(i for i, text in zip(ids, texts, strict=True) if not text.strip())
+  control = tuple(sorted(chat.control))
+  return functools.partial(cleaned, stop_ids=chat.stop_ids, control=control, blank=blank)
+
+
+# --- One batch of experience ------------------------------------------------------------
+
+
+def roll_out(
+  policy: Model,
+  adapter: Adapter,
+  users: Users,
+  key: jax.Array,
+  *,
+  judge: Judge,
+  settings: Sampler,
+  cache_gib: float,
+  mesh: Mesh,
+) -> Experience:
+  """Asks every user once and judges the group of replies.
+
+  policy: what the sampler reads, the frozen base or a rounded copy of it.
+  """
+  prompts = sharding.put_prompts(mesh, Prompts(tokens=users.tokens, lengths=users.lengths))
+  began = time.monotonic()
+  rollouts = sampler.sample_all(
+    policy.params,
+    adapter,
+    policy.config,
+    prompts,
+    key,
+    settings,
+    policy.chat.stop_ids,
+    mesh,
+    cache_gib,
+  )
+  jax.block_until_ready(rollouts)
+  sampled = time.monotonic()
+  scores, metrics = judge.score(users.scenarios, cleaner(policy.chat)(rollouts))
+  jax.block_until_ready(scores)
+  seconds = {"sample_s": sampled - began, "judge_s": time.monotonic() - sampled}
+  return Experience(users, prompts, rollouts, scores, metrics, seconds)
+
+
+def as_batch(experience: Experience) -> Batch:
+  """Fresh experience as a learner's batch; `learner.complete` adds advantages."""
+  rollouts, rewards = experience.rollouts, experience.scores["reward"]
+  return Batch(
+    prompts=experience.prompts,
+    tokens=rollouts.tokens,
+    lengths=rollouts.lengths,
+    advantages=jnp.zeros_like(rewards),
+    rewards=rewards,
+    behaviour_logprobs=rollouts.logprobs,
+    reference_logprobs=None,
+    staleness=jnp.zeros_like(rollouts.lengths),
+  )
