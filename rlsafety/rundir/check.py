@@ -1,0 +1,102 @@
+"""What a run directory must hold at a step: a log that lost lines is named, not missed.
+
+A resumed run goes on from a checkpoint and cannot write again what came before it, but for the
+evaluation at that very step. A complete run can have its adapter and its report written again.
+"""
+
+import collections
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+
+from rlsafety import files
+from rlsafety.errors import UserError
+
+ADAPTER = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
+
+
+def lines_of_steps(path: pathlib.Path) -> tuple[dict[int, int], str]:
+  """({step: lines} of a log, the first line that is none, or "")."""
+  counts: dict[int, int] = collections.Counter()
+  if not path.exists():
+    return counts, ""
+  broken = ""
+  for number, line in files.lines(path):
+    try:
+      record = files.parse_json(line, f"line {number}")
+      if not line.endswith(b"\n") or not _is_step(record["step"]):
+        raise ValueError("is torn, or its step is no whole number")
+      counts[record["step"]] += 1
+    except (ValueError, KeyError, TypeError) as error:
+      broken = broken or f"line {number} is damaged ({type(error).__name__})"
+  return counts, broken
+
+
+def _is_step(value: object) -> bool:
+  return isinstance(value, int) and not isinstance(value, bool)
+
+
+def expected(
+  step: int, evaluations: Sequence[int], own: int, heldout: int
+) -> dict[str, Mapping[int, int]]:
+  """{log: {step: lines}} of a run after update `step`.
+
+  evaluations: the steps that were evaluated; own: own replies of an update, 0 where it learns
+  from records alone; heldout: replies of an evaluation.
+  """
+  updates = range(1, step + 1)
+  wanted: dict[str, Mapping[int, int]] = {
+    "metrics.jsonl": dict.fromkeys(updates, 1),
+    "timing.jsonl": dict.fromkeys(updates, 1),
+    "rollouts/train.jsonl": dict.fromkeys(updates, own) if own else {},
+    "eval/summary.jsonl": dict.fromkeys(evaluations, 1),
+  }
+  for at in evaluations:
+    wanted[f"eval/step_{at:06d}.jsonl"] = {at: heldout}
+  return wanted
+
+
+def faults(path: pathlib.Path, wanted: Mapping[str, Mapping[int, int]]) -> Iterator[tuple]:
+  """(file, step, what is wrong) for every log that does not hold what it must; later steps and
+  a torn last line do not count: a resumed run drops them."""
+  for name, steps in wanted.items():
+    found, broken = lines_of_steps(path / name)
+    bad = [at for at, count in steps.items() if found.get(at, 0) != count]
+    if bad:
+      at = bad[0]
+      more = f", and of {len(bad) - 1} other steps" if len(bad) > 1 else ""
+      why = f" ({broken})" if broken else ""
+      yield name, at, f"has {found.get(at, 0)} of {steps[at]} lines of step {at}{more}{why}"
+
+
+def refuse(path: pathlib.Path, found: Sequence[tuple]) -> None:
+  """Raises UserError that names what is missing, if anything is."""
+  if found:
+    told = "; ".join(f"{name} {what}" for name, _, what in found[:4])
+    raise UserError(
+      f"{path}: this run lost what it wrote before its checkpoint: {told}; restore these files "
+      "from a copy, or start the run again in another --workdir"
+    )
+
+
+def rebuildable(path: pathlib.Path) -> list[str]:
+  """Files of a complete run that are missing or cut and follow from the rest of it."""
+  missing = [name for name in ADAPTER if not _whole(path / name)]
+  page = path / "report.html"
+  if not page.is_file() or b"</html>" not in page.read_bytes()[-200:]:
+    missing.append("report.html")
+  return missing
+
+
+def _whole(file: pathlib.Path) -> bool:
+  """Whether a JSON or safetensors file is as long as it says."""
+  try:
+    if file.suffix == ".json":
+      files.read_json(file)
+      return True
+    with open(file, "rb") as f:
+      header = int.from_bytes(f.read(8), "little")
+      told = files.parse_json(f.read(min(header, files.MAX_BYTES)), str(file))
+    end = max((v["data_offsets"][1] for k, v in told.items() if k != "__metadata__"), default=0)
+    return file.stat().st_size == 8 + header + end
+  except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+    return False
