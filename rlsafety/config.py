@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 
+from rlsafety.addresses import masked
 from rlsafety.environments.section import Environment
 from rlsafety.flags import did_you_mean
 from rlsafety.sections import Section
@@ -344,7 +345,8 @@ class Config(Section):
 
 
 def to_json(config: Config) -> dict:
-  """Plain JSON types, tuples as lists, infinity as "inf": what config.json stores."""
+  """Plain JSON types, tuples as lists, infinity as "inf", no key in an address: what config.json
+  stores."""
 
   def plain(value):
     if isinstance(value, float) and math.isinf(value):
@@ -353,7 +355,9 @@ def to_json(config: Config) -> dict:
       return {name: plain(item) for name, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, tuple) else value
 
-  return plain(dataclasses.asdict(config))
+  values = plain(dataclasses.asdict(config))
+  values["judge"]["url"] = masked(config.judge.url)
+  return values
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> list[str]:

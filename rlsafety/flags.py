@@ -7,6 +7,7 @@ arguments. Bad input is one line that suggests the nearest name, and exit code 2
 
 import argparse
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NoReturn
 
@@ -55,3 +56,10 @@ def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
   """The hint "; did you mean X?" with the nearest of `known`, or `otherwise` if none is near."""
   near = difflib.get_close_matches(word, list(known), 1, 0.5)
   return f"; did you mean {near[0]}?" if near else otherwise
+
+
+def plain_word(text: str) -> str:
+  """An argument that becomes part of a file's name: letters, digits, "_", "-" and inner dots."""
+  if not re.fullmatch(r"\w[\w-]*(\.\w[\w-]*)*", text):
+    raise argparse.ArgumentTypeError(f"{text!r}: letters, digits, _, - and inner dots only")
+  return text

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from judge_helpers import replies as as_read
 
-from rlsafety import environments
+from rlsafety import addresses, environments
 from rlsafety.config import Judge
 from rlsafety.environments import rubrics
 from rlsafety.errors import UserError
@@ -258,7 +258,7 @@ def rate(url, replies, user=USER, **settings):
 
 
 def test_good_and_bad_answers(url, monkeypatch):
-  monkeypatch.setenv(endpoint.KEYS[0], KEY)
+  monkeypatch.setenv(addresses.KEYS[0], KEY)
   Endpoint.seen.clear()
   Endpoint.failures["again"] = 2
   good = ["fine", "logprobs", "again", "packed"]
@@ -331,7 +331,7 @@ def test_a_model_that_thinks_gets_the_tokens_for_it(url):
 
 
 def test_a_batch_of_refusals_stops_the_run_with_the_servers_words(url, monkeypatch, capfd):
-  monkeypatch.setenv(endpoint.KEYS[0], KEY)
+  monkeypatch.setenv(addresses.KEYS[0], KEY)
   words = r"refused \(http 403; .* no such key: \*\*\* \[31m\)"
   with pytest.raises(UserError, match=words) as error:
     rate(url, ["forbidden"])
@@ -379,21 +379,21 @@ SECRET = "sk-proj-Zx81kQ0aBcD3eF5gH7"
 def test_unusable_addresses_are_one_line_without_their_secrets(bad):
   address = bad.format(SECRET)
   with pytest.raises(UserError, match="judge.url") as error:
-    endpoint.check(address, "m")
-  shown = f"{error.value} {endpoint.masked(address)}"
+    addresses.check(address, "m")
+  shown = f"{error.value} {addresses.masked(address)}"
   assert "\n" not in shown and not any(SECRET[i : i + 8] in shown for i in range(len(SECRET) - 7))
 
 
 def test_usable_addresses_and_what_is_shown_of_them():
   for address in ("http://localhost:8000/v1", "https://x.example/openai/deployments/gpt-4o-2024"):
-    endpoint.check(address, "m")
-    assert endpoint.masked(address) == address
-  endpoint.check(f"https://x.example/{SECRET}/v1", "m")  # usable, and shown by a digest
-  shown = endpoint.masked(f"https://x.example/{SECRET}/v1")
+    addresses.check(address, "m")
+    assert addresses.masked(address) == address
+  addresses.check(f"https://x.example/{SECRET}/v1", "m")  # usable, and shown by a digest
+  shown = addresses.masked(f"https://x.example/{SECRET}/v1")
   assert shown.startswith("https://x.example/***") and shown.endswith("/v1") and "Zx81" not in shown
-  assert shown != endpoint.masked(f"https://x.example/{SECRET}1/v1")
+  assert shown != addresses.masked(f"https://x.example/{SECRET}1/v1")
   with pytest.raises(UserError, match="judge.model"):
-    endpoint.check("http://x/v1", "")
+    addresses.check("http://x/v1", "")
   with pytest.raises(UserError, match="judge.attempts=0"):
     Judge(name="http", url="http://x/v1", attempts=0)
 

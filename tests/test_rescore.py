@@ -12,7 +12,7 @@ import replied_runs
 from replied_runs import REPLIES
 from test_judges_http import Endpoint
 
-from rlsafety import files, judges, recipes
+from rlsafety import addresses, files, judges, recipes
 from rlsafety.errors import UserError
 from rlsafety.models import presets, sources
 from rlsafety.study import gather
@@ -110,15 +110,57 @@ def test_an_endpoints_cost_is_shown_and_its_failures_are_asked_again(run, model,
     rescore.judge_config(run, "http", "m", address, "3")
 
 
+def test_a_run_chooses_no_address_no_module_and_no_file(run, address, tmp_path, monkeypatch):
+  """The directory may be a stranger's: what is sent, imported and written is the command's."""
+  monkeypatch.setenv(addresses.KEYS[1], "canary")
+  info = files.read_json(run.path / "config.json")
+  info["config"]["judge"] |= {"name": "http", "model": "m", "url": f"{address}/sk-123456789012"}
+  (run.path / "config.json").write_text(json.dumps(info))
+  Endpoint.seen.clear()
+  command = ["rescore", f"--runs={run.path}", "--batch=8"]
+  with pytest.raises(UserError, match="its judge is the endpoint http.*--judge_url") as e:
+    rescore.main([*command, "--name=own"])
+  assert not Endpoint.seen and "sk-1234" not in str(e.value) and not (run.path / "scores").exists()
+
+  (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
+  monkeypatch.syspath_prepend(str(tmp_path))
+  (tmp_path / "pack").mkdir()
+  (tmp_path / "pack/evil.py").write_text("raise SystemExit('ran')")
+  info["config"]["environment"]["name"] = "pack.evil"
+  (run.path / "config.json").write_text(json.dumps(info))
+  with pytest.raises(UserError, match="environment.name='pack.evil' is a module"):
+    rescore.main([*command, "--name=own", "--judge=phrases"])
+  with pytest.raises(SystemExit, match="ran"):  # the user's own, by name
+    rescore.main([*command, "--name=own", "--judge=phrases", "--environment=pack.evil"])
+
+  info["config"]["environment"]["name"] = "political_qa"
+  (run.path / "config.json").write_text(json.dumps(info))
+  for name in ("../rollouts/train", str(tmp_path / "x"), "a/b", ".x", "x..y", ""):
+    with pytest.raises(UserError, match="letters, digits"):
+      rescore.main([*command, f"--name={name}", "--judge=phrases"])
+  for place in ("scores", "scores/x.jsonl"):
+    outside = tmp_path / f"outside_{len(place)}"
+    outside.mkdir() if place == "scores" else outside.write_text("kept")
+    (run.path / place).parent.mkdir(exist_ok=True)
+    (run.path / place).symlink_to(outside)
+    with pytest.raises(UserError, match="leads out of the run"):
+      rescore.main([*command, "--name=x", "--judge=phrases"])
+    (run.path / place).unlink()
+    assert not outside.is_dir() or not list(outside.iterdir())
+
+
 def test_command_lines(run, address, tmp_path, capsys):
   """score, then agreement with the run's own scores, through the programs' own flags."""
   other = shutil.copytree(run.path, tmp_path / "other")
   info = files.read_json(other / "config.json")
-  info["config"]["judge"] |= {"name": "http", "model": "m", "url": address}
+  info["config"]["judge"] |= {"name": "lm"}
   (other / "config.json").write_text(json.dumps(info))
-  rescore.main(["rescore", f"--runs={tmp_path}/*", "--name=own", "--batch=8", "--price=0.5,1"])
+  rescore.main(["rescore", f"--runs={tmp_path}/*", "--name=own", "--batch=8"])
   hexes = [{r["hex"] for r in files.read_jsonl(p / "scores/own.jsonl")} for p in (other, run.path)]
-  assert hexes[0] == {8.0} != hexes[1]  # each run's own judge, not the first one's
+  assert hexes[0] != hexes[1]  # each run's own judge, not the first one's
+  asked = [f"--runs={other}", "--name=api", "--judge=http", "--judge_model=m", "--price=0.5,1"]
+  rescore.main(["rescore", *asked, f"--judge_url={address}", "--batch=8"])
+  assert {r["hex"] for r in files.read_jsonl(other / "scores/api.jsonl")} == {8.0}
   rescore.main(["rescore", f"--runs={run.path}", "--judge=phrases", "--name=again", "--batch=8"])
   out = tmp_path / "out" / "agreement.csv"
   agreement.main(["agreement", f"--runs={tmp_path}/*", "--name=again", f"--out={out}"])

@@ -54,9 +54,16 @@ def environment_module(name: str) -> ModuleType:
     return importlib.import_module(f"rlsafety.environments.{name}")
   if "." in name:
     try:
-      return importlib.import_module(name)
-    except ImportError as error:
+      module = importlib.import_module(name)
+    except (ImportError, ValueError) as error:
       raise UserError(f"environment.name: cannot import {name!r} ({error})") from None
+    for needed in ("DEFAULTS", "TOPICS", "RUBRICS", "people"):
+      if not hasattr(module, needed):
+        raise UserError(
+          f"environment.name: {name!r} is no environment, it has no {needed} (see "
+          "docs/new_environment.md)"
+        )
+    return module
   raise UserError(
     f"environment.name: {name!r} is not one of {', '.join(ENVIRONMENTS)}, and has no dot to be "
     "the module of your own (see docs/new_environment.md)"

@@ -19,17 +19,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from rlsafety import sharding
+from rlsafety.addresses import KEYS, check, masked
 from rlsafety.environments.scenario import REPLY, Scenario, evaluator_messages, judge_messages
 from rlsafety.errors import UserError
-from rlsafety.judges.endpoint import (
-  KEYS,
-  Asked,
-  Endpoint,
-  ask_all,
-  check,
-  key_from_environment,
-  masked,
-)
+from rlsafety.judges.endpoint import Asked, Endpoint, ask_all, key_from_environment
 from rlsafety.types import Replies
 
 MAX_CHARS = 20_000  # of a reply; longer ones are cut before they are sent

@@ -73,7 +73,9 @@ def listed(values: Iterable) -> str:
 def main(argv: Sequence[str]) -> None:
   parser = flags.parser(__doc__, "tools.agreement")
   parser.add_argument("--runs", required=True, help="globs of run directories, joined by commas")
-  parser.add_argument("--name", required=True, help="scores by rlsafety.tools.rescore")
+  parser.add_argument(
+    "--name", required=True, type=flags.plain_word, help="scores by rlsafety.tools.rescore"
+  )
   parser.add_argument("--against", default="", help="other such scores; default: the runs' own")
   parser.add_argument("--out", type=pathlib.Path, help="also write the table as CSV")
   args = flags.parse(parser, argv)

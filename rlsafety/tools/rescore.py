@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlsafety import environments, files, flags, judges, recipes, rollout, sharding
+from rlsafety.addresses import masked
 from rlsafety.config import Config, to_json
 from rlsafety.environments.scenario import Scenario
 from rlsafety.errors import UserError, run_main
@@ -70,10 +71,32 @@ def place(record: Mapping) -> tuple:
 
 
 def judge_config(
-  run: Run, judge: str = "", model: str = "", url: str = "", price: str = ""
+  run: Run,
+  judge: str = "",
+  model: str = "",
+  url: str = "",
+  price: str = "",
+  environment: str = "",
 ) -> Config:
-  """The run's own config with another judge in it, or its own at another price."""
+  """The run's own config with another judge in it, or its own at another price.
+
+  A run directory may be a stranger's: it neither chooses an address that is sent replies and a
+  key, nor a module that is imported. Raises UserError where it would have to.
+  """
   values = dict(run.config)
+  name = read.environment_name(run)
+  if name not in environments.ENVIRONMENTS and name != environment:
+    raise UserError(
+      f"{run.path}/config.json: environment.name={name!r} is a module to import, which a file does "
+      f"not decide; add --environment={name} if it is yours"
+    )
+  if not judge and values["judge"].get("name") == "http":
+    url = masked(str(values["judge"].get("url", "")))
+    raise UserError(
+      f"{run.path}/config.json: its judge is the endpoint {url}, and a key and replies go only "
+      "where a command says; give --judge=http --judge_url=... "
+      "--judge_model=..."
+    )
   if judge:
     values["judge"] = {"name": judge, "model": model, "url": url}
     if judge in ("probe", "phrases"):  # they read no wording, and refuse one
@@ -102,7 +125,9 @@ def score_run(
   would only repeat itself.
   """
   path = run.path / "scores" / f"{name}.jsonl"
-  judge = {k: getattr(config.judge, k) for k in SAME_JUDGE}
+  if not path.resolve().is_relative_to(run.path.resolve() / "scores"):
+    raise UserError(f"{path}: leads out of the run, by a symbolic link; delete the link")
+  judge = {k: v for k, v in to_json(config)["judge"].items() if k in SAME_JUDGE}
   about = {"judge": opened.about, "config": judge}
   header, remote = path.with_suffix(".json"), judge["name"] == "http"
   if header.exists() and files.read_json(header) != about:
@@ -174,12 +199,15 @@ def _score(
 def main(argv: Sequence[str]) -> None:
   parser = flags.parser(__doc__, "tools.rescore")
   parser.add_argument("--runs", required=True, help="globs of run directories, joined by commas")
-  parser.add_argument("--name", required=True, help="what to call these scores")
+  parser.add_argument(
+    "--name", required=True, type=flags.plain_word, help="what to call these scores"
+  )
   parser.add_argument(
     "--judge", choices=["", "lm", "probe", "phrases", "http"], default="", help="default: its own"
   )
   parser.add_argument("--judge_model", default="", help="as config.judge.model")
   parser.add_argument("--judge_url", default="", help="as config.judge.url")
+  parser.add_argument("--environment", default="", help="module of the runs' own environment")
   parser.add_argument(
     "--price", default="", help="a,b: an endpoint's dollars per million prompt, completion tokens"
   )
@@ -197,7 +225,9 @@ def main(argv: Sequence[str]) -> None:
   loaded = {}
   with jax.set_mesh(mesh):
     for run in found:
-      config = judge_config(run, args.judge, args.judge_model, args.judge_url, args.price)
+      config = judge_config(
+        run, args.judge, args.judge_model, args.judge_url, args.price, args.environment
+      )
       random_weights = run.config["model"].get("preset")  # they are drawn with the seed
       about = [run.config["model"], run.config["environment"]["name"], to_json(config)["judge"]]
       key = json.dumps([*about, run.info["seed"] if random_weights else 0])
