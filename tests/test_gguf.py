@@ -311,6 +311,7 @@ def test_a_model_in_parts_is_joined_or_what_is_missing_is_named(tmp_path, monkey
     (("add_key_value", "llama.attention.head_count", 0, gguf.GGUFValueType.UINT32), "at least 1"),
     (("add_rope_freq_base", float("nan")), "rope_theta=nan"),
     (("add_rope_freq_base", -1.0), "rope_theta=-1.0"),
+    (("add_context_length", 131_072), "tensor rope_freqs.weight is missing"),
     (("add_layer_norm_rms_eps", float("inf")), "rms_norm_eps=inf"),
     (("add_token_scores", [0.0] * 5), "scores has 5 elements, of 97 tokens"),
     (("add_bos_token_id", 1 << 31), "bos_token_id=2147483648, of 97 tokens"),

@@ -24,7 +24,16 @@ from safetensors.numpy import load_file, save_file
 
 from rlsafety.errors import UserError
 from rlsafety.files import read_json
-from rlsafety.models import architecture, assemble, families, hf, lora, sources, transformer
+from rlsafety.models import (
+  architecture,
+  assemble,
+  families,
+  hf,
+  hf_chat,
+  lora,
+  sources,
+  transformer,
+)
 from rlsafety.tools import export
 
 FAMILY = "qwen25_gqa_tied"  # biases, tied head
@@ -448,7 +457,7 @@ TYPED = END | {"__type": "AddedToken"}
   ("config", "beside"),
   [
     ({}, {"bos_token": BOS, "eos_token": END}),
-    ({"bos_token": "<|im_start|>"}, {"bos_token": BOS, "eos_token": END, "cls_token": "H"}),
+    ({"bos_token": "<|im_start|>"}, {"bos_token": BOS, "eos_token": END, "cls_token": "Hello"}),
     ({"eos_token": TYPED, "bos_token": None}, {"pad_token": BOS}),
     ({"eos_token": TYPED, "added_tokens_decoder": {}}, {"bos_token": BOS, "cls_token": BOS}),
     ({"eos_token": TYPED, "additional_special_tokens": ["<|im_start|>"]}, {}),
@@ -463,16 +472,51 @@ def test_named_tokens_are_read_as_transformers_reads_them(made, tmp_path, config
   (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
   if beside:
     (tmp_path / "special_tokens_map.json").write_text(json.dumps(beside))
-  ours = hf.read_chat(tmp_path)
+  ours = hf_chat.read_chat(tmp_path)
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
   assert {k: v for k, v in ours.special.items() if v} == theirs.special_tokens_map
   messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
   assert ours.render(messages) == theirs.apply_chat_template(messages, tokenize=False)
 
 
+def test_tokens_that_only_the_files_beside_add(made, tmp_path):
+  """In both forms, and a named token that the tokenizer has as an ordinary one: whole in frames."""
+  import transformers
+
+  model_tokenizer(made[0], tmp_path)
+  size = made[0].chat.vocab_size
+  token = {"content": "<|new|>", "special": True, "normalized": False, "lstrip": False,
+           "rstrip": False, "single_word": False}  # fmt: skip
+  template = "<|new|>Hello{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+  settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
+  messages = [{"role": "user", "content": "you are"}]
+  plain = [{"role": "user", "content": "a <|new|> Hello."}]
+  for more, beside in (
+    ({"added_tokens_decoder": {str(size): token}, "eos_token": "<|im_end|>"}, None),
+    ({"eos_token": "<|im_end|>"}, {"<|new|>": size}),
+    ({"eos_token": "Hello"}, {"<|new|>": size}),
+  ):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | more))
+    if beside:
+      (tmp_path / "added_tokens.json").write_text(json.dumps(beside))
+    ours = hf_chat.read_chat(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    expected = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
+    assert ours.encode(messages) == expected
+    frame = [i for i in expected if i in ours.control]
+    assert size in frame and [i for i in ours.encode(plain) if i in ours.control] == frame
+  moved = {"added_tokens_decoder": {str(size + 3): token}}
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | moved))
+  with pytest.raises(UserError, match=rf"config.json: token '.*' has id {size + 3} here and"):
+    hf_chat.read_chat(tmp_path)
+
+
 @pytest.mark.parametrize(
   ("file", "content", "says"),
   [
+    ("tokenizer_config.json", {"added_tokens_decoder": []}, "added_tokens_decoder=.. must be"),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"x": {}}}, "with id 'x' is no added"),
+    ("added_tokens.json", {"a": [2]}, r"'a' with id \[2\] is no added token"),
     ("tokenizer_config.json", {"chat_template": {"rag": "x"}}, "chat_template holds rag and no"),
     ("tokenizer_config.json", {"chat_template": [{"name": "a", "template": "x"}]}, "s a and no"),
     ("tokenizer_config.json", {"chat_template": ["x"]}, "must name templates"),
@@ -493,7 +537,63 @@ def test_a_chat_that_cannot_be_read_names_file_field_and_value(made, tmp_path, f
   (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
   (tmp_path / file).write_text(json.dumps(content))
   with pytest.raises(UserError, match=f"{file}: .*{says}"):
-    hf.read_chat(tmp_path)
+    hf_chat.read_chat(tmp_path)
+
+
+JUNK = st.recursive(
+  st.none() | st.booleans() | st.integers(-(1 << 40), 1 << 40) | st.floats()
+  | st.sampled_from(["<|im_end|>", "H", "", "default", "LORA", "BPE", "ByteLevel", "\ud800", "x"]),
+  lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+    st.sampled_from(["content", "name", "template", "default", "type", "id", "H", "vocab"]),
+    inner, max_size=3),
+  max_leaves=6,
+)  # fmt: skip
+
+
+def anywhere(data, value):
+  """`value` with one part of it, at any depth, exchanged for something else or left out."""
+  if isinstance(value, (dict, list)) and value and data.draw(st.integers(0, 4)):
+    keys = list(value) if isinstance(value, dict) else list(range(min(len(value), 40)))
+    key = data.draw(st.sampled_from(keys))
+    changed = value.copy()
+    if data.draw(st.integers(0, 3)):
+      changed[key] = anywhere(data, value[key])
+    else:
+      del changed[key]
+    return changed
+  return data.draw(JUNK)
+
+
+@pytest.fixture(scope="module")
+def complete(made, tmp_path_factory):
+  """A folder with every JSON file that is read, an adapter, and the content of those files."""
+  model, adapter, _ = made
+  folder = tmp_path_factory.mktemp("complete")
+  hf.save_merged(folder, model, None)
+  hf.save_peft(folder / "adapter", adapter, model, cases.LORA)
+  (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": END}))
+  write_index(folder, dict.fromkeys(load_file(folder / "model.safetensors"), "model.safetensors"))
+  return folder, {p: read_json(p) for p in sorted(folder.rglob("*.json"))}, model.config
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_any_change_to_any_json_file_is_a_model_or_one_line(complete, data):
+  folder, contents, config = complete
+  path = data.draw(st.sampled_from(sorted(contents)))
+  good = path.read_bytes()
+  bad = json.dumps(anywhere(data, contents[path])).encode()
+  if data.draw(st.integers(0, 5)) == 0:
+    at = data.draw(st.integers(0, len(good) - 1))
+    bad = good[:at] + data.draw(st.binary(max_size=3)) + good[at + 1 :]
+  path.write_bytes(bad)
+  try:
+    hf.load_peft(folder / "adapter", config)
+    sources.load_model(str(folder))
+  except UserError as error:
+    assert str(folder) in str(error)
+  finally:
+    path.write_bytes(good)
 
 
 def test_a_template_among_several_and_in_other_files(made, tmp_path):
@@ -504,18 +604,18 @@ def test_a_template_among_several_and_in_other_files(made, tmp_path):
   for template in (several, listed):
     content = {"eos_token": "<|im_end|>", "chat_template": template}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(content))
-    assert hf.read_chat(tmp_path).template == text + "1"
+    assert hf_chat.read_chat(tmp_path).template == text + "1"
   (tmp_path / "chat_template.jinja").write_text(text + "3")
-  assert hf.read_chat(tmp_path).template == text + "3"
+  assert hf_chat.read_chat(tmp_path).template == text + "3"
   (tmp_path / "additional_chat_templates").mkdir()
-  assert hf.read_chat(tmp_path).template == text + "3"
+  assert hf_chat.read_chat(tmp_path).template == text + "3"
   (tmp_path / "chat_template.jinja").unlink()
   with pytest.raises(UserError, match="additional_chat_templates: without a chat_template.jinja"):
-    hf.read_chat(tmp_path)
+    hf_chat.read_chat(tmp_path)
   (tmp_path / "additional_chat_templates").rmdir()
   (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
   (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": text + "4"}))
-  assert hf.read_chat(tmp_path).template == text + "4"
+  assert hf_chat.read_chat(tmp_path).template == text + "4"
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])

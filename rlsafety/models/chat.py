@@ -159,10 +159,27 @@ def _is_marker(token: AddedToken) -> bool:
   return bool(token.content.replace("▁", "").strip())
 
 
-def _plain(full: Tokenizer, control: set[int], source: str) -> Tokenizer:
+def with_markers(full: Tokenizer, tokens: Sequence[AddedToken]) -> tuple[Tokenizer, set[str]]:
+  """`full` with these tokens as markers, and which of them were ordinary ones before.
+
+  transformers does so with every token that a config names: the frame then has them whole.
+  """
+  known = {t.content for t in full.get_added_tokens_decoder().values()}
+  missing = [t for t in tokens if t.content not in known]
+  if not missing:
+    return full, set()
+  ordinary = {t.content for t in missing if full.token_to_id(t.content) is not None}
+  full = Tokenizer.from_str(full.to_str())  # the caller's own stays as it is
+  for token in missing:
+    (full.add_special_tokens if token.special else full.add_tokens)([token])
+  return full, ordinary
+
+
+def _plain(full: Tokenizer, control: set[int], ordinary: set[str], source: str) -> Tokenizer:
   """`full` without what structures a text, and without a space put in front of it.
 
-  Raises UserError for an id of `control` that text needs: no content could then be without.
+  ordinary: tokens that were no markers in the file. Raises UserError for one of them, or for
+  another id of `control`, that text needs: no content could then be without.
   """
   spec = json.loads(full.to_str())
   model = spec["model"]
@@ -196,7 +213,7 @@ def _plain(full: Tokenizer, control: set[int], source: str) -> Tokenizer:
   for key in ("normalizer", "pre_tokenizer"):
     spec[key] = without_prefix(spec[key])
   plain = Tokenizer.from_str(json.dumps(spec))
-  for marker in sorted(markers - added):  # an ordinary token that is to end replies, say
+  for marker in sorted((markers - added) | ordinary):  # a letter that is to end replies, say
     i = full.token_to_id(marker)
     text = full.decode([i], skip_special_tokens=False)
     if plain.decode(plain.encode(f".{text}.", add_special_tokens=False).ids) != f".{text}.":
@@ -248,6 +265,8 @@ def make_chat(
     if token is not None and token not in ids:
       raise UserError(f"{source}: {name} {token!r:.200} is not in the vocabulary")
   named = tuple((k, v) for k, v in special.items() if v is not None)
+  full, ordinary = with_markers(full, [AddedToken(t, special=True, normalized=False)
+                                        for _, t in named])  # fmt: skip
   ending = templates.frame(template, ("user", "assistant"), False, named, source)[-1]
   eos, pad = special["eos_token"], special["pad_token"]
   stops = set(stop_ids) | ({ids[eos]} if eos is not None else set())
@@ -268,7 +287,7 @@ def make_chat(
     has_system = False
   return Chat(
     full=full,
-    plain=_plain(full, control, source),
+    plain=_plain(full, control, ordinary, source),
     template=template,
     special=special,
     control=frozenset(control),

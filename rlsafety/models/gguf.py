@@ -279,6 +279,13 @@ def read_config(file: File) -> dict:
     raise UserError(f"{file.path}: {arch}.rope.scaling.type={scaling!r}; supported: none, linear")
   if "rope_freqs.weight" in file.tensors:
     config["rope_scaling"] = _llama3_scaling(file, config)
+  elif arch == "llama" and scaling == "none" and config["rope_theta"] == 5e5:
+    if config["max_position_embeddings"] > 8192:
+      raise UserError(
+        f"{file.path}: llama.context_length={config['max_position_embeddings']} with "
+        "llama.rope.freq_base=500000 is Llama 3.1 or later, converted before its rotary scaling "
+        "was known (tensor rope_freqs.weight is missing); get a newer conversion"
+      )
   window = get("attention.sliding_window", int)
   if arch == "llama" and window:
     config |= {"model_type": "mistral", "sliding_window": window}

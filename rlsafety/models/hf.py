@@ -1,4 +1,4 @@
-"""Hugging Face folders: base weights, tokenizer and template in; PEFT and merged weights out.
+"""Hugging Face folders: base weights and adapters in; PEFT and merged weights out.
 
 Nothing but safetensors is opened: pickle files and remote code run what they contain.
 Files that we write carry a checksum per tensor, which reading them back compares.
@@ -6,22 +6,18 @@ Files that we write carry a checksum per tensor, which reading them back compare
 
 import json
 import zlib
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from tokenizers import Tokenizer
 
 from rlsafety.config import TARGETS, Lora
 from rlsafety.errors import UserError
-from rlsafety.files import read_json, read_text, write_json
+from rlsafety.files import read_json, write_json
 from rlsafety.models.architecture import ModelConfig
 from rlsafety.models.assemble import Tensor, flat_weights, hf_names, is_transposed
-from rlsafety.models.chat import Chat, make_chat
 from rlsafety.models.families import hf_config
 from rlsafety.models.lora import Adapter
 
@@ -126,90 +122,6 @@ def _tensor(path: Path, name: str, shape: tuple, dtype: str, checksum: str | Non
     return whole[index]
 
   return Tensor(str(path), shape, read)
-
-
-SPECIAL = tuple(f"{name}_token" for name in "bos eos unk sep pad cls mask".split())
-
-
-def read_chat(folder: Path) -> Chat:
-  """The tokenizer and template of a folder, as transformers reads them.
-
-  transformers itself makes the tokenizer only where there is no tokenizer.json (old
-  SentencePiece folders). Raises UserError naming file, field and value.
-  """
-
-  def optional(name: str) -> dict[str, Any]:
-    return read_json(folder / name) if (folder / name).exists() else {}
-
-  special = dict.fromkeys(SPECIAL)
-  sources = ["tokenizer_config.json"]
-  if "added_tokens_decoder" not in optional(sources[0]):  # the newer form: all is in one file
-    sources.append("special_tokens_map.json")
-  for file in sources:
-    for name, token in optional(file).items():
-      if name in special:
-        content = token.get("content") if isinstance(token, dict) else token
-        if not isinstance(content, str | None) or (content is None and token is not None):
-          raise UserError(f"{folder / file}: {name}={token!r:.200} is no token")
-        special[name] = content
-  full, stops = _tokenizer(folder), []
-  size = max(full.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-  for file in ("generation_config.json", "config.json"):
-    ids = optional(file).get("eos_token_id")
-    for i in ids if isinstance(ids, list) else [] if ids is None else [ids]:
-      if not isinstance(i, int) or isinstance(i, bool):
-        raise UserError(f"{folder / file}: eos_token_id={ids!r:.200} is no token id")
-      if not 0 <= i < size:
-        raise UserError(f"{folder / file}: eos_token_id={i} is outside the vocabulary of {size}")
-      stops.append(i)
-  template, source = _template(folder, optional)
-  return make_chat(full, template=template, special=special, stop_ids=stops, source=source)
-
-
-def _template(folder: Path, optional: Callable[[str], dict[str, Any]]) -> tuple[str | None, str]:
-  """A folder's chat template (None: it has none), and the file that it is from."""
-  for name in ("tokenizer_config.json", "chat_template.json"):  # the latter of vision models
-    found, source = optional(name).get("chat_template"), str(folder / name)
-    if found is not None:
-      break
-  if (folder / "chat_template.jinja").exists():
-    source = str(folder / "chat_template.jinja")
-    return read_text(source), source
-  if (folder / "additional_chat_templates").exists():
-    raise UserError(f"{folder / 'additional_chat_templates'}: without a chat_template.jinja it is "
-                    "not said which template is the usual one")  # fmt: skip
-  if isinstance(found, list):  # Several by name: [{"name", "template"}, ...]
-    if not all(isinstance(t, dict) and {"name", "template"} <= set(t) for t in found):
-      raise UserError(f"{source}: chat_template={found!r:.200} must name templates")
-    found = {str(t["name"]): t["template"] for t in found}
-  if isinstance(found, dict):
-    if "default" not in found:
-      raise UserError(
-        f"{source}: chat_template holds {', '.join(map(str, found))} and no 'default'; write the "
-        f"one that is meant to {folder / 'chat_template.jinja'}"
-      )
-    found = found["default"]
-  if not isinstance(found, str | None):
-    raise UserError(f"{source}: chat_template={found!r:.200} is no template")
-  return found, source
-
-
-def _tokenizer(folder: Path) -> Tokenizer:
-  path = folder / "tokenizer.json"
-  try:
-    if path.exists():
-      return Tokenizer.from_file(str(path))
-    # Heavy, and hardly ever needed.
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False).backend_tokenizer
-  except (KeyboardInterrupt, SystemExit):
-    raise
-  except BaseException as error:  # a panic of the Rust library is no Exception
-    what = f"{path}: not a readable tokenizer"
-    if not path.exists():
-      what = f"{folder}: no tokenizer.json and no other usable tokenizer"
-    raise UserError(f"{what} ({error})") from None
 
 
 # --- Writing ------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from rlsafety import config, sharding
 from rlsafety.errors import UserError
 from rlsafety.files import read_json
-from rlsafety.models import architecture, families, gguf, gguf_tokenizer, hf, presets
+from rlsafety.models import architecture, families, gguf, gguf_tokenizer, hf, hf_chat, presets
 from rlsafety.models import chat as chats
 from rlsafety.models.architecture import ModelConfig
 from rlsafety.models.assemble import Tensor, assemble
@@ -51,7 +51,7 @@ def load_model(path: str, dtype=jnp.float32, shardings=None) -> Model:
   if real.is_dir():
     source = "config.json"
     config = families.model_config(read_json(real / "config.json"), str(real / source))
-    chat = hf.read_chat(real)
+    chat = hf_chat.read_chat(real)
     tensors = hf.read_tensors(real)
   else:
     file = gguf.open_file(real)
