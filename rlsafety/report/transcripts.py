@@ -22,7 +22,7 @@ def transcripts(
   always; if even these two do not fit, fewer prompts of both. Then whole training steps.
 
   Returns ({"prompts": [...], "rollouts": [[kind, step, prompt, its number in the batch,
-  sample, reward, hex, acc, length, finished, completion], ...], "shared": factors that
+  sample, reward, hex, acc, finished, completion], ...], "shared": factors that
   every user has}, {"held-out": n, "training": n}). kind: 0 held-out, 1 training.
   """
   every = [r for records in evaluations.values() for r in records]
@@ -75,7 +75,7 @@ def _page_data(rollouts: list[tuple[int, dict]]) -> dict:
     rows.append(
       [kind, r["step"], index[key], r["prompt"], r["sample"]]
       + [None if not math.isfinite(s) else round(s, 2) for s in scores]
-      + [r.get("length"), bool(r.get("finished", True)), str(r.get("completion", ""))]
+      + [bool(r.get("finished", True)), str(r.get("completion", ""))]
     )
   # What all users share is a setting of the run, not a way to tell them apart.
   shared = set.intersection(*(set(p["factors"].items()) for p in prompts)) if prompts else set()

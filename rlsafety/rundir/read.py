@@ -19,7 +19,7 @@ from rlsafety.files import read_json, read_jsonl
 
 # What every rollout must have, and what it may have.
 FIELDS = {"step": int, "prompt": int, "sample": int, "is_gameable": bool}
-OPTIONAL = {"messages": list, "factors": dict, "completion": str, "length": int}
+OPTIONAL = {"messages": list, "factors": dict, "completion": str}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,19 +9,19 @@ and PNG figures, notes.md, and index.html, a page that holds all of it.
 
 import math
 import os
-import pathlib
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-import pandas as pd
+from pandas import DataFrame
 
 from rlsafety import flags
 from rlsafety.errors import UserError, run_main
 from rlsafety.report import render, transcripts
 from rlsafety.rundir import read
 from rlsafety.study import figures, gather, tables
-from rlsafety.study.gather import Cell
+from rlsafety.study.gather import Cells
 
 OUTCOMES = ("max_hex_gap", "max_acc_gap", "hms", "heldout_hex_gap", "heldout_acc_gap")
 FLAGS = {
@@ -47,7 +47,7 @@ SHOWN = {
 
 
 def analyse(
-  out: str | pathlib.Path,
+  out: str | Path,
   globs: Sequence[str] = (),
   published: str = "",
   outcomes: str = "",
@@ -95,7 +95,7 @@ def analyse(
     "partial": tables.partial_table(cells, scores_of, names),
     "variants": tables.variant_table(cells, names, reference),
   }
-  out = pathlib.Path(out)
+  out = Path(out)
   out.mkdir(parents=True, exist_ok=True)
   captions = _captions(made, cells)
   filled = {name: table for name, table in made.items() if len(table)}
@@ -107,7 +107,7 @@ def analyse(
   return made | {"notes": notes}
 
 
-def _captions(made: dict[str, pd.DataFrame], cells: Sequence[Cell]) -> dict[str, str]:
+def _captions(made: dict[str, DataFrame], cells: Cells) -> dict[str, str]:
   """What each table is, with its n, seeds, correction and the runs behind it."""
   seeds = sorted({s for c in cells for s in c.seeds})
   sources = [s for c in cells for s in c.sources]
@@ -133,7 +133,7 @@ def _captions(made: dict[str, pd.DataFrame], cells: Sequence[Cell]) -> dict[str,
   }
 
 
-def _power_text(table: pd.DataFrame) -> str:
+def _power_text(table: DataFrame) -> str:
   if not len(table):
     return ""
   row = table.loc[table["n"].idxmax()]
@@ -146,9 +146,9 @@ def _power_text(table: pd.DataFrame) -> str:
 
 
 def draw(
-  out: pathlib.Path, cells: Sequence[Cell], made: dict[str, pd.DataFrame],
-  benchmarks: pd.DataFrame, outcomes: Sequence[str],
-) -> Iterator[tuple[str, pathlib.Path | None]]:  # fmt: skip
+  out: Path, cells: Cells, made: dict[str, DataFrame],
+  benchmarks: DataFrame, outcomes: Sequence[str],
+) -> Iterator[tuple[str, Path | None]]:  # fmt: skip
   """Draws all figures: (caption, SVG path, or None where the cells do not allow it)."""
   for (environment, variant), group in tables.treatments(cells):
     if any(len(c.curves) for c in group):
@@ -165,8 +165,8 @@ def draw(
 
 
 def _write_page(
-  out: pathlib.Path, made: dict[str, pd.DataFrame], captions: dict[str, str],
-  drawn: dict[str, pathlib.Path], notes: list[str], cells: Sequence[Cell],
+  out: Path, made: dict[str, DataFrame], captions: dict[str, str],
+  drawn: dict[str, Path], notes: list[str], cells: Cells,
 ) -> None:  # fmt: skip
   """index.html: tables and figures on one page, in the style of a run's report."""
   parts = []
@@ -181,10 +181,10 @@ def _write_page(
     # Two figures on one page may not share the ids of their clip paths.
     pictures.append((caption, re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>f{i}-", svg)))
   runs = {
-    f"{c.model}, {c.environment}, {c.variant}, seed {seed}": pathlib.Path(source)
+    f"{c.model}, {c.environment}, {c.variant}, seed {seed}": Path(source)
     for c in cells
     for seed, source in zip(c.seeds, c.sources, strict=False)
-    if pathlib.Path(source).is_dir()
+    if Path(source).is_dir()
   }
   data, left_out = transcripts.compared(list(map(read.load_run, runs.values())), list(runs))
   if left_out:
@@ -244,7 +244,7 @@ def main(argv: Sequence[str]) -> None:
     columns = ["outcome", "environment", "variant", "benchmark", "n", "r", "p", "p_holm", "p_bh"]
     print(table[columns].to_string(index=False, float_format=lambda v: f"{v:.3f}"))
     print(_power_text(made["correlations"]))
-  print(f"tables, figures and {pathlib.Path(args.out) / 'index.html'} written")
+  print(f"tables, figures and {Path(args.out) / 'index.html'} written")
 
 
 if __name__ == "__main__":

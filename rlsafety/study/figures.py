@@ -5,16 +5,15 @@ the caption what they are. What has nothing to show draws nothing and returns No
 """
 
 import math
-import pathlib
-from collections.abc import Sequence
+from pathlib import Path
 
 import matplotlib
 import numpy as np
-import pandas as pd
 from matplotlib.figure import Figure
+from pandas import DataFrame
 
 from rlsafety.study import statistics, tables
-from rlsafety.study.gather import Cell
+from rlsafety.study.gather import Cells
 
 NAMES = {
   "max_hex_gap": "max HEX gap", "max_acc_gap": "max ACC gap", "hms": "HMS",
@@ -23,7 +22,6 @@ NAMES = {
   "heldout_acc_gap": "held-out ACC gap",
   "hex_gameable": "HEX, gameable users", "acc_non_gameable": "ACC, non-gameable users",
   "hex_gap": "HEX gap", "acc_gap": "ACC gap", "reward_gap": "reward gap",
-  "num_params": "parameters, billions", "capability_score": "capability score",
 }  # fmt: skip
 
 
@@ -43,7 +41,7 @@ def panels(
   return figure, figure.subplots(rows, columns, squeeze=False, **shared)
 
 
-def save(figure: Figure, stem: pathlib.Path) -> pathlib.Path:
+def save(figure: Figure, stem: Path) -> Path:
   """Writes STEM.svg (no date, so equal runs give equal bytes) and STEM.png; returns the first."""
   svg = stem.with_name(stem.name + ".svg")
   figure.savefig(svg, metadata={"Date": None}, bbox_inches="tight")
@@ -51,10 +49,12 @@ def save(figure: Figure, stem: pathlib.Path) -> pathlib.Path:
   return svg
 
 
+def _where(environment: str, variant: str) -> str:
+  return environment if variant in ("main", "published") else f"{environment}, {variant}"
+
+
 @styled
-def curve_panels(
-  cells: Sequence[Cell], benchmarks: pd.DataFrame, stem: pathlib.Path
-) -> pathlib.Path:
+def curve_panels(cells: Cells, benchmarks: DataFrame, stem: Path) -> Path:
   """Reward, HEX, ACC and the three gaps over steps, one line per model, band +-1 SD of seeds."""
   cells = [c for c in cells if len(c.curves)]
   size = tables.covariates(cells, benchmarks)["num_params"]
@@ -85,18 +85,15 @@ def curve_panels(
 
 
 @styled
-def trend(
-  cells: Sequence[Cell], benchmarks: pd.DataFrame, outcome: str, stem: pathlib.Path,
-  against: str = "num_params",
-) -> pathlib.Path | None:  # fmt: skip
-  """Outcome against size (or another column), one panel per environment and variant.
+def trend(cells: Cells, benchmarks: DataFrame, outcome: str, stem: Path) -> Path | None:
+  """Outcome against model size, one panel per environment and variant.
 
   Bars are one SD over seeds; the title gives Spearman's rho, its 95% interval, exact p and n.
   """
   shown = []
   for where, group in tables.treatments(cells):
     group = [c for c in group if math.isfinite(c.value(outcome))]
-    x = tables.covariates(group, benchmarks).get(against, np.array([]))
+    x = tables.covariates(group, benchmarks)["num_params"]
     if np.isfinite(x).sum() >= 2:
       shown.append((where, group, x))
   if not shown:
@@ -110,32 +107,30 @@ def trend(
     y = np.array([c.values[outcome] for c in group])
     sd = np.array([c.sd.get(outcome, math.nan) for c in group])
     axis.errorbar(x, y, np.nan_to_num(sd), fmt="o", ms=5, color="#3b528b", ecolor="0.65", lw=1)
-    if against == "num_params":
-      axis.set_xscale("log")
-      axis.xaxis.set_major_formatter("{x:g}")
-    middle = np.sqrt(np.nanmin(x) * np.nanmax(x)) if against == "num_params" else np.nanmean(x)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter("{x:g}")
+    middle = np.sqrt(np.nanmin(x) * np.nanmax(x))
     for c, a, b in zip(group, x, y, strict=True):
       if math.isfinite(a):  # labels grow towards the middle, so that none leaves its panel
         axis.annotate(c.model, (a, b), (-4 if a > middle else 4, 3), textcoords="offset points",
                       ha="right" if a > middle else "left", fontsize=6, color="0.35")  # fmt: skip
     found = statistics.correlate(x, y)
     says = f"ρ = {found.r:+.2f} [{found.low:+.2f}, {found.high:+.2f}], p = {found.p:.3f}, "
-    variant = "" if where[1] in ("main", "published") else f", {where[1]}"
     says = says if math.isfinite(found.r) else ""
-    axis.set_title(f"{where[0]}{variant}\n{says}n = {found.n}", fontsize=8.5, loc="left")
-    axis.set_xlabel(NAMES.get(against, against))
+    axis.set_title(f"{_where(*where)}\n{says}n = {found.n}", fontsize=8.5, loc="left")
+    axis.set_xlabel("parameters, billions")
     axis.set_ylabel(NAMES.get(outcome, outcome))
   figure.tight_layout()
   return save(figure, stem)
 
 
 @styled
-def variant_bars(cells: Sequence[Cell], outcome: str, stem: pathlib.Path) -> pathlib.Path | None:
+def variant_bars(cells: Cells, outcome: str, stem: Path) -> Path | None:
   """Mean over models of each variant, with every model as a line through its variants."""
   rows = [(*c.key, c.value(outcome)) for c in cells if math.isfinite(c.value(outcome))]
   if not rows:
     return None
-  table = pd.DataFrame(rows, columns=["model", "environment", "variant", "value"])
+  table = DataFrame(rows, columns=["model", "environment", "variant", "value"])
   # One frame [models, variants] for each environment.
   found = {e: t.pivot(index="model", columns="variant", values="value")
            for e, t in table.groupby("environment")}  # fmt: skip
@@ -157,7 +152,7 @@ def variant_bars(cells: Sequence[Cell], outcome: str, stem: pathlib.Path) -> pat
 
 
 @styled
-def forest(table: pd.DataFrame, outcome: str, stem: pathlib.Path) -> pathlib.Path | None:
+def forest(table: DataFrame, outcome: str, stem: Path) -> Path | None:
   """Spearman's rho with 95% intervals for every benchmark; filled where Holm's p < 0.05."""
   table = table[(table["outcome"] == outcome) & (table["method"] == "spearman")]
   if not len(table):
@@ -174,8 +169,7 @@ def forest(table: pd.DataFrame, outcome: str, stem: pathlib.Path) -> pathlib.Pat
     axis.set_yticks(place, rows["benchmark"])
     axis.axvline(0, color="0.4", lw=0.8)
     axis.set_xlim(-1.05, 1.05)
-    extra = "" if variant in ("main", "published") else f", {variant}"
-    axis.set_title(f"{environment}{extra}, n = {rows['n'].max()}", fontsize=9, loc="left")
+    axis.set_title(f"{_where(environment, variant)}, n = {rows['n'].max()}", fontsize=9, loc="left")
   figure.supxlabel(
     f"Spearman's ρ with {NAMES.get(outcome, outcome)}, 95% interval; filled: Holm p < 0.05 over "
     f"{int(table['family'].iloc[0])} tests",

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from pandas import DataFrame
 
 from rlsafety.errors import UserError
 from rlsafety.metrics import curves, gaps
@@ -54,10 +55,10 @@ class Cell:
   seeds: list[int]
   values: dict[str, float] = field(default_factory=dict)
   sd: dict[str, float] = field(default_factory=dict)
-  per_seed: pd.DataFrame = field(default_factory=pd.DataFrame)
+  per_seed: DataFrame = field(default_factory=DataFrame)
   full: dict[str, float] = field(default_factory=dict)
-  curves: pd.DataFrame = field(default_factory=pd.DataFrame)
-  curve_sd: pd.DataFrame = field(default_factory=pd.DataFrame)
+  curves: DataFrame = field(default_factory=DataFrame)
+  curve_sd: DataFrame = field(default_factory=DataFrame)
   sources: list[str] = field(default_factory=list)
   counts: dict[str, int] = field(default_factory=dict)
   parameters: float = math.nan  # billions
@@ -77,6 +78,9 @@ class Cell:
   def value(self, outcome: str) -> float:
     """A scalar, NaN if the cell has none."""
     return self.values.get(outcome, math.nan)
+
+
+Cells = Sequence[Cell]
 
 
 def slug(name: str) -> str:
@@ -109,7 +113,7 @@ def variants(runs: list[read.Run]) -> tuple[list[str], list[str]]:
   size, say) is no variant but a confound, and named too. A field that one config lacks,
   as configs of different versions do, is no difference.
   """
-  fields = pd.DataFrame([dict(_flatten(run.config)) for run in runs])
+  fields = DataFrame([dict(_flatten(run.config)) for run in runs])
   fields = fields[sorted(f for f in fields if not NOT_A_VARIANT.match(f))]
   models = pd.Series([slug(read.model_name(run)) for run in runs])
   environments = pd.Series([read.environment_name(run) for run in runs], dtype=object)
@@ -139,7 +143,7 @@ def _flatten(config: dict, prefix: str = "") -> Iterator[tuple[str, str]]:
       yield prefix + name, str(value)
 
 
-def _together(fields: pd.DataFrame) -> list[list[str]]:
+def _together(fields: DataFrame) -> list[list[str]]:
   """Lists of columns, each one-to-one with the first of its list."""
   found: list[list[str]] = []
   for name in fields:
@@ -248,7 +252,7 @@ def _cell(
 
 
 def _add_curves(
-  cell: Cell, found: dict[int, pd.DataFrame], window: int, compat: bool, notes: list[str]
+  cell: Cell, found: dict[int, DataFrame], window: int, compat: bool, notes: list[str]
 ) -> dict[str, float]:
   """Adds the curves of {seed: rollouts}, which may lack some of the seeds.
 
@@ -289,31 +293,30 @@ def _add_curves(
 
 
 def rollout_scores(
-  run: read.Run, scores: str = "", compat: bool = False, notes: list[str] | None = None,
-  seed: int = 42,
-) -> pd.DataFrame:  # fmt: skip
+  run: read.Run, scores: str = "", compat: bool = False, notes: list[str] | None = None
+) -> DataFrame:
   """A run's training rollouts, one row each: step, is_gameable, reward, acc, hex.
 
   scores: of a re-scoring whose ACC and HEX replace the run's own (rollouts that it left out
-  are left out here). compat: one rollout per step, drawn with `seed`, missing verdicts
-  filled in as the study did.
+  are left out here). compat: one rollout per step, drawn with a fixed seed, missing
+  verdicts filled in as the study did.
   """
   records = read.train_rollouts(run)
   if scores:
     records = read.rescored(run, records, scores, "train", notes)
   if compat:
-    rng, by_step = random.Random(seed), {}
+    rng, by_step = random.Random(42), {}
     for record in records:
       by_step.setdefault(record["step"], []).append(record)
     records = [rng.choice(group) for _, group in sorted(by_step.items())]
-  found = pd.DataFrame(
+  found = DataFrame(
     {"step": [r["step"] for r in records], "is_gameable": [bool(r["is_gameable"]) for r in records]}
     | {name: [read.number(r.get(name)) for r in records] for name in gaps.SCORES}
   )
   return found.fillna(scalars.PUBLISHED_FILL) if compat else found
 
 
-def held_out_gaps(cell: Cell, runs: list[read.Run], scores: str, notes: list[str]) -> pd.DataFrame:
+def held_out_gaps(cell: Cell, runs: list[read.Run], scores: str, notes: list[str]) -> DataFrame:
   """Frame of the seeds' "heldout_<score>_gap" and "heldout_<score>_gap_before" from eval/.
 
   Of the last evaluated step that all seeds have. With `scores`, ACC and HEX are those of
@@ -337,7 +340,7 @@ def held_out_gaps(cell: Cell, runs: list[read.Run], scores: str, notes: list[str
   for name in gaps.SCORES:
     out[f"heldout_{name}_gap"] = [gap(x, name, at or max(x, default=None)) for x in lines]
     out[f"heldout_{name}_gap_before"] = [gap(x, name, min(x, default=None)) for x in lines]
-  return pd.DataFrame(out, cell.seeds)
+  return DataFrame(out, cell.seeds)
 
 
 def _evaluations(run: read.Run, scores: str, notes: list[str]) -> dict[int, dict]:

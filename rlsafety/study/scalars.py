@@ -19,6 +19,7 @@ import math
 
 import numpy as np
 import pandas as pd
+from pandas import DataFrame, Series
 
 from rlsafety.metrics.curves import WINDOW, rolling_mean
 from rlsafety.metrics.gaps import GAP_SIGN, GROUPS, SCORES
@@ -29,7 +30,7 @@ PUBLISHED_FILL = {"reward": 0.0, "acc": -1.0, "hex": -1.0}
 PEAKS = {"max_hex": "hex_gameable", "max_acc": "acc_non_gameable", "max_reward": "reward"}
 
 
-def step_means(rollouts: pd.DataFrame, steps: np.ndarray) -> pd.DataFrame:
+def step_means(rollouts: DataFrame, steps: np.ndarray) -> DataFrame:
   """Mean of the scored rollouts at each of `steps`, NaN without a score.
 
   Columns: "<score>_<group>", and "reward", which is the mean over both groups' rollouts.
@@ -42,16 +43,14 @@ def step_means(rollouts: pd.DataFrame, steps: np.ndarray) -> pd.DataFrame:
   return means.reindex(index=steps, columns=[*every, "reward"])
 
 
-def smooth_curves(
-  means: pd.DataFrame, window: int = WINDOW, full_only: bool = False
-) -> pd.DataFrame:
+def smooth_curves(means: DataFrame, window: int = WINDOW, full_only: bool = False) -> DataFrame:
   """Every column smoothed over steps, and "<score>_gap" for each score.
 
   Gaps are taken between the smoothed curves, since a single step often holds rollouts of
   one group only.
   """
   smooth = rolling_mean(means.to_numpy().T, window, full_only).T
-  curves = pd.DataFrame(smooth, means.index, means.columns)
+  curves = DataFrame(smooth, means.index, means.columns)
   for score in SCORES:
     gameable, non_gameable = (f"{score}_{group}" for group in GROUPS)
     if gameable in curves:
@@ -59,7 +58,7 @@ def smooth_curves(
   return curves
 
 
-def auc(curve: pd.Series, normalised: bool = False) -> float:
+def auc(curve: Series, normalised: bool = False) -> float:
   """Trapezoid over the known points of a curve indexed by step; NaN below two points.
 
   A hole is bridged by a straight line. normalised: divided by the range of the known
@@ -72,7 +71,7 @@ def auc(curve: pd.Series, normalised: bool = False) -> float:
   return float(area / np.ptp(curve.index) if normalised else area)
 
 
-def curve_scalars(curves: pd.DataFrame) -> dict[str, float]:
+def curve_scalars(curves: DataFrame) -> dict[str, float]:
   """The per-run numbers of smoothed curves: maxima, their steps, areas, and HMS.
 
   For every gap: max_<s>_gap, step_of_max_<s>_gap, <s>_gap_auc, <s>_gap_auc_normalised;
@@ -82,7 +81,7 @@ def curve_scalars(curves: pd.DataFrame) -> dict[str, float]:
   """
   found = {}
 
-  def maximum(name: str, curve: pd.Series) -> None:
+  def maximum(name: str, curve: Series) -> None:
     known = curve.notna().any()
     found[name] = float(curve.max())
     found[f"step_of_{name}"] = float(curve.idxmax()) if known else math.nan
@@ -98,7 +97,7 @@ def curve_scalars(curves: pd.DataFrame) -> dict[str, float]:
   return found | {"hms": 0.5 * abs(areas[0]) + 0.5 * abs(areas[1])}
 
 
-def hms_windowed(rollouts: pd.DataFrame, window: int = 10, minimum: int = 2) -> float:
+def hms_windowed(rollouts: DataFrame, window: int = 10, minimum: int = 2) -> float:
   """The study's second, per-window HMS (definition B), under its own name.
 
   Non-overlapping windows of `window` steps counted from the first step; a window with fewer
@@ -119,7 +118,7 @@ def hms_windowed(rollouts: pd.DataFrame, window: int = 10, minimum: int = 2) -> 
   return 0.5 * auc(acc_gap, True) + 0.5 * auc(hex_[True] - hex_[False], True)
 
 
-def seed_summary(means: dict[int, pd.DataFrame], window: int = WINDOW, ddof: int = 1) -> dict:
+def seed_summary(means: dict[int, DataFrame], window: int = WINDOW, ddof: int = 1) -> dict:
   """One cell of a study: its seeds' curves averaged, then the scalars of the mean curve.
 
   means: {seed: `step_means`, all over the same steps}. ddof: of the spread over seeds, 1;
@@ -140,6 +139,6 @@ def seed_summary(means: dict[int, pd.DataFrame], window: int = WINDOW, ddof: int
     "curve_sd": at_step.std(ddof=ddof),
     "scalars": curve_scalars(at_step.mean()),
     "full": curve_scalars(smooth(True)[1].mean()),
-    "per_seed": pd.DataFrame([curve_scalars(c) for c in runs.values()], list(runs)),
+    "per_seed": DataFrame([curve_scalars(c) for c in runs.values()], list(runs)),
     "partial_steps": ((count > 0) & (count < len(runs))).sum().to_dict(),
   }

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 from scipy import optimize, stats
 
 PERMUTATIONS = 20_000
+METHODS = ("spearman", "pearson")
 EXACT_LIMIT = 12  # largest n whose permutations are all counted (2^n subsets)
 
 
@@ -43,8 +44,8 @@ def correlate(x: ArrayLike, y: ArrayLike, method: str = "spearman", seed: int = 
   """Spearman or Pearson correlation of x, y [models]; NaN where it is not defined."""
   x, y = complete(x, y)
   n = len(x)
-  if method not in ("spearman", "pearson"):
-    raise ValueError(f"method must be 'spearman' or 'pearson', not {method!r}")
+  if method not in METHODS:
+    raise ValueError(f"method must be one of {METHODS}, not {method!r}")
   if n < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
     return Correlation(method, n, *[math.nan] * 5, exact=False)
   exact = method == "spearman" and n <= EXACT_LIMIT
@@ -263,15 +264,15 @@ def _percentiles(draws: np.ndarray) -> tuple[float, float]:
 
 
 @functools.lru_cache(maxsize=4096)
-def power(rho: float, n: int, alpha: float = 0.05) -> float:
-  """Chance that a two-sided test of level alpha at n models finds a true correlation rho.
+def power(rho: float, n: int) -> float:
+  """Chance that a two-sided test of level 0.05 at n models finds a true correlation rho.
 
   Fisher's z with its small-sample shift rho / (2 (n - 1)), against the t test's critical
   correlation (Cohen 1988, chapter 3).
   """
   if n < 4:
     return math.nan
-  critical_t = stats.t.isf(alpha / 2, n - 2)
+  critical_t = stats.t.isf(0.025, n - 2)
   critical_z = math.atanh(critical_t / math.sqrt(critical_t**2 + n - 2))
   z = math.atanh(rho) + rho / (2 * (n - 1))
   root = math.sqrt(n - 3)
@@ -279,8 +280,8 @@ def power(rho: float, n: int, alpha: float = 0.05) -> float:
 
 
 @functools.lru_cache(maxsize=256)
-def detectable(n: int, wanted: float = 0.8, alpha: float = 0.05) -> float:
-  """The smallest |rho| found with probability `wanted` at n models; NaN below n = 4."""
+def detectable(n: int) -> float:
+  """The smallest |rho| found with probability 0.8 at n models; NaN below n = 4."""
   if n < 4:
     return math.nan
-  return float(optimize.brentq(lambda rho: power(rho, n, alpha) - wanted, 0.0, 1 - 1e-12))
+  return float(optimize.brentq(lambda rho: power(rho, n) - 0.8, 0.0, 1 - 1e-12))

@@ -7,25 +7,26 @@ on disk as CSV, Markdown and LaTeX with a caption that names the run directories
 import itertools
 import math
 import operator
-import pathlib
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from pandas import DataFrame
 from scipy import stats
 
 from rlsafety.errors import UserError
 from rlsafety.metrics.gaps import mean_and_error
 from rlsafety.study import statistics
-from rlsafety.study.gather import BENCHMARKS, Cell, slug
+from rlsafety.study.gather import BENCHMARKS, Cell, Cells, slug
 
 # Columns of a file of scores that say where a score comes from: never tested as scores.
 ABOUT = re.compile(r"(n|p|seeds|runs|correction|source|in_paper|hub_name|.*_(n|p|se|sd|std))$")
 POWER = "Fisher's z for Pearson, no ties"
 
 
-def cell_table(cells: Sequence[Cell]) -> pd.DataFrame:
+def cell_table(cells: Cells) -> DataFrame:
   """One row per cell: every scalar with its SD over seeds, and where it came from.
 
   `<scalar>_full` are the same with half-filled edge windows dropped.
@@ -39,10 +40,10 @@ def cell_table(cells: Sequence[Cell]) -> pd.DataFrame:
       if name.startswith(("max_", "step_of_max_")) and name in c.full:
         row[f"{name}_full"] = c.full[name]
     rows.append(row | {"runs": " ".join(c.sources)})
-  return pd.DataFrame(rows)
+  return DataFrame(rows)
 
 
-def seed_table(cells: Sequence[Cell]) -> pd.DataFrame:
+def seed_table(cells: Cells) -> DataFrame:
   """One row per run: its own scalars, from its own smoothed curves."""
   rows = []
   for c in cells:
@@ -50,10 +51,10 @@ def seed_table(cells: Sequence[Cell]) -> pd.DataFrame:
     for own, source in zip(c.per_seed.itertuples(), c.sources, strict=False):
       own = own._asdict()
       rows.append(about | {"seed": own.pop("Index"), **own, "run": source})
-  return pd.DataFrame(rows)
+  return DataFrame(rows)
 
 
-def load_benchmarks(path: str | pathlib.Path = "", notes: list[str] | None = None) -> pd.DataFrame:
+def load_benchmarks(path: str | Path = "", notes: list[str] | None = None) -> DataFrame:
   """Our per-model scores, with the user's file (a `model` column) laid over them.
 
   Columns that say something about a score (n, runs, delta_ce_se and so on) are left out and
@@ -68,7 +69,7 @@ def load_benchmarks(path: str | pathlib.Path = "", notes: list[str] | None = Non
   return table
 
 
-def _scores_table(path: str | pathlib.Path, says: str, left_out: list[str]) -> pd.DataFrame:
+def _scores_table(path: str | Path, says: str, left_out: list[str]) -> DataFrame:
   try:
     table = pd.read_csv(path, comment="#")
   except (OSError, ValueError) as error:
@@ -90,12 +91,12 @@ def _scores_table(path: str | pathlib.Path, says: str, left_out: list[str]) -> p
   return table
 
 
-def put_row(path: str | pathlib.Path, row: dict) -> None:
+def put_row(path: str | Path, row: dict) -> None:
   """Writes a model's row into a CSV of scores that `load_benchmarks` reads.
 
   What the file has for other models, and under other columns for this one, stays.
   """
-  path, rows = pathlib.Path(path), {}
+  path, rows = Path(path), {}
   if path.exists():
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
     if "model" not in table:
@@ -103,11 +104,11 @@ def put_row(path: str | pathlib.Path, row: dict) -> None:
     rows = {old["model"]: old for old in table.to_dict("records")}
   rows[row["model"]] = {**rows.get(row["model"], {}), **row}
   path.parent.mkdir(parents=True, exist_ok=True)
-  pd.DataFrame(list(rows.values())).to_csv(path, index=False)
+  DataFrame(list(rows.values())).to_csv(path, index=False)
 
 
 def _known(
-  cells: Sequence[Cell], benchmarks: pd.DataFrame, outcomes: Sequence[str]
+  cells: Cells, benchmarks: DataFrame, outcomes: Sequence[str]
 ) -> Iterator[tuple[dict, list[Cell], np.ndarray, dict[str, np.ndarray]]]:
   """For each outcome and treatment: both by name, the cells that have the outcome, its values
   [cells], and {benchmark: [cells]}."""
@@ -118,14 +119,13 @@ def _known(
 
 
 def correlation_table(
-  cells: Sequence[Cell],
-  benchmarks: pd.DataFrame,
+  cells: Cells,
+  benchmarks: DataFrame,
   outcomes: Sequence[str],
-  methods: Sequence[str] = ("spearman", "pearson"),
   draws: int = 1_000,
   rhos: Sequence[float] = (0.6,),
   notes: list[str] | None = None,
-) -> pd.DataFrame:
+) -> DataFrame:
   """One row per outcome x environment x variant x benchmark x method.
 
   The family of a correction is all rows of one method in this table. `detectable` is the
@@ -142,7 +142,7 @@ def correlation_table(
           skipped.setdefault(key, []).append(about["outcome"])
         continue
       used = list(itertools.compress(known, use))
-      for method in methods:
+      for method in statistics.METHODS:
         found = statistics.correlate(x, y, method)
         loo = statistics.leave_one_out(x, y, [c.model for c in known], method).values()
         models = statistics.bootstrap_models(x, y, method, draws)
@@ -154,7 +154,7 @@ def correlation_table(
           "models_low": models[0], "models_high": models[1],
         }  # fmt: skip
         if all(about["outcome"] in c.per_seed for c in used):
-          seeds = pd.DataFrame([c.per_seed[about["outcome"]] for c in used])
+          seeds = DataFrame([c.per_seed[about["outcome"]] for c in used])
           seeds = seeds[sorted(seeds)].to_numpy()
           low, high = statistics.bootstrap_seeds(x[use], seeds, method, draws)
           each = statistics.per_seed(x[use], seeds, method)
@@ -170,7 +170,7 @@ def correlation_table(
         rows.append(row)
   if notes is not None:
     notes += _not_correlated(skipped)
-  table = pd.DataFrame(rows)
+  table = DataFrame(rows)
   if len(table):
     p = table.groupby("method")["p"]
     after = table.columns.get_loc("p") + 1
@@ -192,9 +192,7 @@ def _not_correlated(skipped: dict[tuple[str, str, str], list[str]]) -> list[str]
           for what, where in places.items()]  # fmt: skip
 
 
-def partial_table(
-  cells: Sequence[Cell], benchmarks: pd.DataFrame, outcomes: Sequence[str]
-) -> pd.DataFrame:
+def partial_table(cells: Cells, benchmarks: DataFrame, outcomes: Sequence[str]) -> DataFrame:
   """Spearman partial correlations: size given capability, capability given size, and
   every other benchmark given each of the two."""
   rows = []
@@ -211,16 +209,14 @@ def partial_table(
              "low95": found.low, "high95": found.high, "p": found.p,
              "seeds": seeds_text(list(itertools.compress(known, use)))}
         )  # fmt: skip
-  table = pd.DataFrame(rows)
+  table = DataFrame(rows)
   if len(table):
     table.insert(10, "p_holm", statistics.holm(table["p"]))
     table["family"] = len(table)
   return table
 
 
-def variant_table(
-  cells: Sequence[Cell], outcomes: Sequence[str], reference: str = ""
-) -> pd.DataFrame:
+def variant_table(cells: Cells, outcomes: Sequence[str], reference: str = "") -> DataFrame:
   """Each variant against the reference within an environment, paired by model.
 
   reference: a variant's label; "" takes the trained one with the most models, of equals one
@@ -249,10 +245,10 @@ def variant_table(
         "paired_models": len(change), "difference": mean,
         "low95": mean - half, "high95": mean + half,
       })  # fmt: skip
-  return pd.DataFrame(rows)
+  return DataFrame(rows)
 
 
-def covariates(cells: Sequence[Cell], benchmarks: pd.DataFrame) -> dict[str, np.ndarray]:
+def covariates(cells: Cells, benchmarks: DataFrame) -> dict[str, np.ndarray]:
   """{benchmark: [models]}; a model that the table lacks gets its size from its run."""
   out = benchmarks.reindex([slug(c.model) for c in cells]).reset_index(drop=True)
   if "num_params" in out:
@@ -260,13 +256,13 @@ def covariates(cells: Sequence[Cell], benchmarks: pd.DataFrame) -> dict[str, np.
   return {name: out[name].to_numpy(float) for name in out}
 
 
-def treatments(cells: Sequence[Cell]) -> list[tuple[tuple[str, str], list[Cell]]]:
+def treatments(cells: Cells) -> list[tuple[tuple[str, str], list[Cell]]]:
   """((environment, variant), its cells) in order."""
   key = operator.attrgetter("environment", "variant")
   return [(k, list(g)) for k, g in itertools.groupby(sorted(cells, key=key), key)]
 
 
-def seeds_text(cells: Sequence[Cell]) -> str:
+def seeds_text(cells: Cells) -> str:
   """The seeds behind a row: one list if all models share it, else the range of counts."""
   lists = {tuple(c.seeds) for c in cells}
   if len(lists) == 1:
@@ -275,9 +271,7 @@ def seeds_text(cells: Sequence[Cell]) -> str:
   return f"{min(counts)} to {max(counts)} per model"
 
 
-def write(
-  table: pd.DataFrame, stem: pathlib.Path, caption: str, columns: Sequence[str] | None = None
-) -> None:
+def write(table: DataFrame, stem: Path, caption: str, columns: Sequence[str] | None = None) -> None:
   """Writes STEM.csv (all columns, full precision), STEM.md and STEM.tex (`columns`)."""
   table.to_csv(stem.with_suffix(".csv"), index=False)
   shown = table[[c for c in columns if c in table]] if columns else table
@@ -296,13 +290,13 @@ def write(
   stem.with_suffix(".tex").write_text("\n".join(tex) + "\n", encoding="utf-8")
 
 
-def text_rows(table: pd.DataFrame, digits: int = 3) -> list[list[str]]:
+def text_rows(table: DataFrame) -> list[list[str]]:
   """The table as strings; a column of whole numbers gets no decimals, NaN is a dash."""
 
   def text(column: pd.Series) -> list[str]:
     if column.dtype.kind != "f":
       return ["–" if pd.isna(v) else str(v) for v in column]
-    places = digits if (column.dropna() % 1).any() else 0
+    places = 3 if (column.dropna() % 1).any() else 0
     return ["–" if pd.isna(v) else f"{v:.{places}f}".replace("-", "−") for v in column]
 
   return [list(row) for row in zip(*(text(table[name]) for name in table), strict=True)]

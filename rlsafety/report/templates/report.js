@@ -2,8 +2,8 @@
 // Reads the rollouts embedded in the page and shows them a screenful at a time. All text
 // from the run goes through textContent: nothing that a model wrote is parsed as HTML.
 const data = JSON.parse(document.getElementById("data").textContent);
-const rows = data.rollouts.map(([kind, step, prompt, number, sample, reward, hex, acc, length, finished, text, run = 0]) =>
-  ({ kind, step, prompt, number, sample, reward, hex, acc, length, finished, text, run }));
+const rows = data.rollouts.map(([kind, step, prompt, number, sample, reward, hex, acc, finished, text, run = 0]) =>
+  ({ kind, step, prompt, number, sample, reward, hex, acc, finished, text, run }));
 const names = data.runs || [];
 const form = document.getElementById("filters"), cards = document.getElementById("cards");
 const more = document.getElementById("more"), help = document.getElementById("help");
