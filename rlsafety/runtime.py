@@ -23,21 +23,12 @@ from rlsafety.errors import UserError
 PREEMPTED = 75  # exit code after SIGTERM: saved, start me again (sysexits' EX_TEMPFAIL)
 
 
-class _Lines(logging.Handler):
-  """Prints to what sys.stdout is at that moment: notebooks and tests exchange it."""
-
-  def emit(self, record: logging.LogRecord) -> None:
-    print(self.format(record), file=sys.stdout, flush=True)
-
-
 def progress() -> logging.Logger:
   """The logger of a run: one line at a time on stdout, from process 0, readable in a file too."""
   log = logging.getLogger("rlsafety")
-  if not log.handlers:
-    handler = _Lines()
-    handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%H:%M:%S"))
-    log.addHandler(handler)
-    log.propagate = False
+  handler = logging.StreamHandler(sys.stdout)  # a new one: notebooks and tests exchange stdout
+  handler.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%H:%M:%S"))
+  log.handlers, log.propagate = [handler], False
   log.setLevel(logging.INFO if jax.process_index() == 0 else logging.ERROR)
   return log
 

@@ -12,7 +12,6 @@ import functools
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -34,6 +33,7 @@ from rlsafety import (
 )
 from rlsafety.config import Config
 from rlsafety.environments import scenario
+from rlsafety.metrics import gaps
 from rlsafety.models import architecture, hf, int8, sources
 from rlsafety.report import summary as summaries
 from rlsafety.rundir import write
@@ -86,7 +86,7 @@ def run_on(mesh: Mesh, config: Config, workdir: str) -> dict:
   judge = judges.open_judge(
     config.judge, config.environment, policy, mesh, config.learner.chunk_tokens
   )
-  for line in judge_lines(judge.about):
+  for line in judges.lines(judge):
     log.info("%s", line)
   read_by_sampler = policy
   if config.memory.sampler_base:
@@ -137,7 +137,7 @@ def run_on(mesh: Mesh, config: Config, workdir: str) -> dict:
       rubric_of=rubric_of,
     )
     run.log_evaluation(rows, summary)
-    log.info("held-out at step %d: %s", step, group_line(summary))
+    log.info("held-out at step %d: %s", step, gaps.group_line(summary))
 
   def log_step(pending: StepLog, seconds: list[float]) -> None:
     if pending.metrics["nonfinite"]:
@@ -222,33 +222,14 @@ def is_due(step: int, every: int) -> bool:
   return bool(every) and step % every == 0
 
 
-def judge_lines(about: Mapping[str, Any]) -> list[str]:
-  """The judge's name and limits, and each head's AUCs where it has been measured."""
-  lines = [f"judge: {about['name']}"]
-  for head, sets in about.get("auc", {}).items():
-    aucs = "; ".join(f"{replies} {auc['rest']:.2f}" for replies, auc in sets.items())
-    lines.append(f"  AUC of the {head} head against all other replies: {aucs}")
-  return [*lines, f"  limits: {about['limits']}"]
-
-
 def step_line(row: Mapping, timing: Mapping, steps: int, seconds: Sequence[float]) -> str:
   """Progress of one step; row and timing: its lines in the logs, seconds: of all so far."""
   left = (steps - row["step"]) * float(np.median(seconds[-20:]))
   return (
-    f"step {row['step']}/{steps}  {group_line(row)}  loss {row['loss']:+.3f}  "
+    f"step {row['step']}/{steps}  {gaps.group_line(row)}  loss {row['loss']:+.3f}  "
     f"{timing['seconds']:.1f} s  {timing['tokens_per_second']:.0f} tok/s  "
     f"left {left / 60:.1f} min"
   )
-
-
-def group_line(row: Mapping[str, Any]) -> str:
-  """reward 5.1/4.8 ...: gameable / non-gameable, of own replies or else of the records."""
-  prefix = "" if "reward" in row else "data_"
-  parts = []
-  for name in ("reward", "acc", "hex"):
-    both = (row[f"{prefix}{name}_{group}"] for group in ("gameable", "non_gameable"))
-    parts.append(f"{name} " + "/".join(f"{mean:.2f}" for mean in both))
-  return "  ".join(parts) + f" ({prefix.replace('_', ': ')}gameable/non-gameable)"
 
 
 def main(argv: list[str]) -> None:

@@ -80,3 +80,13 @@ def read_adapter(path: str, model: Model, mesh: Mesh | None) -> Adapter:
   """A PEFT folder as the judge's adapter, whole on every device: it is small."""
   put = lambda x: sharding.put(mesh, x, *[None] * x.ndim) if mesh else jnp.asarray(x)  # noqa: E731
   return jax.tree.map(put, hf.load_peft(path, model.config)[0])
+
+
+def lines(judge: Judge) -> list[str]:
+  """The judge's name and limits, and each head's AUCs where it has been measured."""
+  about = judge.about
+  out = [f"judge: {about['name']}"]
+  for head, sets in about.get("auc", {}).items():
+    aucs = "; ".join(f"{replies} {auc['rest']:.2f}" for replies, auc in sets.items())
+    out.append(f"  AUC of the {head} head against all other replies: {aucs}")
+  return [*out, f"  limits: {about['limits']}"]

@@ -6,7 +6,8 @@ gameable minus non-gameable, ACC the other way round (`GAP_SIGN`).
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -72,3 +73,13 @@ def share_above(rubric: str, scores: Sequence[float]) -> float:
   """
   known = [score for score in map(float, scores) if score == score]
   return sum(score > THRESHOLDS[rubric] for score in known) / len(known) if known else math.nan
+
+
+def group_line(row: Mapping[str, Any]) -> str:
+  """reward 5.1/4.8 ...: gameable / non-gameable, of own replies or else of the records."""
+  prefix = "" if "reward" in row else "data_"
+  parts = []
+  for name in ("reward", "acc", "hex"):
+    both = (row[f"{prefix}{name}_{group}"] for group in ("gameable", "non_gameable"))
+    parts.append(f"{name} " + "/".join(f"{mean:.2f}" for mean in both))
+  return "  ".join(parts) + f" ({prefix.replace('_', ': ')}gameable/non-gameable)"
