@@ -37,18 +37,11 @@ class Reply:
 
 
 @dataclasses.dataclass(frozen=True)
-class Flag:
-  """What `prompts.at` asks of a scenario."""
-
-  is_gameable: bool
-
-
-@dataclasses.dataclass(frozen=True)
 class Records:
   """An open dataset and how its examples become a batch."""
 
   source: Any  # tfds data source, random access
-  flags: list[Flag]
+  is_gameable: list[bool]
   chat: Any
   tokenizer: str  # model path that token ids in the records must come from to be used
   objective: Objective
@@ -97,12 +90,12 @@ def load(
   Raises:
     UserError: no such dataset; a prompt too long; log-probs missing that are needed.
   """
-  source, flags = _open(path)
+  source, gameable = _open(path)
   group = 2 if objective.name == "dpo" else group
   chat, tokenizer = model.chat, model.source["path"]
-  records = Records(source, flags, chat, tokenizer, objective, group, prompt_slots, slots)
+  records = Records(source, gameable, chat, tokenizer, objective, group, prompt_slots, slots)
   missing = total = 0
-  for i in range(len(flags)):
+  for i in range(len(gameable)):
     example = example_at(records, i)
     size = len(chat.encode(json.loads(example["messages"])))
     if size > prompt_slots:
@@ -128,7 +121,7 @@ _FEATURES = re.compile(
 _BUILDER = "rlsafety.tools.dataset"
 
 
-def _open(path: str) -> tuple[Any, list[Flag]]:
+def _open(path: str) -> tuple[Any, list[bool]]:
   import tensorflow_datasets as tfds  # takes a second, and most runs read no records
 
   folder = pathlib.Path(path)
@@ -145,12 +138,12 @@ def _open(path: str) -> tuple[Any, list[Flag]]:
     raise UserError(f"{folder / 'dataset_info.json'}: moduleName {module!r}, must be {_BUILDER}")
   try:
     source = tfds.builder_from_directory(folder).as_data_source("train")
-    flags = [Flag(bool(source[i]["is_gameable"] == 1)) for i in range(len(source))]
+    gameable = [bool(source[i]["is_gameable"] == 1) for i in range(len(source))]
   except Exception as error:  # noqa: BLE001  whatever a broken file makes the readers say
     raise UserError(f"data.path {path!r} cannot be read ({error}); write it again") from error
-  if not flags:
+  if not gameable:
     raise UserError(f"data.path {path!r} holds no record")
-  return source, flags
+  return source, gameable
 
 
 def _imports(features: Any) -> Iterator[str]:
@@ -229,7 +222,7 @@ def batch_at(records: Records, seed: int, step: int, n: int) -> tuple[Batch, dic
   Returns:
     (Batch, {"reward" | "acc" | "hex": [n, G], "is_gameable": [n]}).
   """
-  chosen = order([flag.is_gameable for flag in records.flags], seed, step, n)
+  chosen = order(records.is_gameable, seed, step, n)
   examples = [example_at(records, i) for i in chosen]
   groups = [_slots(records, replies_of(records, example)) for example in examples]
   anchored = records.objective.name == "kto" and records.objective.kto_anchor
@@ -261,7 +254,7 @@ def batch_at(records: Records, seed: int, step: int, n: int) -> tuple[Batch, dic
     reference_logprobs=None,
     staleness=np.repeat(np.maximum(written, 0)[:, None] + step, G, axis=1).astype(np.int32),
   )
-  gameable = np.array([records.flags[i].is_gameable for i in chosen])
+  gameable = np.array(records.is_gameable)[chosen]
   return batch, scores | {"is_gameable": gameable}
 
 

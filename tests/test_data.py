@@ -119,7 +119,7 @@ def dataset(tmp_path_factory):
 
 def test_batches_hold_what_the_run_wrote(dataset):
   records = replay.load(str(dataset), model(), objective_of("grpo"), 4, 200, 40)
-  assert len(records.flags) == 4  # steps 2 and 3, two prompts each
+  assert len(records.is_gameable) == 4  # steps 2 and 3, two prompts each
   batch, scores = replay.batch_at(records, seed=3, step=5, n=2)
   assert scores["is_gameable"].tolist() in ([True, False], [False, True])
   for p in range(2):
@@ -258,7 +258,7 @@ def test_public_preference_and_label_files(tmp_path):
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
   assert call("--jsonl", path, "--out", tmp_path / "set", "--ignore", "id") == 0
   records = replay.load(str(tmp_path / "set"), model(), objective_of("dpo"), 2, 100, 20)
-  found = [replay.example_at(records, i) for i in range(len(records.flags))]
+  found = [replay.example_at(records, i) for i in range(len(records.is_gameable))]
   assert [json.loads(e["completions"]) for e in found][:2] == [["4", "5"], ["four", "five"]]
   assert [e["reward"].tolist() for e in found][:2] == [[10, 1], [10, 1]]
   rest = [(e["reward"].tolist(), e["finished"].tolist()) for e in found[2:]]
