@@ -76,6 +76,7 @@ PRESETS = {
   "qwen3-4b": _shape("qwen3", 151936, 2560, 36, 32, 8, 9728, 40960, **_M1, **_TIED),
   "qwen3-8b": _shape("qwen3", 151936, 4096, 36, 32, 8, 12288, 40960, **_M1),
   "qwen3-14b": _shape("qwen3", 151936, 5120, 40, 40, 8, 17408, 40960, **_M1),
+  "qwen3-32b": _shape("qwen3", 151936, 5120, 64, 64, 8, 25600, 40960, **_M1),
   "gemma-2-2b-it": _shape("gemma2", 256000, 2304, 26, 8, 4, 9216, 8192),
   "gemma-2-9b-it": _shape("gemma2", 256000, 3584, 42, 16, 8, 14336, 8192),
   "gemma-2-27b-it": _shape(
@@ -85,6 +86,10 @@ PRESETS = {
   "gemma-3-1b-it": _shape("gemma3_text", 262144, 1152, 26, 4, 1, 6912, 32768, **_SMALL3),
   "gemma-3-4b-it": _shape("gemma3_text", 262208, 2560, 34, 8, 4, 10240, 131072, **_LARGE3),
   "gemma-3-12b-it": _shape("gemma3_text", 262208, 3840, 48, 16, 8, 15360, 131072, **_LARGE3),
+  "gemma-3-27b-it": _shape(
+    "gemma3_text", 262208, 5376, 62, 32, 16, 21504, 131072, **_LARGE3, head_dim=128,
+    query_pre_attn_scalar=168
+  ),
   "smollm2-135m-instruct": _shape(
     "llama", 49152, 576, 30, 9, 3, 1536, 8192, rope_theta=1e5, **_TIED
   ),

@@ -8,26 +8,26 @@ context share its prefill, batches are split over the mesh. With --run both the 
 the trained adapter are measured. --out=FILE.json holds all numbers; --out=FILE.csv one row
 per model (a loop over models fills one table), for rlsafety.study.analyze --benchmarks. Tasks
 whose data is not on this machine need a network; `rlsafety_sycophancy` (ours, two answers
-per question) needs none. Further flags:
---include=DIR of task YAMLs, --limit=N rows, --chat to wrap questions in the model's chat
-template (instruct models are otherwise scored as base models), --batch=N contexts,
---dtype. Needs the `benchmarks` extra (lm_eval), and no torch.
+per question) needs none. Needs the `benchmarks` extra (lm_eval), and no torch.
 """
 
 import functools
 import itertools
-import json
 import pathlib
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlsafety import recipes, sampler, sharding
+from rlsafety import files, flags, recipes, sampler, sharding
 from rlsafety.config import Model, Sampler
 from rlsafety.errors import UserError, run_main
-from rlsafety.models import scoring, transformer
+from rlsafety.models import hf, scoring, sources, transformer
+from rlsafety.models.architecture import ModelConfig
+from rlsafety.models.lora import Adapter
 from rlsafety.packing import pad
 from rlsafety.rundir import read
 from rlsafety.study import tables
@@ -41,13 +41,14 @@ except ImportError as error:
     raise
   sys.exit(f"rlsafety: {error}; run: pip install 'rlsafety[benchmarks]'")
 
-FLAGS = {"model": "", "run": "", "tasks": "", "out": "", "include": "", "limit": "0", "chat": "",
-         "batch": "8", "dtype": "float32"}  # fmt: skip
 DATA = pathlib.Path(__file__).parent / "data"
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def score_continuations(params, adapter, config, prompts: Prompts, tokens, lengths):
+def score_continuations(
+  params: dict, adapter: Adapter | None, config: ModelConfig, prompts: Prompts,
+  tokens: jax.Array, lengths: jax.Array,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
   """tokens [P, G, T] after their prompts -> log-prob [P, G] and whether greedy [P, G].
 
   Sums over the first `lengths` [P, G] tokens; greedy: each of them was the likeliest.
@@ -74,7 +75,10 @@ class LanguageModel(TemplateLM):
   the harness's own backends. max_new: longest generation when a task does not say.
   """
 
-  def __init__(self, model, adapter=None, mesh=None, batch=8, max_length=0, max_new=256):
+  def __init__(
+    self, model: sources.Model, adapter: Adapter | None = None, mesh: Any = None, batch: int = 8,
+    max_length: int = 0, max_new: int = 256,
+  ):  # fmt: skip
     super().__init__()
     self.model, self.adapter, self.max_new = model, adapter, max_new
     ways = 1 if mesh is None else mesh.size
@@ -96,14 +100,18 @@ class LanguageModel(TemplateLM):
   def tokenizer_name(self) -> str:
     return str(self.model.source.get("path", "rlsafety")).replace("/", "__")
 
-  def chat_template(self, chat_template=False) -> str:
+  def chat_template(self, chat_template: bool | str = False) -> str:
     return self.model.chat.template if chat_template else ""
 
-  def apply_chat_template(self, chat_history, add_generation_prompt=True) -> str:
+  def apply_chat_template(
+    self, chat_history: list[dict], add_generation_prompt: bool = True
+  ) -> str:
     """The rendered text; the harness encodes it, so a marker inside a question counts as one."""
     return self.model.chat.render(chat_history, add_generation_prompt)
 
-  def tok_encode(self, string, add_special_tokens=None, **kwargs) -> list[int]:
+  def tok_encode(
+    self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+  ) -> list[int]:
     """Ids, with what the model's file adds around a text (bos, rarely eos) unless it begins so.
 
     A markup in the string counts as such: the harness encodes whole conversations.
@@ -114,7 +122,9 @@ class LanguageModel(TemplateLM):
       special = not string.startswith(prefix)
     return full.encode(string, add_special_tokens=bool(special)).ids
 
-  def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs):
+  def _loglikelihood_tokens(
+    self, requests: list[tuple], disable_tqdm: bool = False, **kwargs: Any
+  ) -> list[tuple[float, bool]]:
     """[(key, context ids, continuation ids)] -> [(log-prob, greedy)], one prefill a context."""
     groups = {}
     for i, (_, context, continuation) in enumerate(requests):
@@ -145,7 +155,7 @@ class LanguageModel(TemplateLM):
           results[i] = float(logprobs[p, g]), bool(greedy[p, g])
     return results
 
-  def loglikelihood_rolling(self, requests, disable_tqdm=False) -> list[float]:
+  def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
     """Log-probs of whole texts after the prefix token. As in the harness's own backends, a bos
     that the file adds to a text is scored like its other tokens."""
     pairs, owner = [], []
@@ -160,7 +170,7 @@ class LanguageModel(TemplateLM):
       totals[i] += logprob
     return totals
 
-  def generate_until(self, requests, disable_tqdm=False) -> list[str]:
+  def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
     """Greedy unless the task samples; text is cut at the first of its stop strings."""
     texts = [""] * len(requests)
     stops, settings = zip(*(_generation(r.args[1], self.max_new) for r in requests), strict=True)
@@ -178,7 +188,10 @@ class LanguageModel(TemplateLM):
           texts[i] = text[: min(found)] if found else text
     return texts
 
-  def _generate(self, contexts, max_new, temperature, top_p, first_row=0) -> list[str]:
+  def _generate(
+    self, contexts: list[list[int]], max_new: int, temperature: float, top_p: float,
+    first_row: int = 0,
+  ) -> list[str]:  # fmt: skip
     """first_row: which request the first context is; each draws noise of its own."""
     chat = self.model.chat
     keep = max(1, self.max_length - max_new)
@@ -193,7 +206,7 @@ class LanguageModel(TemplateLM):
     return [chat.decode(tokens[i, 0, : lengths[i, 0]].tolist()) for i in rows]
 
 
-def _generation(kwargs: dict, max_new: int):
+def _generation(kwargs: dict, max_new: int) -> tuple[list[str], tuple[int, float, float]]:
   """A task's generation settings -> (stop strings, (max_new, temperature, top_p))."""
   until = kwargs.get("until") or []
   until = [until] if isinstance(until, str) else list(until)
@@ -224,9 +237,12 @@ def own_tasks() -> dict[str, dict]:
   }
 
 
-def measure(lm, tasks, include="", limit=None, chat=False) -> dict:
+def measure(
+  lm: TemplateLM, tasks: Sequence[str], include: str = "", limit: int | None = None,
+  chat: bool = False,
+) -> dict[str, dict[str, float]]:  # fmt: skip
   """{task: {metric: value}} through lm_eval; a task's standard errors keep its names."""
-  import lm_eval
+  import lm_eval  # seconds, which --help need not wait for
   from lm_eval.tasks import TaskManager
 
   ours = own_tasks()
@@ -246,48 +262,53 @@ def measure(lm, tasks, include="", limit=None, chat=False) -> dict:
   }
 
 
-def main(argv) -> None:
-  flags = dict(FLAGS)
-  if {"-h", "--help"} & set(argv):
-    print(__doc__)
-    return
-  for argument in argv:
-    name, equals, value = argument.removeprefix("--").partition("=")
-    if not argument.startswith("--") or name not in FLAGS:
-      raise UserError(f"unknown argument {argument!r}; flags: {', '.join('--' + f for f in FLAGS)}")
-    flags[name] = value if equals else "true"
-  if bool(flags["model"]) == bool(flags["run"]) or not flags["tasks"] or not flags["out"]:
-    raise UserError("give --model=PATH or --run=DIR, and --tasks=a,b and --out=FILE.json or .csv")
-  from rlsafety.models import hf, sources
-
+def main(argv: Sequence[str]) -> None:
+  parser = flags.parser(__doc__, "tools.lm_eval")
+  which = parser.add_mutually_exclusive_group(required=True)
+  which.add_argument("--model", default="", help="folder, .gguf file, package:NAME or hub name")
+  which.add_argument("--run", type=pathlib.Path, help="run directory: base and trained adapter")
+  parser.add_argument("--tasks", required=True, help="names, with commas between")
+  parser.add_argument("--out", type=pathlib.Path, required=True, help="FILE.json or FILE.csv")
+  parser.add_argument("--include", default="", help="folder of task files")
+  parser.add_argument("--limit", type=int, default=0, help="rows of each task; 0 for all")
+  parser.add_argument("--chat", action="store_true",
+                      help="wrap questions in the model's chat template")  # fmt: skip
+  parser.add_argument("--batch", type=int, default=8, help="contexts at a time")
+  parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+  args = flags.parse(parser, argv)
+  if args.batch < 1 or args.limit < 0:
+    raise UserError(f"--batch={args.batch} must be at least 1, --limit={args.limit} at least 0")
   mesh = sharding.make_mesh()
   with jax.set_mesh(mesh):
-    section, seed = _model(flags)
+    section, seed = Model(path=args.model, dtype=args.dtype), 0
+    if args.run:
+      config = recipes.frozen(read.load_run(args.run).config)
+      section, seed = config.model, config.seed
     model = sources.open_model(section, seed, mesh)
     states = {"base": None}
-    if flags["run"]:
-      states["trained"] = hf.load_peft(pathlib.Path(flags["run"]) / "adapter", model.config)[0]
-    out = {"model": flags["model"] or flags["run"], "source": model.source, "results": {}}
-    for state, adapter in states.items():
-      lm = LanguageModel(model, adapter, mesh, int(flags["batch"]))
-      out["results"][state] = measure(
-        lm, flags["tasks"].split(","), flags["include"], int(flags["limit"]) or None,
-        flags["chat"] not in ("", "false", "0"),
-      )  # fmt: skip
-  path = pathlib.Path(flags["out"])
-  if path.suffix == ".csv":
-    name = read.model_name(read.load_run(flags["run"])) if flags["run"] else flags["model"]
-    tables.put_row(path, {"model": name, **_columns(out["results"])})
+    if args.run:
+      states["trained"] = hf.load_peft(args.run / "adapter", model.config)[0]
+    results = {
+      state: measure(
+        LanguageModel(model, adapter, mesh, args.batch), args.tasks.split(","), args.include,
+        args.limit or None, args.chat,
+      )
+      for state, adapter in states.items()
+    }  # fmt: skip
+  name = str(args.run or args.model)
+  if args.out.suffix == ".csv":
+    row = read.model_name(read.load_run(args.run)) if args.run else name
+    tables.put_row(args.out, {"model": row, **_columns(results)})
   else:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(out, indent=2) + "\n")
-  for state, results in out["results"].items():
-    for task, metrics in results.items():
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    files.write_json(args.out, {"model": name, "source": model.source, "results": results})
+  for state, tasks in results.items():
+    for task, metrics in tasks.items():
       print(f"{state:8} {task:28} " + "  ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
-  print(f"written: {path}")
+  print(f"written: {args.out}")
 
 
-def _columns(results: dict) -> dict[str, float]:
+def _columns(results: dict[str, dict[str, dict[str, float]]]) -> dict[str, float]:
   """{state: {task: {metric: value}}} -> {"<task>_<metric>": value}, trained ones with "_trained".
 
   lm_eval writes "<metric>,<filter>", with the filter "none" for most.
@@ -303,13 +324,5 @@ def _columns(results: dict) -> dict[str, float]:
   return out
 
 
-def _model(flags: dict[str, str]) -> tuple[Model, int]:
-  """The model of the run, or the one that is named, and the seed of random weights."""
-  if flags["run"]:
-    config = recipes.frozen(read.load_run(flags["run"]).config)
-    return config.model, config.seed
-  return Model(path=flags["model"], dtype=flags["dtype"]), 0
-
-
 if __name__ == "__main__":
-  run_main(main, sys.argv[1:])
+  run_main(main, sys.argv)
