@@ -198,7 +198,7 @@ def _plain(full: Tokenizer, control: set[int], ordinary: set[str], source: str) 
     model["unk_token"] = None
   spec["post_processor"] = spec["truncation"] = spec["padding"] = None
 
-  def without_prefix(step):
+  def without_prefix(step: dict | None) -> dict | None:
     if step is None or step["type"] == "Prepend":
       return None
     if step["type"] == "Metaspace":

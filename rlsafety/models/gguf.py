@@ -147,7 +147,7 @@ class File:
         self._corrupt("stored twice")
       self.tensors[name] = self._stored(name, shape, kind, start + offset)
 
-  def _stored(self, name, shape, kind, start) -> Stored:
+  def _stored(self, name: str, shape: tuple[int, ...], kind: int, start: int) -> Stored:
     names = {t.value: t.name for t in gguf.GGMLQuantizationType}
     if names.get(kind) not in TYPES:
       kind = names.get(kind, kind)

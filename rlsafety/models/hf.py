@@ -7,6 +7,7 @@ Files that we write carry a checksum per tensor, which reading them back compare
 import json
 import zlib
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -20,6 +21,9 @@ from rlsafety.models.architecture import ModelConfig
 from rlsafety.models.assemble import Tensor, flat_weights, hf_names, is_transposed
 from rlsafety.models.families import hf_config
 from rlsafety.models.lora import Adapter
+
+if TYPE_CHECKING:  # which imports this module
+  from rlsafety.models.sources import Model
 
 # --- Reading a folder -------------------------------------------------------------------
 
@@ -140,7 +144,7 @@ Base model: {base}
 """
 
 
-def _host(array) -> np.ndarray:
+def _host(array: jax.Array | np.ndarray) -> np.ndarray:
   """The whole array on the host; sharded over several hosts, gathered from them."""
   if isinstance(array, jax.Array) and not array.is_fully_addressable:
     from jax.experimental import multihost_utils
@@ -176,7 +180,7 @@ def _module(target: str, layer: int) -> str:
   return f"model.layers.{layer}.{part}.{target}_proj"
 
 
-def save_peft(folder: Path, adapter: Adapter, model, lora: Lora) -> None:
+def save_peft(folder: Path, adapter: Adapter, model: "Model", lora: Lora) -> None:
   """Writes the adapter as PEFT does: adapter_model.safetensors and adapter_config.json.
 
   model: the `load.Model` that it belongs to; its path becomes base_model_name_or_path.
@@ -237,7 +241,7 @@ def _peft_settings(where: Path, targets: tuple[str, ...]) -> Lora:
   if "peft_type" not in settings:
     raise UserError(f"{where}: peft_type is missing; only 'LORA' is supported")
 
-  def number(field: str, default: float | None, kinds: type | tuple, low: float, high: float):
+  def number(field: str, default: float | None, kinds: type | tuple, low: float, high: float) -> Any:
     value = settings.get(field, default)
     if not isinstance(value, kinds) or isinstance(value, bool) or not low <= value < high:
       raise UserError(f"{where}: {field}={value!r:.200} must be a number in [{low}, {high})")
@@ -285,7 +289,9 @@ def load_peft(folder: Path, config: ModelConfig) -> tuple[Adapter, Lora]:
   return Adapter(weights=weights, scale=lora.scale), lora
 
 
-def save_merged(folder: Path, model, adapter: Adapter | None, max_bytes: int = 4 << 30) -> None:
+def save_merged(
+  folder: Path, model: "Model", adapter: Adapter | None, max_bytes: int = 4 << 30
+) -> None:
   """Writes base + adapter as a folder that transformers loads, in the base's dtype.
 
   The sum is taken in float32, one matrix at a time. max_bytes: of one safetensors file.
@@ -302,7 +308,7 @@ def save_merged(folder: Path, model, adapter: Adapter | None, max_bytes: int = 4
   ]
   dtype = np.dtype(arrays["embed"].dtype)
 
-  def elements(path):
+  def elements(path: str) -> int:
     shape = flat[path].shape
     return int(np.prod(shape[1:] if path.startswith("layers.") else shape))
 
@@ -315,7 +321,7 @@ def save_merged(folder: Path, model, adapter: Adapter | None, max_bytes: int = 4
     shards[-1].append(item)
     size += cost
 
-  def value(path, i):
+  def value(path: str, i: int) -> np.ndarray:
     x = _host(arrays[path][i] if path.startswith("layers.") else arrays[path])
     target = path.removeprefix("layers.")
     if target in pairs:

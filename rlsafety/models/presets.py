@@ -5,13 +5,17 @@ a file. The first eleven are the policies of the study (arXiv 2604.12500).
 """
 
 import difflib
+from typing import Any
 
 from rlsafety.errors import UserError
 from rlsafety.models import families
 from rlsafety.models.architecture import ModelConfig
 
 
-def _shape(kind, vocab, width, depth, heads, kv_heads, mlp, positions, **rest) -> dict:
+def _shape(
+  kind: str, vocab: int, width: int, depth: int, heads: int, kv_heads: int, mlp: int,
+  positions: int, **rest: Any,
+) -> dict[str, Any]:  # fmt: skip
   return {
     "model_type": kind,
     "vocab_size": vocab,
@@ -25,7 +29,7 @@ def _shape(kind, vocab, width, depth, heads, kv_heads, mlp, positions, **rest) -
   } | rest
 
 
-def _llama31(factor):
+def _llama31(factor: float) -> dict[str, Any]:
   scaling = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0}
   scaling |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
   return {"rope_theta": 5e5, "rope_scaling": scaling}

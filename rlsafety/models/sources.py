@@ -12,7 +12,9 @@ import importlib.metadata
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +30,9 @@ from rlsafety.models.architecture import ModelConfig
 from rlsafety.models.assemble import Tensor, assemble
 from rlsafety.models.chat import Chat
 
+# A tree of shardings like the params, a function of the ModelConfig that gives one, or None.
+Shardings = dict | Callable[[ModelConfig], dict] | None
+
 
 @dataclasses.dataclass(frozen=True)
 class Model:
@@ -39,7 +44,7 @@ class Model:
   source: dict
 
 
-def load_model(path: str, dtype=jnp.float32, shardings=None) -> Model:
+def load_model(path: str, dtype: Any = jnp.float32, shardings: Shardings = None) -> Model:
   """Loads weights, config, tokenizer and template.
 
   path: see the module's text. dtype: of the params. shardings: None for one device, or a
@@ -91,7 +96,9 @@ def untied(config: ModelConfig, tensors: dict[str, Tensor], where: str) -> Model
   return dataclasses.replace(config, tie_embeddings=False)
 
 
-def random_model(config: ModelConfig, seed: int, dtype=jnp.float32, shardings=None) -> Model:
+def random_model(
+  config: ModelConfig, seed: int, dtype: Any = jnp.float32, shardings: Shardings = None
+) -> Model:
   """Random weights and a byte-level tokenizer: for tests and for planning."""
   chat = chats.byte_chat()
   check_vocabulary(config, chat, "random model")
@@ -232,7 +239,7 @@ def _in_package(name: str) -> Path:
   return _joined(name, [files[p] for p in parts])
 
 
-def _ggufs(package) -> dict[str, importlib.metadata.PackagePath]:
+def _ggufs(package: importlib.metadata.Distribution) -> dict[str, importlib.metadata.PackagePath]:
   pattern = re.compile(r"\.gguf(\.part\d+)?$")
   return {f.name: f for f in package.files or () if pattern.search(f.name)}
 

@@ -57,7 +57,7 @@ def score_continuations(
   states, _ = scoring.predicting_states(params, adapter, config, prompts, tokens)
   slots = jnp.moveaxis(states, 2, 0), jnp.moveaxis(tokens, 2, 0)
 
-  def one_slot(xs):
+  def one_slot(xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     state, target = xs
     logprobs = jax.nn.log_softmax(transformer.unembed(params, config, state), axis=-1)
     picked = jnp.take_along_axis(logprobs, target[..., None], -1)[..., 0]
