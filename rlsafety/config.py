@@ -318,6 +318,7 @@ class Config(Section):
   prompts_per_step: int = 2  # P, over all devices
   max_prompt_tokens: int = 1024  # S; a longer prompt is an error, never cut
   epochs: int = 1  # updates on each batch; more than one needs behaviour log-probs
+  platform: str = ""  # tpu | gpu | cpu: stop if JAX found another; "" = whatever it found
   model: Model = None
   lora: Lora = Lora()
   environment: Environment = Environment()
@@ -339,6 +340,7 @@ class Config(Section):
     yield "prompts_per_step", self.prompts_per_step >= 1, "must be at least 1"
     yield "max_prompt_tokens", self.max_prompt_tokens >= 1, "must be at least 1"
     yield "epochs", self.epochs >= 1, "must be at least 1"
+    yield one_of("platform", self.platform, ("", "tpu", "gpu", "cpu"))
 
 
 # --- Stored configs -------------------------------------------------------------------

@@ -40,6 +40,26 @@ def on_sigterm() -> threading.Event:
   return told
 
 
+def check_platform(wanted: str) -> None:
+  """Raises UserError if JAX found another kind of device than the one that is asked for: a run
+  that was paid for an accelerator must not go on for days on the host beside it."""
+  found = jax.default_backend()
+  if wanted and wanted != found:
+    raise UserError(
+      f"platform={wanted}: JAX found only {jax.device_count()} x {found}; install its build "
+      f"(pip install 'rlsafety[{'tpu' if wanted == 'tpu' else 'cuda'}]') and check the driver, or "
+      "set --config.platform="
+    )
+
+
+def warn_of_cpu(parameters: int, tokens: int, steps: int) -> None:
+  """Says how long a model above 2 B parameters takes on a CPU, as a rough bound from below:
+  passes to sample, judge and learn at 200 GFLOP/s. tokens: of one batch, prompts and replies."""
+  if jax.default_backend() == "cpu" and parameters > 2e9:
+    days = steps * 10 * parameters * tokens / 200e9 / 86400
+    logging.getLogger("rlsafety").info("on a CPU: expect more than %.1f days", days)
+
+
 def compilation_cache() -> None:
   """A second start of the same program skips XLA; JAX_COMPILATION_CACHE_DIR moves it."""
   if not jax.config.jax_compilation_cache_dir:

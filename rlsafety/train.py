@@ -46,6 +46,7 @@ def run(config: Config, workdir: str) -> dict:
   Raises UserError for what the user can mend. After SIGTERM it saves and exits with
   runtime.PREEMPTED.
   """
+  runtime.check_platform(config.platform)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
   with jax.set_mesh(mesh):  # the caller's own mesh, if any, is back afterwards
     return run_on(mesh, config, workdir)
@@ -70,6 +71,8 @@ def run_on(mesh: Mesh, config: Config, workdir: str) -> dict:
   policy = sources.open_model(config.model, config.seed, mesh)
   chat, parameters = policy.chat, architecture.params_count(policy.config)
   log.info("model %s: %.1f M parameters", policy.source, parameters / 1e6)
+  tokens = P * (config.max_prompt_tokens + config.sampler.group * config.sampler.max_tokens)
+  runtime.warn_of_cpu(parameters, tokens, config.steps)
   everyone = environments.load(config.environment)
   rubric_of = scenario.environment_module(config.environment.name).RUBRICS
   training = [s for s in everyone if s.split == "train"]
@@ -226,7 +229,8 @@ def step_line(row: Mapping, timing: Mapping, steps: int, seconds: Sequence[float
   """Progress of one step; row and timing: its lines in the logs, seconds: of all so far."""
   left = (steps - row["step"]) * float(np.median(seconds[-20:]))
   return (
-    f"step {row['step']}/{steps}  {gaps.group_line(row)}  loss {row['loss']:+.3f}  "
+    f"step {row['step']}/{steps}  {gaps.group_line(row)}  "
+    f"groups with spread {1 - row['frac_zero_std']:.0%}  "
     f"{timing['seconds']:.1f} s  {timing['tokens_per_second']:.0f} tok/s  "
     f"left {left / 60:.1f} min"
   )

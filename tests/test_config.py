@@ -101,3 +101,11 @@ def test_logs_are_cut_to_the_restored_step(tmp_path):
   assert log.read_text() == '{"step": 1, "x": null}\n{"step": 2, "x": null}\n'
   write.cut_after(log, -1)
   assert log.read_text() == ""
+
+
+def test_a_run_for_an_accelerator_does_not_start_without_one():
+  config, _ = read("--config.platform=tpu")
+  with pytest.raises(UserError, match="platform=tpu: JAX found only .* cpu"):
+    runtime.check_platform(config.platform)
+  runtime.check_platform("cpu")
+  runtime.check_platform("")

@@ -129,8 +129,9 @@ def open_run(workdir: str | pathlib.Path, config: Config) -> RunDir:
       old = read_json(stored)["config"]
     except (ValueError, KeyError):
       raise UserError(f"{stored}: not readable as a run's config; move the folder away") from None
-    # The mesh is where a run goes on, not what it is: checkpoints serve any other.
-    changed = differences({**old, "mesh": None}, {**to_json(config), "mesh": None})
+    # Mesh and platform are where a run goes on, not what it is: checkpoints serve any other.
+    where = {"mesh": None, "platform": None}
+    changed = differences(old | where, to_json(config) | where)
     if changed:
       raise UserError(
         f"workdir {path} belongs to a run with another config ({'; '.join(changed[:4])}"
