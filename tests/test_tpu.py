@@ -295,6 +295,19 @@ def test_pod_refuses_bad_input(cloud, arguments, message):
   assert out.returncode == 2 and message in out.stderr
 
 
+def test_flags_are_refused_before_a_slice_is_made(cloud):
+  """A mistyped field, or a batch that 16 chips cannot split, was found on the paid slice."""
+  recipe = f"--config={REPO}/configs/tiny_syco.py"
+  for flag, message in [
+    ("--config.mesh.tensr=2", "mesh.tensr"),
+    ("--config.seed=1", "v5e-16: prompts_per_step=4 .* must be a multiple of mesh data x fsdp"),
+  ]:
+    env = {"RLSAFETY_PYTHON": sys.executable, "JAX_PLATFORMS": "cpu"}
+    out = cloud("train", *POD, "--", recipe, flag, env=env)
+    assert out.returncode == 2 and re.search(message, out.stderr), out.stderr
+    assert not (cloud.folder / "state").exists()
+
+
 def test_other_gcloud_failures_are_shown(cloud):
   executable(cloud.folder / "bin/gcloud", "#!/bin/sh\necho ERROR: no active account >&2; exit 1\n")
   out = cloud("status", *POD)

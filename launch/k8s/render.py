@@ -16,16 +16,15 @@ a Secret named with --env-from, made once by
 """
 
 import argparse
-import math
 import re
 import sys
 
 import yaml
-from jax.sharding import AbstractMesh
 
 from rlsafety import flags as command_line
-from rlsafety import recipes, sharding
+from rlsafety import recipes
 from rlsafety.errors import UserError, run_main
+from rlsafety.tools import fits
 from rlsafety.tools.access import hub_names
 from rlsafety.tools.devices import Device, device
 
@@ -33,9 +32,7 @@ PORT = 8476  # JAX's coordinator
 MOUNT = "/bucket"
 BAD_INPUT = 2
 KUEUE = "kueue.x-k8s.io/v1beta2"  # served from Kueue 0.15 on; from 0.20 on alone
-DRIVER = (
-  "/usr/local/nvidia/lib64"  # where GKE mounts libcuda into containers; no linker looks there
-)
+DRIVER = "/usr/local/nvidia/lib64"  # GKE mounts libcuda there, where no loader looks by itself
 GRACE_SECONDS = 120  # SIGTERM to SIGKILL; spot nodes give 25 at most, whatever is written here
 
 
@@ -176,27 +173,6 @@ def queue(target: Device, options: argparse.Namespace) -> list[dict]:
   ]
 
 
-def check_split(config, target: Device) -> None:
-  """Raises UserError where config.mesh cannot cover the slice, or the recipe's batch cannot be
-  split over it: found here, not after queueing on a machine that costs."""
-  names = ("data", "fsdp", "tensor")
-  sizes = [getattr(config.mesh, name) for name in names]
-  known = math.prod(size for size in sizes if size > 0)
-  if target.chips % known or (-1 not in sizes and known != target.chips):
-    raise UserError(
-      f"config.mesh (data, fsdp, tensor)={tuple(sizes)} does not cover {target.name} "
-      f"({target.chips} devices); set one of config.mesh.* to -1"
-    )
-  mesh = AbstractMesh(tuple(s if s > 0 else target.chips // known for s in sizes), names)
-  try:
-    sharding.check_batch(mesh, config.prompts_per_step, config.learner.microbatches)
-  except UserError as error:
-    raise UserError(
-      f"{target.name}: {error}; or raise config.mesh.tensor (python -m rlsafety.tools.plan "
-      f"--device={target.name} --mesh=auto finds a mesh)"
-    ) from None
-
-
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
   parser = command_line.parser(__doc__, "")
   parser.prog = "python launch/k8s/render.py"
@@ -236,7 +212,7 @@ def main(argv: list[str]) -> None:
   if not any(flag.startswith("--config=") for flag in flags):
     raise UserError("no --config=FILE after --")
   config = recipes.of_run(flags)
-  check_split(config, target)
+  fits.check(config, target)
   if (models := hub_names(config)) and not options.env_from:
     print(f"render.py: {', '.join(models)}: if gated, give --env-from=SECRET", file=sys.stderr)
   if not any(flag.startswith("--workdir=") for flag in flags):
