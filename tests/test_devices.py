@@ -14,7 +14,7 @@ import types
 import pytest
 
 from rlsafety.errors import UserError
-from rlsafety.rundir import place
+from rlsafety.rundir import place, write
 from rlsafety.tools import access
 from rlsafety.tools.devices import CHIPS, cost_line, device
 
@@ -138,6 +138,18 @@ def test_every_model_that_may_not_be_read_is_named_before_anything_is_booked(hub
   assert Hub.seen[-1] == "Bearer good"
 
 
+def test_the_plan_checks_access_first(hub):
+  command = [sys.executable, "-m", "rlsafety.tools.plan", f"--config={REPO}/configs/tiny_syco.py"]
+  command += ["--device=cpu-1", "--check-access", "--config.judge.name=lm"]
+  env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+  env |= {"PYTHONPATH": str(REPO), "HF_ENDPOINT": hub, "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
+  out = subprocess.run(
+    [*command, "--config.judge.model=gated/model"], env=env, capture_output=True, text=True
+  )
+  assert out.returncode == 2 and not out.stdout
+  assert "judge.model=gated/model is gated and there is no token" in out.stderr
+
+
 def test_a_hub_out_of_reach_is_one_line(hub):
   with pytest.raises(UserError, match="is the hub in reach"):
     access.check(["model.path=open/model"], "http://127.0.0.1:9")
@@ -184,3 +196,10 @@ def test_a_file_system_without_renames_or_appends_is_refused(tmp_path, monkeypat
     with pytest.raises(UserError, match="workdir .*: cannot "):
       place.check(str(tmp_path / "run"))
   assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_copy_without_history_knows_its_revision(tmp_path, monkeypatch):
+  """As launch/tpu_pod.sh packs the code and launch/k8s/Dockerfile builds the image."""
+  (tmp_path / "REVISION").write_text("0123abc+changes\n")
+  monkeypatch.setattr(write, "__file__", str(tmp_path / "rlsafety/rundir/write.py"))
+  assert write.provenance()["git"] == "0123abc+changes"

@@ -208,12 +208,16 @@ def test_sweep_on_kubernetes_applies_what_the_bucket_lacks(cloud, monkeypatch, c
 def test_local_sweep_runs_what_is_left(tmp_path):
   """Two real runs, of which one has a setting that the program refuses."""
   command = [sys.executable, "launch/sweep.py", f"--config={REPO}/configs/tiny_syco.py"]
-  command += [f"--sweep={tmp_path}", "--grid=judge.name=phrases,oracle", "--jobs=2", "--"]
+  command += [f"--sweep={tmp_path}", "--grid=max_prompt_tokens=512,8", "--jobs=2", "--"]
   command += ["--config.steps=1", "--config.eval.prompts=2", "--config.sampler.max_tokens=4"]
   env = {"XLA_FLAGS": FAST_COMPILE, "JAX_PLATFORMS": "cpu"}
   out = sh(*command, env=env, timeout=900)
-  assert out.returncode == 1 and "name-oracle: exit 2" in out.stdout, out.stdout + out.stderr
-  assert "1 of 2 complete" in out.stdout and (tmp_path / "name-phrases/summary.json").exists()
-  assert "judge.name='oracle'" in (tmp_path / "logs/name-oracle.log").read_text()
+  assert out.returncode == 1 and "max_prompt_tokens-8: exit 2" in out.stdout, (
+    out.stdout + out.stderr
+  )
+  assert (
+    "1 of 2 complete" in out.stdout and (tmp_path / "max_prompt_tokens-512/summary.json").exists()
+  )
+  assert "the limit is 8" in (tmp_path / "logs/max_prompt_tokens-8.log").read_text()
   again = sh(*command, env=env, timeout=900)
   assert "1 complete or queued, 1 to do" in again.stdout and again.returncode == 1

@@ -68,8 +68,7 @@ def test_lost_slice_is_deleted_and_made_anew(cloud, lost):
   assert len([c for c in cloud.calls() if c[3] in ("create", "scp")]) == before
 
 
-@pytest.mark.parametrize("delete", [False, True])
-@pytest.mark.parametrize("code, starts", [(2, 1), (1, 6)])
+@pytest.mark.parametrize("code, starts, delete", [(2, 1, False), (2, 1, True), (1, 6, True)])
 def test_a_failed_run_says_so_and_obeys_the_delete_flag(cloud, code, starts, delete):
   executable(
     cloud.folder / "trainer",

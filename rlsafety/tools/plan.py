@@ -421,8 +421,13 @@ def main(argv: list[str]) -> None:
   add("--mesh", default="", choices=("", "auto"), help="auto: choose the mesh for the device")
   add("--shape", default="", help="preset to plan with in place of model.path")
   add("--json", default="", help="also write the plan to this file")
+  add("--check-access", action="store_true", help="first ask the hub for each model (HF_TOKEN)")
   config, args = recipes.from_flags(parser, argv)
   target = device(args.device, args.memory, args.flops)
+  if args.check_access:
+    from rlsafety.tools import access  # the hub's library, only where the hub is asked
+
+    print("\n".join(access.check(access.hub_names(config)) or ["no model from the hub"]))
   fake_devices(target.chips)
   policy, judge = policy_and_judge(config, args.shape)
   if args.mesh:
