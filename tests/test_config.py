@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from rlsafety import files, flags, recipes
+from rlsafety import files, flags, recipes, runtime
 from rlsafety.config import differences, to_json
 from rlsafety.errors import UserError
 from rlsafety.rundir import write
