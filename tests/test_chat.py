@@ -1,10 +1,12 @@
 """Frames token by token, and that no content ever becomes a control token."""
 
 import datetime
+import json
 import random
 
 import chat_families
 import pytest
+from tokenizers import Tokenizer
 
 from rlsafety.errors import UserError
 from rlsafety.models import chat as chats
@@ -178,6 +180,21 @@ def test_an_ordinary_token_that_ends_replies(chat):
       chats.make_chat(full, special={"eos_token": token}, source="x")
   with pytest.raises(UserError, match=r"x: token \d+"):
     chats.make_chat(full, stop_ids=[full.token_to_id("H")], source="x")
+
+
+def test_what_a_tokenizer_was_saved_with_does_not_change_ids(chat):
+  """Truncation and padding of its last batch are dropped; random splits are refused."""
+  spec = json.loads(chat("chatml").full.to_str())
+  spec["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst",
+                        "stride": 0}  # fmt: skip
+  spec["padding"] = {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None,
+                     "pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>"}  # fmt: skip
+  special = chat("chatml").special
+  saved = chats.make_chat(Tokenizer.from_str(json.dumps(spec)), special=special)
+  assert saved.encode([SYSTEM, USER]) == chat("chatml").encode([SYSTEM, USER])
+  spec["model"]["dropout"] = 0.1
+  with pytest.raises(UserError, match="x: the tokenizer's dropout=0.1 splits texts at random"):
+    chats.make_chat(Tokenizer.from_str(json.dumps(spec)), special=special, source="x")
 
 
 @pytest.mark.parametrize("i", [-1, 10_000, 1 << 31])

@@ -213,6 +213,16 @@ def test_gemma3_with_vision_equals_transformers_tied_or_not(tmp_path):
   with torch.no_grad():
     expected = theirs(torch.tensor(TOKENS, dtype=torch.long)).logits.numpy()
   np.testing.assert_allclose(ours, expected, atol=2e-5)
+  # An adapter of the whole, whose modules have other names than in the text model.
+  peft = pytest.importorskip("peft", reason="pip install -e '.[parity]'")
+  lora = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+  tuned = peft.get_peft_model(theirs, lora).eval()
+  tuned.save_pretrained(tmp_path / "adapter")
+  adapter, _ = hf.load_peft(tmp_path / "adapter", ours_config)
+  with torch.no_grad():
+    expected = tuned(torch.tensor(TOKENS, dtype=torch.long)).logits.numpy()
+  ours = logits(sources.Model(ours_config, params, None, {}), adapter, TOKENS)
+  np.testing.assert_allclose(ours, expected, atol=2e-5)
 
 
 def test_export_of_a_run(made, tmp_path):

@@ -185,6 +185,8 @@ def _plain(full: Tokenizer, control: set[int], ordinary: set[str], source: str) 
   model = spec["model"]
   if model["type"] != "BPE":
     raise UserError(f"{source}: tokenizer model {model['type']} is not supported, only BPE")
+  if model.get("dropout"):
+    raise UserError(f"{source}: the tokenizer's dropout={model['dropout']} splits texts at random")
   vocab = model["vocab"]
   added = {t.content for t in full.get_added_tokens_decoder().values() if _is_marker(t)}
   markers = added | {t for t, i in full.get_vocab(True).items() if i in control}

@@ -175,6 +175,9 @@ def _sort_header(path: Path) -> None:
       f.write(text)
 
 
+_PEFT_ROOT = "base_model.model."
+
+
 def _module(target: str, layer: int) -> str:
   part = "self_attn" if target in "qkvo" else "mlp"
   return f"model.layers.{layer}.{part}.{target}_proj"
@@ -189,7 +192,7 @@ def save_peft(folder: Path, adapter: Adapter, model: "Model", lora: Lora) -> Non
   for target, ab in adapter.weights.items():
     a, b = _host(ab["a"]), _host(ab["b"])
     for i in range(a.shape[0]):
-      name = f"base_model.model.{_module(target, i)}"
+      name = f"{_PEFT_ROOT}{_module(target, i)}"
       tensors[f"{name}.lora_A.weight"] = a[i].T
       tensors[f"{name}.lora_B.weight"] = b[i].T
   folder = Path(folder)
@@ -241,7 +244,9 @@ def _peft_settings(where: Path, targets: tuple[str, ...]) -> Lora:
   if "peft_type" not in settings:
     raise UserError(f"{where}: peft_type is missing; only 'LORA' is supported")
 
-  def number(field: str, default: float | None, kinds: type | tuple, low: float, high: float) -> Any:
+  def number(
+    field: str, default: float | None, kinds: type | tuple, low: float, high: float
+  ) -> Any:
     value = settings.get(field, default)
     if not isinstance(value, kinds) or isinstance(value, bool) or not low <= value < high:
       raise UserError(f"{where}: {field}={value!r:.200} must be a number in [{low}, {high})")
@@ -261,7 +266,9 @@ def load_peft(folder: Path, config: ModelConfig) -> tuple[Adapter, Lora]:
   Raises UserError naming file and field for what would be another adapter here.
   """
   path = Path(folder) / "adapter_model.safetensors"
-  tensors = open_file(path)
+  # Of a Gemma 3 with a vision tower, the layers that we have.
+  plain = _text_part({n.removeprefix(_PEFT_ROOT): t for n, t in open_file(path).items()})
+  tensors = {f"{_PEFT_ROOT}{name}": tensor for name, tensor in plain.items()}
   flat = flat_weights(config)
   present = tuple(t for t in TARGETS if any(f".{t}_proj.lora_A." in name for name in tensors))
   lora = _peft_settings(Path(folder) / "adapter_config.json", present)
@@ -272,7 +279,7 @@ def load_peft(folder: Path, config: ModelConfig) -> tuple[Adapter, Lora]:
     weights[target] = {k: np.empty((layers, *s), np.float32) for k, s in shapes.items()}
     for i in range(layers):
       for key, shape in shapes.items():
-        name = f"base_model.model.{_module(target, i)}.lora_{key.upper()}.weight"
+        name = f"{_PEFT_ROOT}{_module(target, i)}.lora_{key.upper()}.weight"
         if name not in tensors:
           raise UserError(f"{path}: tensor {name} is missing")
         tensor = tensors.pop(name)
