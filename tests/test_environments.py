@@ -230,7 +230,7 @@ def test_strength_is_the_share_of_slots_with_the_cue(cue):
   """Stronger cues only add slots, and their share is the strength."""
   for name in ("action_advice", "political_qa"):
     everyone = scenario.environment_module(name).people(0)[::3]
-    base = scenario.default_config(name) | {"cue": cue}
+    base = environments.resolved({"name": name}) | {"cue": cue}
     shares = {}
     slots = {"style": "full", "traits": "traits", "reward_hint": "hints"}[cue]
     seen = {}
@@ -293,12 +293,12 @@ def test_neutral_has_the_users_and_wishes_of_action_advice_without_their_cues():
     ({"name": "neutral", "cue": "style+trait"}, "'trait' is not one of none, style, traits"),
     ({"name": "neutral", "cue": "none+style"}, "joins 'none'"),
     ({"name": "neutral", "topics": ("drinking", "fishing")}, "'fishing' is not one of drinking"),
-    ({"name": "neutral", "gameable_fraction": 1.5}, "not a number from 0 to 1"),
-    ({"name": "neutral", "cue_strength": "high"}, "not a number from 0 to 1"),
-    ({"name": "neutral", "label_in_prompt": 1}, "not a bool"),
+    ({"name": "neutral", "gameable_fraction": 1.5}, "environment.gameable_fraction=1.5: must lie"),
+    ({"name": "neutral", "cue_strength": "high"}, "environment.cue_strength='high': needs float"),
+    ({"name": "neutral", "label_in_prompt": 1}, "environment.label_in_prompt=1: needs bool"),
     ({"name": "neutral", "length": "long"}, "not one of full, short"),
     ({"name": "neutral", "reward_wording": "x"}, "not one of strict"),
-    ({"name": "neutral", "seed": "x"}, "not an integer"),
+    ({"name": "neutral", "seed": "x"}, "environment.seed='x': needs int"),
   ],
 )
 def test_bad_fields_are_one_clear_error(config, message):
@@ -320,8 +320,9 @@ def test_no_wish_is_in_the_first_person():
       assert not re.search(r"\b(I|my|me|you)\b", s.wish), s.wish
 
 
-def test_a_locked_config_dict_and_its_defaults_load():
-  config = ConfigDict(environments.default_config("therapy_talk"))
+def test_a_section_and_a_locked_config_dict_load():
+  assert environments.load(environments.Environment("neutral")) == load("neutral")
+  config = ConfigDict({"name": "therapy_talk", "framing": "therapist"})
   config.lock()
   assert environments.load(config) == load("therapy_talk")
 
@@ -330,28 +331,25 @@ def test_a_locked_config_dict_and_its_defaults_load():
 def test_none_is_the_environments_own_default(name):
   """So a name brings its own defaults, also where every field is written out."""
   module = scenario.environment_module(name)
-  nothing = {"name": name, **dict.fromkeys(scenario.FACTORS)}
+  nothing = {"name": name, **dict.fromkeys(environments.FACTORS)}
   assert environments.load(nothing) == load(name)
   final = environments.resolved(nothing)
   assert final == environments.resolved({"name": name}) == environments.resolved(final)
-  assert final == {"name": name, **scenario.FACTORS, **module.DEFAULTS, "topics": module.TOPICS}
+  assert final == {"name": name, **environments.FACTORS, **module.DEFAULTS, "topics": module.TOPICS}
   framed = environments.resolved(nothing | {"framing": "therapist"})
   assert framed == final | {"framing": "therapist"}
 
 
 def test_every_variant_loads_and_chain_changes_one_thing_at_a_time():
   for name, changed in variants.named().items():
-    full = variants.overrides(name)
-    assert set(full) == {"name", *scenario.FACTORS}
-    differing = {k for k, v in full.items() if v != scenario.default_config(full["name"])[k]}
+    full, default = environments.resolved(changed), environments.resolved({"name": changed["name"]})
+    assert set(full) == {"name", *environments.FACTORS}
+    differing = {field for field, value in full.items() if value != default[field]}
     if ":" in name:
       assert differing == set(changed) - {"name"} and len(differing) == 1
-    environments.resolved(full)
-  chain = [variants.overrides(name) for name in variants.CHAIN]
+  chain = [environments.resolved(changed) for changed in variants.CHAIN.values()]
   for one, two in zip(chain, chain[1:], strict=False):
     assert sum(one[field] != two[field] for field in one) == 1
-  with pytest.raises(UserError, match="did you mean"):
-    variants.overrides("action_advice+therapists")
 
 
 def test_the_worked_example_of_the_docs(tmp_path, monkeypatch):
@@ -366,6 +364,6 @@ def test_the_worked_example_of_the_docs(tmp_path, monkeypatch):
   assert {s.topic for s in scenarios} == {"restaurant", "taxi"}
   assert sum(s.is_gameable for s in scenarios) == 12
   assert "therapy" in scenarios[0].system
-  plain = environments.load(dict.fromkeys(scenario.FACTORS) | {"name": "my_study.tipping"})
+  plain = environments.load(dict.fromkeys(environments.FACTORS) | {"name": "my_study.tipping"})
   assert "people come to for advice" in plain[0].system  # framing: of the module's DEFAULTS
   assert environments.evaluator_messages(scenarios[0], "acc")

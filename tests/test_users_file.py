@@ -94,7 +94,7 @@ def test_other_refusals(tmp_path):
   refused("environment.gameable_fraction: 0.9 is not", gameable_fraction=0.9)
   refused("environment.topics: 'bar' is not in .*diners.jsonl: all", topics=("bar",))
   refused("give only one", data_dir=str(tmp_path))
-  refused("users_file: 3 is not a path", users_file=3)
+  refused("users_file=3: needs str", users_file=3)
   refused("nowhere.jsonl: no such file", users_file=str(tmp_path / "nowhere.jsonl"))
   write(tmp_path, USERS[::2])
   refused("needs users of both groups")

@@ -2,7 +2,7 @@
 
 An environment is a module with
   TOPICS    names of its topics, balanced in the bank;
-  DEFAULTS  the factors it sets unlike `scenario.FACTORS`;
+  DEFAULTS  the factors it sets unlike `section.Environment`;
   RUBRICS   {"acc": ..., "hex": ...}: names in `rubrics.EVALUATORS`;
   people(seed) -> list[Person].
 
@@ -56,8 +56,8 @@ class Person:
 
 
 @dataclasses.dataclass(frozen=True)
-class FileUser:
-  """One user as read from a file, whose texts, group and split are not ours to choose.
+class User:
+  """One user with their group, split and texts, from a bank or from a file.
 
   user: what the policy reads; message: the same without the notes in front of it.
   """

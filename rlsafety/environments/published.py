@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlsafety.environments.framing import user_turn
-from rlsafety.environments.people import FileUser, refuse_other, uniform
+from rlsafety.environments.people import User, refuse_other, uniform
 from rlsafety.errors import UserError
 from rlsafety.files import read_json
 
@@ -34,7 +34,7 @@ FIXED = {"length": "full", "cue_strength": 1, "gameable_fraction": 0.5}
 _NOTES_END = "</user_context>"
 
 
-def read(factors: dict[str, Any]) -> list[FileUser]:
+def read(factors: dict[str, Any]) -> list[User]:
   """All histories of one environment, gameable files first, topics and ids in file order.
 
   Raises:
@@ -88,7 +88,7 @@ def _refuse_fixed(factors: dict[str, Any], cues: set[str]) -> None:
 
 def _read_file(
   path: Path, topic: str, gameable: bool, factors: dict[str, Any], cues: set[str]
-) -> list[FileUser]:
+) -> list[User]:
   name = factors["name"]
 
   def refuse(key, reason):
@@ -128,7 +128,7 @@ def _read_file(
       refuse(f"{where}.content", f"has no message after {_NOTES_END}")
     own = f"{path.parent.name}/{path.stem}/{key}"
     users.append(
-      FileUser(
+      User(
         id=own,
         topic=topic,
         unit=own,  # every history is a user of its own

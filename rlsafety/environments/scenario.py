@@ -1,29 +1,29 @@
 """Scenarios: what policy, judge and evaluators each get to see, as factors of one config.
 
-An environment is a point in a space of independent factors. `load`
-applies the factors of a config to the people of an environment's bank, or to the published
-files, and returns plain records; the three `*_messages` functions turn a record into chat
-messages. Changing one factor leaves every other text identical (tests/test_environments.py).
+An environment is a point in a space of independent factors. `load` applies the factors of a
+config to the people of an environment's bank, or to users from files; the three `*_messages`
+functions turn a scenario into chat messages. Changing one factor leaves every other text
+identical (tests/test_environments.py).
 """
 
 import collections
 import dataclasses
 import functools
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 from rlsafety.environments import framing, published, rubrics, users_file
-from rlsafety.environments.people import Person, heldout_units, uniform
-from rlsafety.environments.section import FACTORS, Environment
+from rlsafety.environments.people import Person, User, heldout_units, uniform
+from rlsafety.environments.section import Environment
 from rlsafety.errors import UserError
-from rlsafety.flags import did_you_mean
 
 # Stands for the reply in judge and evaluator messages: exactly one message is this text.
 REPLY = "\u27e6reply\u27e7"
 
 ENVIRONMENTS = ("action_advice", "therapy_talk", "political_qa", "neutral")
+
 
 @dataclasses.dataclass(frozen=True)
 class Scenario:
@@ -70,11 +70,6 @@ def environment_module(name: str) -> ModuleType:
   )
 
 
-def default_config(name: str) -> dict[str, Any]:
-  """The environment's fields with their defaults, for the `environment` part of a config."""
-  return {"name": name, **FACTORS, **environment_module(name).DEFAULTS}
-
-
 def load(section: Environment | Mapping[str, Any]) -> list[Scenario]:
   """All scenarios of one environment config, train and held-out, in a fixed shuffled order.
 
@@ -83,37 +78,53 @@ def load(section: Environment | Mapping[str, Any]) -> list[Scenario]:
   Raises:
     UserError: unknown field or value, with the accepted ones; a bad file of users.
   """
-  given = dataclasses.asdict(section) if isinstance(section, Environment) else section
-  factors = resolved(given)
-  if factors["data_dir"] or factors["users_file"]:
-    return _from_files(factors)
+  factors = resolved(section)
+  if factors["users_file"]:
+    users = users_file.read(factors)
+  elif factors["data_dir"]:
+    users = published.read(factors)
+  else:
+    users = bank_users(factors)
+  # What decides about the texts of a scenario; it travels into records.
+  left_out = ("name", "topics", "data_dir", "users_file", "heldout_fraction")
+  recorded = {name: value for name, value in factors.items() if name not in left_out}
+  scenarios = []
+  for user in users:
+    if REPLY in user.user + user.wish:
+      raise UserError(f"{user.id}: the text contains the reply slot {REPLY}")
+    scenarios.append(
+      Scenario(
+        id=user.id,
+        environment=factors["name"],
+        topic=user.topic,
+        unit=user.unit,
+        is_gameable=user.is_gameable,
+        split="heldout" if user.is_heldout else "train",
+        system=framing.system_prompt(user.id, user.is_gameable, factors),
+        user=user.user,
+        message=user.message,
+        wish=user.wish,
+        factors=dict(recorded),
+      )
+    )
+  return _mixed(scenarios, factors["seed"])
+
+
+def bank_users(factors: dict[str, Any]) -> list[User]:
+  """The people of an environment's module, with their group, split and texts."""
   everyone = people_of(environment_module(factors["name"]), factors["seed"])
   gameable = assign_groups(everyone, factors["gameable_fraction"], factors["seed"])
   units = [(person.topic, person.unit) for person in everyone]
   heldout = heldout_units(units, factors["heldout_fraction"], factors["seed"])
-  scenarios = []
+  users = []
   for person in everyone:
-    if person.topic not in factors["topics"]:
-      continue
-    group = person.id in gameable
-    message = framing.message_text(person, group, factors)
-    notes = framing.notes_lines(person, group, factors)
-    scenarios.append(
-      Scenario(
-        id=person.id,
-        environment=factors["name"],
-        topic=person.topic,
-        unit=person.unit,
-        is_gameable=group,
-        split="heldout" if person.unit in heldout else "train",
-        system=framing.system_prompt(person.id, group, factors),
-        user=framing.user_turn(notes, message),
-        message=message,
-        wish=person.wishes[not group],
-        factors=_recorded(factors),
-      )
-    )
-  return _mixed(scenarios, factors["seed"])
+    if person.topic in factors["topics"]:
+      group = person.id in gameable
+      message = framing.message_text(person, group, factors)
+      shown = framing.user_turn(framing.notes_lines(person, group, factors), message)
+      about = (person.id, person.topic, person.unit, group, person.unit in heldout)
+      users.append(User(*about, shown, message, person.wishes[not group]))
+  return users
 
 
 def _mixed(scenarios: list[Scenario], seed: int) -> list[Scenario]:
@@ -171,31 +182,26 @@ def assign_groups(everyone: Sequence[Person], fraction: float, seed: int) -> set
   return chosen
 
 
-def resolved(section: Mapping[str, Any]) -> dict[str, Any]:
+def resolved(section: Environment | Mapping[str, Any]) -> dict[str, Any]:
   """Every field of an environment config with its final value.
 
   A field that is missing or None has the default of the module that `name` selects, else that of
-  `FACTORS`; so a name brings its own defaults, wherever it is written. No topics means all.
+  `Environment`; so a name brings its own defaults, wherever it is written. No topics means all.
 
   Raises:
     UserError: a field or value that does not exist, with those that do.
   """
-  given = {field: value for field, value in section.items() if value is not None}
-  if "name" not in given:
+  stated = dataclasses.asdict(section) if isinstance(section, Environment) else section
+  given = {field: value for field, value in stated.items() if value is not None}
+  if not given.get("name"):
     raise UserError(f"environment.name is missing: one of {', '.join(ENVIRONMENTS)}")
   module = environment_module(given["name"])
-  for field in section:
-    if field not in FACTORS and field != "name":
-      raise UserError(
-        f"environment.{field}: no such field{did_you_mean(field, FACTORS)}; "
-        f"known are name, {', '.join(FACTORS)}"
-      )
-  own = default_config(given["name"])
-  if given.get("users_file"):
-    own |= users_file.FIXED
-  factors = own | given
+  own = {**module.DEFAULTS, **(users_file.FIXED if given.get("users_file") else {})}
+  if isinstance(given.get("topics"), str):
+    given["topics"] = tuple(filter(None, given["topics"].split(",")))
+  factors = dataclasses.asdict(Environment.of({**own, **given}))
 
-  def accept(field, values, accepted):
+  def accept(field: str, values: Iterable[str], accepted: Iterable[str]) -> None:
     for value in values:
       if value not in accepted:
         raise UserError(f"environment.{field}: {value!r} is not one of {', '.join(accepted)}")
@@ -203,56 +209,13 @@ def resolved(section: Mapping[str, Any]) -> dict[str, Any]:
   accept("framing", [factors["framing"]], framing.FRAMINGS)
   accept("reward_wording", [factors["reward_wording"]], rubrics.WORDINGS)
   accept("length", [factors["length"]], ("full", "short"))
-  if factors["cue"] != "none":
-    accept("cue", str(factors["cue"]).split("+"), ("none", *framing.CUES))
-    if "none" in factors["cue"].split("+"):
-      raise UserError(f"environment.cue: {factors['cue']!r} joins 'none' with other cues")
-  for field in ("cue_strength", "gameable_fraction", "heldout_fraction"):
-    value = factors[field]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-      raise UserError(f"environment.{field}: {value!r} is not a number from 0 to 1")
-  if not isinstance(factors["label_in_prompt"], bool):
-    raise UserError(f"environment.label_in_prompt: {factors['label_in_prompt']!r} is not a bool")
-  if not isinstance(factors["seed"], int):
-    raise UserError(f"environment.seed: {factors['seed']!r} is not an integer")
-  for field in ("data_dir", "users_file"):
-    if not isinstance(factors[field], str):
-      raise UserError(f"environment.{field}: {factors[field]!r} is not a path")
+  cues = factors["cue"].split("+")
+  accept("cue", cues, ("none", *framing.CUES))
+  if "none" in cues and len(cues) > 1:
+    raise UserError(f"environment.cue: {factors['cue']!r} joins 'none' with other cues")
   if factors["data_dir"] and factors["users_file"]:
     raise UserError("environment.data_dir and environment.users_file: give only one of them")
-  topics = factors["topics"]
-  topics = (topics,) if isinstance(topics, str) and topics else tuple(topics)
   if not factors["data_dir"] and not factors["users_file"]:
-    accept("topics", topics, module.TOPICS)
-    topics = topics or module.TOPICS
-  return factors | {"topics": topics}
-
-
-def _recorded(factors: dict[str, Any]) -> dict[str, str | float | bool]:
-  """The factors as a record keeps them: those that decide about the texts of a scenario."""
-  left_out = ("name", "topics", "data_dir", "users_file", "heldout_fraction")
-  return {name: value for name, value in factors.items() if name not in left_out}
-
-
-def _from_files(factors: dict[str, Any]) -> list[Scenario]:
-  """The scenarios of the published files or of a file of one's own."""
-  scenarios = []
-  for user in (published if factors["data_dir"] else users_file).read(factors):
-    if REPLY in user.user + user.wish:
-      raise UserError(f"{user.id}: the text contains the reply slot {REPLY}")
-    scenarios.append(
-      Scenario(
-        id=user.id,
-        environment=factors["name"],
-        topic=user.topic,
-        unit=user.unit,
-        is_gameable=user.is_gameable,
-        split="heldout" if user.is_heldout else "train",
-        system=framing.system_prompt(user.id, user.is_gameable, factors),
-        user=user.user,
-        message=user.message,
-        wish=user.wish,
-        factors=_recorded(factors),
-      )
-    )
-  return _mixed(scenarios, factors["seed"])
+    accept("topics", factors["topics"], module.TOPICS)
+    factors["topics"] = factors["topics"] or module.TOPICS
+  return factors

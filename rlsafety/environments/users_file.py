@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from rlsafety import files
 from rlsafety.environments.framing import user_turn
-from rlsafety.environments.people import FileUser, heldout_units, refuse_other
+from rlsafety.environments.people import User, heldout_units, refuse_other
 from rlsafety.errors import UserError
 from rlsafety.flags import did_you_mean
 
@@ -24,7 +24,7 @@ FIELDS = ("message", "group", "wish", "notes", "topic", "unit")
 FIXED = {"length": "full", "cue": "none", "cue_strength": 1.0, "gameable_fraction": 0.5}
 
 
-def read(factors: dict[str, Any]) -> list[FileUser]:
+def read(factors: dict[str, Any]) -> list[User]:
   """The users of `factors["users_file"]`, in its order, of the wanted topics.
 
   The same share of units is held out in either group.
@@ -52,7 +52,7 @@ def read(factors: dict[str, Any]) -> list[FileUser]:
   units = [("+".join(sorted(groups)), unit) for unit, groups in groups_of.items()]
   heldout = heldout_units(units, factors["heldout_fraction"], factors["seed"])
   return [
-    FileUser(
+    User(
       id=where,
       topic=entry["topic"],
       unit=entry["unit"],

@@ -1,14 +1,12 @@
 """Variants of environments: the published chain and every change of one factor, by name.
 
 configs/paper.py takes each name as its `variant`; a recipe of your own writes
-`config.environment.update(variants.overrides("action_advice+therapist"))`. The gameability
-report goes over `variants.named()`.
+`config.environment.update(variants.named()["action_advice+therapist"])`. The gameability
+report goes over all of them.
 """
 
 from rlsafety.environments import framing, rubrics
-from rlsafety.environments.scenario import ENVIRONMENTS, default_config, environment_module
-from rlsafety.errors import UserError
-from rlsafety.flags import did_you_mean
+from rlsafety.environments.scenario import ENVIRONMENTS, environment_module, resolved
 
 # From action_advice to something like therapy_talk, one change at a time.
 # The study's last step also changed pool and wish wording; here it only removes the style.
@@ -48,7 +46,7 @@ def named() -> dict[str, dict]:
   """
   variants = {name: {"name": name} for name in ENVIRONMENTS} | CHAIN
   for name in ENVIRONMENTS:
-    default = default_config(name)
+    default = resolved({"name": name})
     for field, values in VALUES.items():
       for value in values:
         if value == default[field] or (field == "cue_strength" and default["cue"] == "none"):
@@ -57,12 +55,3 @@ def named() -> dict[str, dict]:
     for topic in environment_module(name).TOPICS:
       variants[f"{name}:topics={topic}"] = {"name": name, "topics": (topic,)}
   return variants
-
-
-def overrides(name: str) -> dict:
-  """Every field of a variant, defaults included, to update a config with."""
-  variants = named()
-  if name not in variants:
-    hint = did_you_mean(name, variants, f"; chain: {', '.join(CHAIN)}")
-    raise UserError(f"unknown variant of an environment {name!r}{hint}")
-  return default_config(variants[name]["name"]) | variants[name]
