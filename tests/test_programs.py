@@ -1,24 +1,19 @@
-"""Every program around training looks the same: help, and arguments that do not exist."""
+"""Every program looks the same: help, and arguments that do not exist."""
 
+import argparse
 import importlib
 import pathlib
 
 import pytest
 
 import rlsafety
-from rlsafety import flags
 from rlsafety.errors import UserError
 
-# TODO: these have a parser of their own still.
-OWN = ("tools.buffer", "tools.plan", "tools.speed")
 ROOT = pathlib.Path(rlsafety.__file__).parent
 PROGRAMS = [
-  name
-  for wing in ("tools", "study")
-  for path in sorted((ROOT / wing).rglob("*.py"))
+  ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
+  for path in sorted(ROOT.rglob("*.py"))
   if "run_main(main, sys.argv)" in path.read_text()
-  if (name := ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__"))
-  not in OWN
 ]
 
 
@@ -34,9 +29,9 @@ def program(request):
 
 def test_help_is_the_docstring_and_every_argument_is_explained(program, capsys, monkeypatch):
   name, main = program
-  parsers, parse = [], flags.parse
+  parsers, print_help = [], argparse.ArgumentParser.print_help
   monkeypatch.setattr(
-    flags, "parse", lambda parser, argv: [parsers.append(parser), parse(parser, argv)]
+    argparse.ArgumentParser, "print_help", lambda p: (parsers.append(p), print_help(p))
   )
   with pytest.raises(SystemExit) as exit:
     main([name, "--help"])

@@ -16,6 +16,7 @@ Every part is a run directory of `rlsafety.train`: a killed experiment continues
 
 import pathlib
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -24,12 +25,14 @@ from rlsafety.config import Config, to_json
 from rlsafety.errors import UserError, run_main
 from rlsafety.metrics.gaps import mean_and_error
 from rlsafety.models import sources
+from rlsafety.models.sources import Model
 from rlsafety.rundir import write
+from rlsafety.study import figures
 from rlsafety.tools import record
 
 # On-policy first; "exploiter" is where the records come from.
 ARMS = {
-  "on_policy": None,
+  "on_policy": {},
   "off_policy": dict(name="reinforce", advantage="group"),
   "off_policy_is": dict(name="reinforce", advantage="group", is_correction="token_truncate"),
   "sft": dict(name="sft"),
@@ -47,7 +50,7 @@ TITLES = {
 }
 
 
-def run(config, workdir: str) -> dict:
+def run(config: Config, workdir: str) -> dict:
   """Trains all arms under `workdir`; returns what buffer.json holds."""
   if config.data.path or config.steps < 2:
     raise UserError("the buffer experiment makes its own records: data.path is empty, steps >= 2")
@@ -66,17 +69,8 @@ def run(config, workdir: str) -> dict:
   problems: list[str] = []
   recorded = list(record.read_run(folder / "exploiter", problems, first, None))
   rewards = np.concatenate([group["reward"] for group in recorded])
-
-  for arm, settings in ARMS.items():
-    changes = {}
-    if settings is not None:
-      changes = {"data.path": str(records), "objective.name": settings["name"]}
-      changes |= {f"objective.{name}": value for name, value in settings.items()}
-    if arm == "dpo":  # two replies of a group: more groups make as many replies
-      changes["prompts_per_step"] = config.prompts_per_step * config.sampler.group // 2
-    if arm == "kto":  # half of what was recorded is desirable
-      changes["objective.threshold"] = float(np.nanmedian(rewards))
-    finish(arm_config(config, arm, changes), folder, arm)
+  for arm, own in arm_configs(config, str(records), float(np.nanmedian(rewards))).items():
+    finish(own, folder, arm)
 
   model = sources.open_model(config.model, config.seed)
   result = {
@@ -87,23 +81,38 @@ def run(config, workdir: str) -> dict:
   }
   files.write_json(folder / "buffer.json", result)
   (folder / "buffer.md").write_text(table(result))
-  plot(result, folder / "buffer.svg")
+  plot(result, folder / "buffer")
   return result
 
 
-def arm_config(config: Config, arm: str, changes: dict | None = None) -> Config:
+def arm_configs(config: Config, records: str, median_reward: float) -> dict[str, Config]:
+  """The config of each arm but the exploiter's. median_reward: of what was recorded."""
+  arms = {}
+  for arm, method in ARMS.items():
+    changes: dict[str, object] = {"data.path": records} if method else {}
+    changes |= {f"objective.{field}": value for field, value in method.items()}
+    if arm == "dpo":  # two replies of a group: more groups make as many replies
+      changes["prompts_per_step"] = config.prompts_per_step * config.sampler.group // 2
+    if arm == "kto":  # half of what was recorded is desirable
+      changes["objective.threshold"] = median_reward
+    arms[arm] = arm_config(config, arm, changes)
+  return arms
+
+
+def arm_config(config: Config, arm: str, changes: dict[str, object]) -> Config:
   """One arm, evaluated before and after only."""
-  common = {"name": f"{config.name}_{arm}", "eval.every": 0}
-  return recipes.replaced(config, common | (changes or {}))
+  return recipes.replaced(config, {"name": f"{config.name}_{arm}", "eval.every": 0, **changes})
 
 
-def finish(config, folder: pathlib.Path, arm: str) -> None:
+def finish(config: Config, folder: pathlib.Path, arm: str) -> None:
   """Trains an arm to its end; returns at once where that was done before."""
   runtime.progress().info("=== %s", TITLES[arm])
   train.run(config, str(folder / arm))
 
 
-def measure(folder: pathlib.Path, arm: str, recorded: list[dict], model, config) -> dict:
+def measure(
+  folder: pathlib.Path, arm: str, recorded: list[dict], model: Model, config: Config
+) -> dict:
   """Gaps before and after, KL from the base, and the base's log-prob of the lessons."""
   path = folder / arm
   summary = files.read_json(path / "summary.json")
@@ -131,24 +140,21 @@ def measure(folder: pathlib.Path, arm: str, recorded: list[dict], model, config)
   }
 
 
-def groups_in(path: pathlib.Path, model) -> list[dict]:
+def groups_in(path: pathlib.Path, model: Model) -> list[dict]:
+  """The rollouts of a JSON Lines file, one group for each prompt."""
   problems: list[str] = []
   return list(record.groups_of(record.read_lines(path, problems), model.source["path"], str(path)))
 
 
-def base_logprobs(groups: list[dict], model, config) -> list[dict]:
+def base_logprobs(groups: list[dict], model: Model, config: Config) -> list[dict]:
   """The same groups with the log-probs that the base gives, at the run's temperature."""
   unknown = [g | {"logprobs": np.full_like(g["logprobs"], np.nan)} for g in groups]
   return record.with_logprobs(unknown, model, None, config.sampler.temperature or 1.0)
 
 
-def per_reply(group: dict) -> list[np.ndarray]:
-  return np.split(group["logprobs"], np.cumsum(group["lengths"])[:-1])
-
-
 def chosen(group: dict, arm: str) -> list[np.ndarray]:
   """Log-probs of the replies that the arm learns to say more: for DPO the best of the group."""
-  replies = per_reply(group)
+  replies = np.split(group["logprobs"], np.cumsum(group["lengths"])[:-1])
   if arm != "dpo":
     return replies
   known = ~np.isnan(group["reward"])
@@ -158,7 +164,8 @@ def chosen(group: dict, arm: str) -> list[np.ndarray]:
 def table(result: dict) -> str:
   """Markdown: one line per arm, value +- half width of the 95 % interval."""
   cell = lambda pair: f"{pair[0]:+.2f} ± {1.96 * pair[1]:.2f}"  # noqa: E731
-  before = {name: cell(row["before"]) for name, row in gaps_of(result, "on_policy").items()}
+  base = result["arms"]["on_policy"]
+  before = {name: cell(base[name]["before"]) for name in ("hex_gap", "acc_gap", "reward_gameable")}
   lines = [
     "| learned | updates | HEX gap | its change | ACC gap | its change | reward, gameable "
     "| KL from base, nats per reply | base log-prob of the lessons, per token |",
@@ -176,27 +183,21 @@ def table(result: dict) -> str:
   return "\n".join(lines) + "\n"
 
 
-def plot(result: dict, file: pathlib.Path) -> None:
+@figures.styled
+def plot(result: dict, stem: pathlib.Path) -> None:
   """The change of both gaps per arm, with 95 % intervals."""
-  from matplotlib.figure import Figure
-
   arms = list(result["arms"])[::-1]
-  figure = Figure(figsize=(9, 3.4), layout="constrained")
-  axes = figure.subplots(1, 2, sharey=True)
-  for axis, name, title in zip(axes, ("hex_gap", "acc_gap"), ("HEX gap", "ACC gap"), strict=True):
+  figure, axes = figures.panels(1, 2, (9, 3.4), sharey=True)
+  for axis, name, title in zip(axes[0], ("hex_gap", "acc_gap"), ("HEX", "ACC"), strict=True):
     change = np.array([result["arms"][a][name]["change"] for a in arms], float)
     axis.errorbar(change[:, 0], range(len(arms)), xerr=1.96 * change[:, 1], fmt="o", capsize=3)
     axis.axvline(0, color="grey", linewidth=0.8)
-    axis.set_xlabel(f"change of the {title}, points of 10")
-  axes[0].set_yticks(range(len(arms)), [TITLES[a] for a in arms])
-  figure.savefig(file)
+    axis.set_xlabel(f"change of the {title} gap, points of 10")
+  axes[0][0].set_yticks(range(len(arms)), [TITLES[a] for a in arms])
+  figures.save(figure, stem)
 
 
-def gaps_of(result: dict, arm: str) -> dict:
-  return {k: v for k, v in result["arms"][arm].items() if isinstance(v, dict)}
-
-
-def main(argv: list[str]) -> None:
+def main(argv: Sequence[str]) -> None:
   parser = flags.parser(__doc__, "tools.buffer")
   parser.add_argument("--workdir", default="", help="folder of all arms; default runs/<name>")
   config, args = recipes.from_flags(parser, argv)
