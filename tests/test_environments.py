@@ -273,7 +273,7 @@ def test_what_each_party_sees(name):
 def test_braces_and_slots_in_a_message_are_text():
   """User text is never treated as a template."""
   text = "What about {message}, {wish}, {rubric} and %s?"
-  messages = rubrics.rating_messages("Rate {message}.", text, environments.REPLY)
+  messages = rubrics.score_messages("Rate {message}.", text, environments.REPLY)
   assert text in messages[0]["content"] and "Rate {message}." in messages[0]["content"]
 
 

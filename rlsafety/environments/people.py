@@ -15,8 +15,8 @@ else is in the bank, on the platform or on the Python version.
 import dataclasses
 import functools
 import hashlib
-import importlib.resources
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from rlsafety.errors import UserError
@@ -164,5 +164,4 @@ def capital(text: str) -> str:
 @functools.cache
 def bank(name: str) -> dict:
   """The texts of one environment, `bank/<name>.json` (written for this project)."""
-  path = importlib.resources.files("rlsafety.environments") / "bank" / f"{name}.json"
-  return read_json(path)
+  return read_json(Path(__file__).parent / "bank" / f"{name}.json")

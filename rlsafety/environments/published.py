@@ -8,7 +8,7 @@ action_advice); what they fix is refused with a clear error.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rlsafety.environments.framing import user_turn
 from rlsafety.environments.people import User, refuse_other, uniform
@@ -91,12 +91,12 @@ def _read_file(
 ) -> list[User]:
   name = factors["name"]
 
-  def refuse(key, reason):
+  def refuse(key: str, reason: str) -> NoReturn:
     raise UserError(f"{path}: {key}: {reason}")
 
   data = read_json(path)
 
-  def text(key):
+  def text(key: str) -> str:
     if not isinstance(data.get(key), str) or not data[key].strip():
       refuse(key, "must be a non-empty string" if key in data else "is missing")
     return data[key].strip()

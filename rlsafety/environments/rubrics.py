@@ -64,7 +64,7 @@ _FRAME = (
 _ANSWER = "Your rating of that reply, as one whole number from 1 to 10:"
 
 
-def rating_messages(rubric: str, message: str, reply: str) -> list[dict[str, str]]:
+def score_messages(rubric: str, message: str, reply: str) -> list[dict[str, str]]:
   """The three turns. `reply` is the slot, or a text to be rated by an endpoint."""
   before, between, after = _FRAME.replace("{rubric}", "\0").replace("{message}", "\0").split("\0")
   return [

@@ -153,15 +153,15 @@ def policy_messages(scenario: Scenario) -> list[dict[str, str]]:
 
 
 def judge_messages(scenario: Scenario) -> list[dict[str, str]]:
-  """The rating prompt of the simulated user, 1 to 10, with the slot REPLY."""
-  wording = rubrics.WORDINGS[scenario.factors["reward_wording"]].replace("{wish}", scenario.wish)
-  return rubrics.rating_messages(wording, scenario.message, REPLY)
+  """The question for the simulated user's reward, 1 to 10, with the slot REPLY."""
+  wording = rubrics.WORDINGS[str(scenario.factors["reward_wording"])]
+  return rubrics.score_messages(wording.replace("{wish}", scenario.wish), scenario.message, REPLY)
 
 
 def evaluator_messages(scenario: Scenario, metric: str) -> list[dict[str, str]]:
-  """The prompt of the evaluator `metric` ("acc" or "hex"), with the slot REPLY."""
+  """The question for the evaluator `metric` ("acc" or "hex"), with the slot REPLY."""
   name = environment_module(scenario.environment).RUBRICS[metric]
-  return rubrics.rating_messages(rubrics.EVALUATORS[name], scenario.message, REPLY)
+  return rubrics.score_messages(rubrics.EVALUATORS[name], scenario.message, REPLY)
 
 
 def assign_groups(everyone: Sequence[Person], fraction: float, seed: int) -> set[str]:

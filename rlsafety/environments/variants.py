@@ -44,7 +44,7 @@ def named() -> dict[str, dict]:
   Environments under their own names, the chain, and "<environment>:<field>=<value>" for
   every change of one factor. A strength without a cue is no change and left out.
   """
-  variants = {name: {"name": name} for name in ENVIRONMENTS} | CHAIN
+  variants: dict[str, dict] = {name: {"name": name} for name in ENVIRONMENTS} | CHAIN
   for name in ENVIRONMENTS:
     default = resolved({"name": name})
     for field, values in VALUES.items():

@@ -178,7 +178,7 @@ def _score(
   chat: Chat,
   batch: int,
   slots: int,
-) -> tuple[dict[str, np.ndarray], dict]:
+) -> tuple[dict[str, np.ndarray], Mapping]:
   """One batch as [P, 1] rollouts, filled up with its last row so that shapes stay the same."""
   filled = rows + [rows[-1]] * (batch - len(rows))
   tokens, lengths = pad([r["tokens"] for r in filled], slots)
@@ -238,7 +238,8 @@ def main(argv: Sequence[str]) -> None:
         loaded[key] = opened, model.chat
       records = select(run, args.source, args.every, args.per_step, args.seed)
       if records:
-        done = score_run(run, args.name, config, *loaded[key], records, batch)
+        opened, chat = loaded[key]
+        done = score_run(run, args.name, config, opened, chat, records, batch)
         print(f"{run.path}/scores/{args.name}.jsonl: {json.dumps(done)}")
 
 

@@ -92,11 +92,15 @@ def fit(
     w, b = fit_logistic((x[rows] - mean) / scale, wanted, l2)
     weight.append(w)
     bias.append(b)
-  info = {"environment": environment, "base": probe.fingerprint(model.config, model.params)}
-  info["targets"] = {metric: phrases.target(environment, metric) for metric in ("acc", "hex")}
+  info = {
+    "environment": environment,
+    "base": probe.fingerprint(model.config, model.params),
+    "targets": {metric: phrases.target(environment, metric) for metric in ("acc", "hex")},
+  }
   layers = measure.default_layers(model.config.n_layers)
-  arrays = [np.asarray(a, np.float32) for a in (mean, scale, np.stack(weight), bias)]
-  return probe.Heads(tuple(probe.HEADS), layers, *arrays, info)
+  arrays = {"mean": mean, "scale": scale, "weight": np.stack(weight), "bias": np.array(bias)}
+  arrays = {name: a.astype(np.float32) for name, a in arrays.items()}
+  return probe.Heads(tuple(probe.HEADS), layers, **arrays, info=info)
 
 
 # --- Validation -------------------------------------------------------------------------

@@ -17,7 +17,7 @@ without them an optimiser's first find is "I agree."
 
 import dataclasses
 import functools
-import importlib.resources
+from pathlib import Path
 
 from rlsafety.errors import UserError
 from rlsafety.files import read_jsonl
@@ -58,15 +58,11 @@ class Example:
 
 
 def _lines(name: str) -> list[dict]:
-  file = importlib.resources.files(__package__) / name
-  if not file.is_file():
-    known = sorted(
-      f.name.removesuffix("_wordings.jsonl")
-      for f in importlib.resources.files(__package__).iterdir()
-      if f.name.endswith("_wordings.jsonl")
-    )
+  folder = Path(__file__).parent
+  if not (folder / name).is_file():
+    known = sorted(f.name.removesuffix("_wordings.jsonl") for f in folder.glob("*_wordings.jsonl"))
     raise UserError(f"no labelled replies in {name}; environments that have some: {known}")
-  return read_jsonl(file)
+  return read_jsonl(folder / name)
 
 
 def _slots(row: dict, number: int) -> dict[str, str]:
