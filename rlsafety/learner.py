@@ -15,7 +15,7 @@ import optax
 from rlsafety import losses, sharding
 from rlsafety.config import Learner, Lora, Objective, Optimizer
 from rlsafety.errors import UserError
-from rlsafety.models import architecture, hf, lora, scoring
+from rlsafety.models import hf, lora, scoring
 from rlsafety.models.architecture import ModelConfig
 from rlsafety.models.lora import Adapter, Dropout
 from rlsafety.types import Batch, TrainState
@@ -61,11 +61,10 @@ def starting_state(
           f"model.adapter={adapter}: its {field} is {getattr(found, field)}, "
           f"lora.{field} is {getattr(settings, field)}; set --config.lora.{field} to match"
         )
-  layers = architecture.weights(config)["layers"]
-  axes = lora.adapter_axes(layers, settings)
+  axes = lora.adapter_axes(config, settings)
 
   def init(start: Adapter | None) -> TrainState:
-    state = init_state(start or lora.init_adapter(layers, settings, key), optimizer)
+    state = init_state(start or lora.init_adapter(config, settings, key), optimizer)
     pin = lambda x, a: sharding.constrain(x, *a)  # noqa: E731
     return jax.tree.map(pin, state, state_axes(state, axes))
 

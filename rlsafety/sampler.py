@@ -37,6 +37,67 @@ def truncated(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
   return logits
 
 
+BLOCK, SUPERBLOCK = 32, 64  # tokens; blocks: two sizes that divide any shard of a vocabulary
+
+
+def inverse_cdf(logits: jax.Array, uniform: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """logits [..., V] and one number in [0, 1) each -> token [...] and log of the sum of exp.
+
+  The token is the first at which the cumulative probability passes the number: an exact draw from
+  the softmax for one random number instead of V of them. The place is searched from the sums of
+  blocks down to the block, so that nothing of size V is written but the logits.
+  """
+  V = logits.shape[-1]
+  top = jnp.max(logits, -1, keepdims=True)
+  blocks = _split(logits, BLOCK, -jnp.inf)  # [..., V / 32, 32]
+  sums = jnp.sum(jnp.exp(blocks - top[..., None]), -1)
+  groups = _split(sums, SUPERBLOCK, 0.0)
+  totals = jnp.sum(groups, -1)
+  total = jnp.sum(totals, -1)
+  group, rest = _locate(totals, uniform * total)
+  inside, rest = _locate(_take(groups, group), rest)
+  block = group * SUPERBLOCK + inside
+  token, _ = _locate(jnp.exp(_take(blocks, block) - top), rest)
+  token = jnp.minimum(block * BLOCK + token, V - 1)
+  return token.astype(jnp.int32), jnp.log(total) + top[..., 0]
+
+
+def _split(x: jax.Array, size: int, fill: float) -> jax.Array:
+  """[..., n] -> [..., n / size, size], the end filled up."""
+  missing = -x.shape[-1] % size
+  if missing:
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)], constant_values=fill)
+  return x.reshape(*x.shape[:-1], -1, size)
+
+
+def _take(x: jax.Array, index: jax.Array) -> jax.Array:
+  """x [..., n, m] at index [...] -> [..., m]."""
+  return jnp.take_along_axis(x, index[..., None, None], axis=-2)[..., 0, :]
+
+
+def _locate(weights: jax.Array, at: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The first place where the sum of weights [..., n] passes at [...], and what is left of `at`
+  before it. Never a place of weight 0: rounding may bring `at` to the sum of all."""
+  place = jnp.arange(weights.shape[-1])
+  upto = jnp.sum(jnp.where(place <= place[:, None], weights[..., None, :], 0.0), -1)
+  at = jnp.minimum(at, upto[..., -1] * (1 - 2**-22))
+  index = jnp.sum(upto <= at[..., None], -1)
+  before = jnp.max(jnp.where(place < index[..., None], upto, 0.0), -1)
+  return index, at - before
+
+
+def uniforms(key: jax.Array, rows: jax.Array, G: int, T: int) -> jax.Array:
+  """[T, P, G] numbers in [0, 1), each from the key folded with its (row, sample, slot)."""
+
+  def one(slot, row, sample):
+    folded = functools.reduce(jax.random.fold_in, (row, sample, slot), key)
+    return jax.random.uniform(folded)
+
+  over_samples = jax.vmap(one, (None, None, 0))
+  over_rows = jax.vmap(over_samples, (None, 0, None))
+  return jax.vmap(over_rows, (0, None, None))(jnp.arange(T), rows, jnp.arange(G))
+
+
 def sample(
   params: dict,
   adapter: Adapter | None,
@@ -52,35 +113,35 @@ def sample(
   top_k and top_p cut the draw off the policy's own distribution: log-probs are reported under
   the full vocabulary all the same.
 
-  Row p draws from keys folded with (first_row + p, sample, slot), so that neither the
-  mesh nor cutting a batch into rollout micro-batches changes a single token.
+  Row p draws with `uniforms` of row first_row + p, so that neither the mesh nor cutting a batch
+  into rollout micro-batches changes a single token.
   """
   P = prompts.tokens.shape[0]
   G, T, temperature = settings.group, settings.max_tokens, settings.temperature
   prompt, hidden = transformer.prefill(params, adapter, config, prompts)
-  dtype = jnp.int8 if settings.cache == "int8" else prompt.k.dtype
+  dtype = hidden.dtype
   if settings.cache == "int8":
-    prompt = transformer.quantise_cache(prompt)
+    prompt, dtype = transformer.quantise_cache(prompt), jnp.int8
+  prompt = transformer.by_layer(prompt)
   cache = transformer.init_cache(config, P, G, T, dtype)
   hidden = transformer.last_hidden(hidden, prompts.lengths)
   hidden = jnp.broadcast_to(hidden[:, None], (P, G, hidden.shape[-1]))
-  rows = first_row + jnp.arange(P)
-  row_keys = jax.vmap(lambda p: jax.vmap(lambda g: _fold(key, p, g))(jnp.arange(G)))(rows)
   stops = jnp.asarray(stop_ids, jnp.int32).reshape(-1)
+  numbers = uniforms(key, first_row + jnp.arange(P), G, T)
 
   def draw(hidden, slot):
     """hidden [P, G, D] -> tokens [P, G] and their full-vocabulary log-probs [P, G]."""
     logits = transformer.unembed(params, config, hidden)
     logits = logits / (temperature or 1.0)
-    logprobs = jax.nn.log_softmax(logits, axis=-1)
     if temperature == 0.0:
-      tokens = jnp.argmax(logits, axis=-1)
+      tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+      normaliser = jax.nn.logsumexp(logits, axis=-1)
     else:
       kept = truncated(logits, settings.top_k, settings.top_p)
-      noise = lambda k: jax.random.gumbel(jax.random.fold_in(k, slot), logits.shape[-1:])  # noqa: E731
-      tokens = jnp.argmax(kept + jax.vmap(jax.vmap(noise))(row_keys), axis=-1)
-    tokens = tokens.astype(jnp.int32)
-    return tokens, jnp.take_along_axis(logprobs, tokens[..., None], -1)[..., 0]
+      tokens, normaliser = inverse_cdf(kept, numbers[slot])
+      if kept is not logits:
+        normaliser = jax.nn.logsumexp(logits, axis=-1)
+    return tokens, jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0] - normaliser
 
   def unfinished(carry):
     slot, _, _, rollouts, _ = carry
@@ -147,11 +208,12 @@ def prompts_at_once(
   return max(fitting)
 
 
-def _fold(key, *data):
-  return functools.reduce(jax.random.fold_in, data, key)
-
-
-sample_jit = jax.jit(sample, static_argnames=("config", "settings", "stop_ids"))
+sample_jit = jax.jit(
+  sample,
+  static_argnames=("config", "settings", "stop_ids"),
+  # XLA for GPUs would join each weight and its adapter's in one array, in every decode step.
+  compiler_options={"xla_gpu_dot_merger_threshold_mb": 0},
+)
 
 
 def sample_all(

@@ -78,10 +78,10 @@ def make_model(config, seed=0, rank=4):
   )
   weights = {
     name: {
-      "a": fill((w.shape[0], w.shape[1], rank), 0.1),
-      "b": fill((w.shape[0], rank, w.shape[2]), 0.05),
+      "a": fill((config.n_layers, w.shape[0], rank), 0.1),
+      "b": fill((config.n_layers, rank, w.shape[1]), 0.05),
     }
-    for name, w in declared["layers"].items()
+    for name, w in declared["layers"][0].items()
     if name in TARGETS
   }
   return params, lora.Adapter(weights, scale=2.0)

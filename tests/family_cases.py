@@ -94,18 +94,15 @@ def tensors(config) -> dict[str, np.ndarray]:
   flat, out = assemble.flat_weights(config), {}
   for path, name in assemble.hf_names(config).items():
     shape = flat[path].shape
-    for i in range(config.n_layers if "{}" in name else 1):
-      each = shape[1:] if "{}" in name else shape
-      each = each[::-1] if assemble.is_transposed(path, shape) else each
-      full = name.format(i)
-      x = noise(full, each)
-      if "norm" in full:
-        x = 0.3 * x + (0.0 if config.norm_offset else 1.0)
-      elif "bias" in full:
-        x = 0.5 * x
-      else:
-        x = x * np.float32((3.0 / each[-1]) ** 0.5)
-      out[full] = x.astype(np.float32)
+    shape = shape[::-1] if assemble.is_transposed(path, shape) else shape
+    x = noise(name, shape)
+    if "norm" in name:
+      x = 0.3 * x + (0.0 if config.norm_offset else 1.0)
+    elif "bias" in name:
+      x = 0.5 * x
+    else:
+      x = x * np.float32((3.0 / shape[-1]) ** 0.5)
+    out[name] = x.astype(np.float32)
   return out
 
 
@@ -117,10 +114,10 @@ def write_folder(hf_config: dict, folder) -> None:
 
 
 def adapter_of(config) -> Adapter:
-  layers = architecture.weights(config)["layers"]
+  n, layer = config.n_layers, architecture.weights(config)["layers"][0]
   weights = {}
   for target in LORA.targets:
-    n, d_in, d_out = layers[target].shape
+    d_in, d_out = layer[target].shape
     a = 0.5 * noise(f"{target}.a", (n, d_in, LORA.rank))
     b = 0.05 * noise(f"{target}.b", (n, LORA.rank, d_out))
     weights[target] = {"a": jnp.asarray(a), "b": jnp.asarray(b)}

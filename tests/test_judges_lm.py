@@ -16,7 +16,7 @@ from rlsafety.environments import Environment
 from rlsafety.environments.scenario import REPLY, Scenario, judge_messages
 from rlsafety.errors import UserError
 from rlsafety.judges import lm, phrases
-from rlsafety.models import architecture, hf, lora, transformer
+from rlsafety.models import hf, lora, transformer
 from rlsafety.models.architecture import ModelConfig
 from rlsafety.models.chat import byte_chat, make_chat
 from rlsafety.models.sources import random_model
@@ -164,7 +164,7 @@ def test_a_judge_with_another_tokenizer_reads_the_same_text(model):
 
 def test_an_adapter_changes_the_judge_and_only_lm_takes_one(model, tmp_path):
   settings = Lora(rank=2, alpha=32.0, rslora=True, dropout=0.0, targets=("q", "v"))
-  adapter = lora.init_adapter(architecture.weights(CONFIG)["layers"], settings, jax.random.key(0))
+  adapter = lora.init_adapter(CONFIG, settings, jax.random.key(0))
   adapter = jax.tree.map(lambda x: x + 0.3, adapter)
   hf.save_peft(tmp_path, adapter, model, settings)
   replies = as_read(model.chat, [["Yes, indeed."]])

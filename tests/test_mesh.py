@@ -24,10 +24,9 @@ def placed(mesh, config, params, adapter):
   axes = jax.tree.map(lambda w: w.axes, declared, is_leaf=architecture.is_weight)
   put = lambda x, a: sharding.put(mesh, x, *a)  # noqa: E731
   params = jax.tree.map(put, params, axes)
-  layers = declared["layers"]
   settings = Lora(rank=4, targets=tuple(adapter.weights))
   return params, adapter.replace(
-    weights=jax.tree.map(put, adapter.weights, lora.adapter_axes(layers, settings))
+    weights=jax.tree.map(put, adapter.weights, lora.adapter_axes(config, settings))
   )
 
 
@@ -127,8 +126,7 @@ def test_logprobs_are_the_same_on_every_mesh(name):
 def test_state_is_made_in_place():
   settings = Lora(rank=4)
   mesh = sharding.make_mesh(2, 2, 2)
-  layers = architecture.weights(CONFIGS["llama"])["layers"]
-  axes = lora.adapter_axes(layers, settings)
+  axes = lora.adapter_axes(CONFIGS["llama"], settings)
   with jax.set_mesh(mesh):
     optimizer = learner.make_optimizer(Optimizer(learning_rate=1e-3, warmup_steps=0))
     state = learner.starting_state(settings, CONFIGS["llama"], optimizer, jax.random.key(0))

@@ -109,7 +109,7 @@ THINGS = ("tea", "rain", "bread", "music")
 def test_own_held_out_loss_falls_on_the_real_model(smollm2, name):
   """Two prompts in a pirate's words; two others must become likelier too."""
   from rlsafety import replay
-  from rlsafety.models import architecture, lora, scoring
+  from rlsafety.models import lora, scoring
 
   model, S, slots = smollm2, 40, 14
   replies = 2 if name == "dpo" else 1
@@ -147,10 +147,10 @@ def test_own_held_out_loss_falls_on_the_real_model(smollm2, name):
     return float(total / losses.denominator(batch, objective))
 
   objective = objective_of(name)
-  layers = architecture.weights(model.config)["layers"]
   settings = Lora(rank=4, alpha=8.0)
   optimizer = learner.make_optimizer(Optimizer(learning_rate=1e-3, warmup_steps=0))
-  state = learner.init_state(lora.init_adapter(layers, settings, jax.random.key(0)), optimizer)
+  adapter = lora.init_adapter(model.config, settings, jax.random.key(0))
+  state = learner.init_state(adapter, optimizer)
   update = jax.jit(
     functools.partial(
       learner.update,

@@ -115,8 +115,8 @@ def test_plan_counts_pieces_int8_copies_and_the_reference_pass():
   assert made["evaluation_seconds"] == pytest.approx(3 * 2 * 2 * sampling)
   learning = sum(made["programs"][name]["seconds"] for name in ("reference", "update"))
   assert made["step_seconds"] == pytest.approx(sampling / 4 + learning)
-  linears = [architecture.weights(policy)["layers"][n].shape for n in TARGETS]
-  copy = sum(L * i * o + 4 * L * o for L, i, o in linears)
+  linears = [w[n].shape for w in architecture.weights(policy)["layers"] for n in TARGETS]
+  copy = sum(i * o + 4 * o for i, o in linears)
   assert made["resident"]["int8 copy for the sampler"] == copy
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from conftest import LLAMA, make_model, make_prompts
 
 from rlsafety.config import Lora
-from rlsafety.models import architecture, lora, scoring, transformer
+from rlsafety.models import lora, scoring, transformer
 from rlsafety.types import Prompts
 
 
@@ -95,8 +95,7 @@ def test_fresh_adapter_is_the_base_and_merging_is_the_adapter(family):
   prompts = make_prompts(config, [6, 3], 7)
   tokens, lengths = completions(config, 2, 2, 4)
   score = lambda base, a: grouped_jit(base, a, config, prompts, tokens, lengths)  # noqa: E731
-  layers = architecture.weights(config)["layers"]
-  fresh = lora.init_adapter(layers, Lora(rank=4), jax.random.key(3))
+  fresh = lora.init_adapter(config, Lora(rank=4), jax.random.key(3))
   np.testing.assert_array_equal(score(params, fresh), score(params, None))
   np.testing.assert_allclose(
     score(lora.merged(params, adapter), None), score(params, adapter), atol=5e-5
@@ -121,7 +120,7 @@ def test_dropout_is_off_at_rate_zero_and_unbiased_above():
   config, (params, adapter) = LLAMA, make_model(LLAMA)
   x = jax.random.normal(jax.random.key(5), (4000, config.d_model))
   ab = jax.tree.map(lambda w: w[0], adapter.weights["q"])
-  w = params["layers"]["q"][0] * 0
+  w = params["layers"][0]["q"] * 0
   run = lambda drop: transformer.linear(x, w, None, ab, 1.0, drop, "q")  # noqa: E731
   key = jax.random.key(6)
   np.testing.assert_array_equal(run(lora.Dropout(key, 0.0)), run(None))

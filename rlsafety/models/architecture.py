@@ -64,33 +64,37 @@ class Weight:
 
 
 def weights(c: ModelConfig) -> dict:
-  """The declaration of every array of the model. Linears are input-major: y = x @ w."""
-  L, D, F = c.n_layers, c.d_model, c.d_ff
+  """The declaration of every array of the model: "embed", "final_norm", "head" unless it is tied,
+  and "layers", a tuple of one dict per layer. Linears are input-major: y = x @ w.
+
+  Layers are apart and not stacked, so that decoding reads each weight where it lies: a slice of
+  a stack would be copied in every step.
+  """
+  D, F = c.d_model, c.d_ff
   heads, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-  norm = Weight((L, D), ("layers", None), "zeros" if c.norm_offset else "ones")
-  layers = {
+  norm = Weight((D,), (None,), "zeros" if c.norm_offset else "ones")
+  layer = {
     "attn_norm": norm,
-    "q": Weight((L, D, heads), ("layers", "embed", "heads")),
-    "k": Weight((L, D, kv), ("layers", "embed", "kv")),
-    "v": Weight((L, D, kv), ("layers", "embed", "kv")),
-    "o": Weight((L, heads, D), ("layers", "heads", "embed")),
+    "q": Weight((D, heads), ("embed", "heads")),
+    "k": Weight((D, kv), ("embed", "kv")),
+    "v": Weight((D, kv), ("embed", "kv")),
+    "o": Weight((heads, D), ("heads", "embed")),
     "mlp_norm": norm,
-    "gate": Weight((L, D, F), ("layers", "embed", "mlp")),
-    "up": Weight((L, D, F), ("layers", "embed", "mlp")),
-    "down": Weight((L, F, D), ("layers", "mlp", "embed")),
+    "gate": Weight((D, F), ("embed", "mlp")),
+    "up": Weight((D, F), ("embed", "mlp")),
+    "down": Weight((F, D), ("mlp", "embed")),
   }
   if c.qkv_bias:
-    layers["q_bias"] = Weight((L, heads), ("layers", "heads"), "zeros")
-    layers["k_bias"] = Weight((L, kv), ("layers", "kv"), "zeros")
-    layers["v_bias"] = Weight((L, kv), ("layers", "kv"), "zeros")
+    layer["q_bias"] = Weight((heads,), ("heads",), "zeros")
+    layer["k_bias"] = layer["v_bias"] = Weight((kv,), ("kv",), "zeros")
   if c.qk_norm:
-    layers["q_norm"] = layers["k_norm"] = Weight((L, c.head_dim), ("layers", None), norm.init)
+    layer["q_norm"] = layer["k_norm"] = Weight((c.head_dim,), (None,), norm.init)
   if c.post_norms:
-    layers["post_attn_norm"] = layers["post_mlp_norm"] = norm
+    layer["post_attn_norm"] = layer["post_mlp_norm"] = norm
   model = {
     "embed": Weight((c.vocab_size, D), ("vocab", "embed")),
-    "layers": layers,
-    "final_norm": Weight((D,), (None,), norm.init),
+    "layers": (layer,) * c.n_layers,
+    "final_norm": norm,
   }
   if not c.tie_embeddings:
     model["head"] = Weight((D, c.vocab_size), ("embed", "vocab"))
@@ -102,16 +106,23 @@ def is_weight(x) -> bool:
 
 
 def init_params(c: ModelConfig, key: jax.Array, dtype=jnp.float32) -> dict:
-  """Random params in the layout of `weights`: normal with deviation 0.02."""
-  leaves, tree = jax.tree.flatten(weights(c), is_leaf=is_weight)
+  """Random params in the layout of `weights`: normal with deviation 0.02, one draw per name."""
+  model = weights(c)
   fixed = {"ones": jnp.ones, "zeros": jnp.zeros}
-  arrays = [
-    fixed[w.init](w.shape, dtype)
-    if w.init in fixed
-    else (0.02 * jax.random.normal(jax.random.fold_in(key, i), w.shape)).astype(dtype)
-    for i, w in enumerate(leaves)
-  ]
-  return jax.tree.unflatten(tree, arrays)
+
+  def draw(index: int, weight: Weight, *layers: int) -> jax.Array:
+    shape = (*layers, *weight.shape)
+    if weight.init in fixed:
+      return fixed[weight.init](shape, dtype)
+    return (0.02 * jax.random.normal(jax.random.fold_in(key, index), shape)).astype(dtype)
+
+  outer = sorted(name for name in model if name != "layers")
+  params = {name: draw(i, model[name]) for i, name in enumerate(outer)}
+  layers = [{} for _ in model["layers"]]
+  for i, (name, weight) in enumerate(sorted(model["layers"][0].items()), len(outer)):
+    for layer, x in zip(layers, draw(i, weight, c.n_layers), strict=True):
+      layer[name] = x
+  return params | {"layers": tuple(layers)}
 
 
 def params_count(c: ModelConfig) -> int:

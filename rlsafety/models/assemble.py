@@ -6,6 +6,7 @@ shard needs.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -25,7 +26,7 @@ class Tensor:
 
 
 def hf_names(config: ModelConfig) -> dict[str, str]:
-  """Our path -> Hugging Face name; `{}` stands for the layer."""
+  """Our path, such as "embed" or "layers.0.q", -> Hugging Face name."""
   norms = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
   if config.post_norms:
     norms |= {
@@ -45,19 +46,21 @@ def hf_names(config: ModelConfig) -> dict[str, str]:
     "final_norm": "model.norm.weight",
     "head": "lm_head.weight",
   }
-  names |= {f"layers.{name}": f"model.layers.{{}}.{hf}" for name, hf in layer.items()}
+  for i in range(config.n_layers):
+    names |= {f"layers.{i}.{name}": f"model.layers.{i}.{hf}" for name, hf in layer.items()}
   return {path: names[path] for path in flat_weights(config)}
 
 
 def flat_weights(config: ModelConfig) -> dict:
-  """{"embed": Weight, "layers.q": Weight, ...} in the order of the params tree."""
+  """{"embed": Weight, "layers.0.q": Weight, ...} in the order of the params tree."""
   leaves = jax.tree_util.tree_flatten_with_path(weights(config), is_leaf=is_weight)[0]
-  return {".".join(k.key for k in path): weight for path, weight in leaves}
+  path_of = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
+  return {path_of(path): weight for path, weight in leaves}
 
 
 def is_transposed(path: str, shape: tuple) -> bool:
   """Linears and the head are stored [out, in] there and [in, out] here."""
-  return path == "head" or (path.startswith("layers.") and len(shape) == 3)
+  return path == "head" or (path.startswith("layers.") and len(shape) == 2)
 
 
 def assemble(
@@ -70,40 +73,29 @@ def assemble(
   and tensor where one is missing, unknown, of another shape, or holds NaN or infinity.
   """
   names, flat = hf_names(config), flat_weights(config)
-  expected = {
-    hf.format(i): (path, flat[path].shape[1:] if "{}" in hf else flat[path].shape)
-    for path, hf in names.items()
-    for i in range(config.n_layers if "{}" in hf else 1)
-  }
   if config.tie_embeddings:
     tensors = {name: t for name, t in tensors.items() if name != "lm_head.weight"}
   where = next(iter(tensors.values())).file if tensors else "the checkpoint"
-  for name, (path, shape) in expected.items():
+  for path, name in names.items():
     if name not in tensors:
       raise UserError(f"{where}: tensor {name} is missing; the download may be incomplete")
-    shape = shape[::-1] if is_transposed(path, flat[path].shape) else shape
+    shape = flat[path].shape
+    shape = shape[::-1] if is_transposed(path, shape) else shape
     if tensors[name].shape != shape:
       raise UserError(
         f"{tensors[name].file}: tensor {name} has shape {tensors[name].shape}, "
         f"the config says {shape}: weights and config are of different models"
       )
-  for name in sorted(set(tensors) - set(expected)):
+  for name in sorted(set(tensors) - set(names.values())):
     if not name.endswith("rotary_emb.inv_freq"):  # a buffer of old exports, recomputed here
       raise UserError(
         f"{tensors[name].file}: tensor {name} has no place in this architecture, "
         "and leaving it out would change the model"
       )
 
-  def part(name, path, index):
-    """One layer's (or the only) block of an array, in our orientation."""
-    index = index[::-1] if is_transposed(path, flat[path].shape) else index
-    block = tensors[name].read(*index)
-    if not np.isfinite(block).all():
-      raise UserError(f"{tensors[name].file}: tensor {name} holds NaN or infinity: corrupt file")
-    return block.T if is_transposed(path, flat[path].shape) else block
-
   def place(path, sharding):
-    shape, hf = flat[path].shape, names[path]
+    shape, tensor = flat[path].shape, tensors[names[path]]
+    transposed = is_transposed(path, shape)
     last = [None, None]  # Replicas ask for the same block one after the other.
 
     def block(index):
@@ -111,12 +103,10 @@ def assemble(
       if last[0] == index:
         return last[1]
       last[:] = [None, None]
-      out = np.empty([s.stop - s.start for s in index], dtype)
-      if "{}" in hf:
-        for i in range(index[0].start, index[0].stop):
-          out[i - index[0].start] = part(hf.format(i), path, index[1:])
-      else:
-        out[...] = part(hf, path, index)
+      stored = tensor.read(*(index[::-1] if transposed else index))
+      if not np.isfinite(stored).all():
+        raise UserError(f"{tensor.file}: tensor {names[path]} holds NaN or infinity: corrupt file")
+      out = np.ascontiguousarray(stored.T if transposed else stored, dtype)
       last[:] = [index, out]
       return out
 

@@ -5,6 +5,7 @@ Files that we write carry a checksum per tensor, which reading them back compare
 """
 
 import json
+import math
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -274,7 +275,8 @@ def load_peft(folder: Path, config: ModelConfig) -> tuple[Adapter, Lora]:
   lora = _peft_settings(Path(folder) / "adapter_config.json", present)
   weights = {}
   for target in present:
-    layers, d_in, d_out = flat[f"layers.{target}"].shape
+    d_in, d_out = flat[f"layers.0.{target}"].shape
+    layers = config.n_layers
     shapes = {"a": (d_in, lora.rank), "b": (lora.rank, d_out)}
     weights[target] = {k: np.empty((layers, *s), np.float32) for k, s in shapes.items()}
     for i in range(layers):
@@ -307,32 +309,23 @@ def save_merged(
   folder.mkdir(parents=True, exist_ok=True)
   pairs = {} if adapter is None else adapter.weights
   flat = flat_weights(config)
-  arrays = {f"layers.{name}": x for name, x in model.params["layers"].items()} | model.params
-  plan = [
-    (hf.format(i), path, i)
-    for path, hf in hf_names(config).items()
-    for i in range(config.n_layers if "{}" in hf else 1)
-  ]
+  arrays = dict(zip(flat, jax.tree.leaves(model.params), strict=True))
   dtype = np.dtype(arrays["embed"].dtype)
 
-  def elements(path: str) -> int:
-    shape = flat[path].shape
-    return int(np.prod(shape[1:] if path.startswith("layers.") else shape))
-
   shards, size = [[]], 0
-  for item in plan:
-    cost = elements(item[1]) * dtype.itemsize
+  for path, hf in hf_names(config).items():
+    cost = math.prod(flat[path].shape) * dtype.itemsize
     if shards[-1] and size + cost > max_bytes:
       shards.append([])
       size = 0
-    shards[-1].append(item)
+    shards[-1].append((hf, path))
     size += cost
 
-  def value(path: str, i: int) -> np.ndarray:
-    x = _host(arrays[path][i] if path.startswith("layers.") else arrays[path])
-    target = path.removeprefix("layers.")
+  def value(path: str) -> np.ndarray:
+    x = _host(arrays[path])
+    _, layer, target = path.split(".") if path.startswith("layers.") else ("", "", "")
     if target in pairs:
-      a, b = (_host(pairs[target][k][i]) for k in "ab")
+      a, b = (_host(pairs[target][k][int(layer)]) for k in "ab")
       x = (x.astype(np.float32) + (a @ b) * np.float32(adapter.scale)).astype(dtype)
     return x.T if is_transposed(path, flat[path].shape) else x
 
@@ -341,9 +334,9 @@ def save_merged(
     name = "model.safetensors"
     if len(shards) > 1:
       name = f"model-{n:05d}-of-{len(shards):05d}.safetensors"
-    _save(folder / name, {hf: value(path, i) for hf, path, i in shard})
-    table |= {hf: name for hf, _, _ in shard}
-    total += sum(elements(path) * dtype.itemsize for _, path, _ in shard)
+    _save(folder / name, {hf: value(path) for hf, path in shard})
+    table |= {hf: name for hf, _ in shard}
+    total += sum(math.prod(flat[path].shape) * dtype.itemsize for _, path in shard)
   if len(shards) > 1:
     index = {"metadata": {"total_size": total}, "weight_map": table}
     write_json(folder / "model.safetensors.index.json", index)

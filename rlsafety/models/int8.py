@@ -33,8 +33,11 @@ def dequantise(x: Int8, dtype) -> jax.Array:
 
 
 def quantise_base(params: dict) -> dict:
-  """params with each layer's linears [L, in, out] as Int8, a scale per output channel."""
-  layers = {name: quantise(w, 1) if name in TARGETS else w for name, w in params["layers"].items()}
+  """params with each layer's linears [in, out] as Int8, a scale per output channel."""
+  layers = tuple(
+    {name: quantise(w, 0) if name in TARGETS else w for name, w in layer.items()}
+    for layer in params["layers"]
+  )
   return {**params, "layers": layers}
 
 

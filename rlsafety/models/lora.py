@@ -12,11 +12,17 @@ import jax.numpy as jnp
 from flax import struct
 
 from rlsafety.config import Lora
+from rlsafety.models import architecture
+from rlsafety.models.architecture import ModelConfig
 
 
 @struct.dataclass
 class Adapter:
-  """weights {target: {"a" [L, in, R], "b" [L, R, out]}} float32; scale is static."""
+  """weights {target: {"a" [L, in, R], "b" [L, R, out]}} float32; scale is static.
+
+  All layers in one array, unlike the base: the optimiser then works on 14 arrays, and what
+  `per_layer` copies out of them is small.
+  """
 
   weights: dict
   scale: float = struct.field(pytree_node=False)
@@ -30,34 +36,47 @@ class Dropout:
   rate: float = struct.field(pytree_node=False)
 
 
-def init_adapter(base_weights: dict, lora: Lora, key: jax.Array) -> Adapter:
-  """base_weights: the layer part of `architecture.weights(config)` (shapes [L, in, out])."""
-  weights = {}
+def init_adapter(c: ModelConfig, lora: Lora, key: jax.Array) -> Adapter:
+  """A fresh adapter for a model of c's shapes."""
+  declared, weights = architecture.weights(c)["layers"][0], {}
   for i, name in enumerate(lora.targets):
-    layers, d_in, d_out = base_weights[name].shape
+    d_in, d_out = declared[name].shape
     bound = 1.0 / math.sqrt(d_in)  # PEFT: kaiming_uniform(a=sqrt(5))
     a = jax.random.uniform(
-      jax.random.fold_in(key, i), (layers, d_in, lora.rank), jnp.float32, -bound, bound
+      jax.random.fold_in(key, i), (c.n_layers, d_in, lora.rank), jnp.float32, -bound, bound
     )
-    weights[name] = {"a": a, "b": jnp.zeros((layers, lora.rank, d_out), jnp.float32)}
+    weights[name] = {"a": a, "b": jnp.zeros((c.n_layers, lora.rank, d_out), jnp.float32)}
   return Adapter(weights=weights, scale=lora.scale)
 
 
-def adapter_axes(base_weights: dict, lora: Lora) -> dict:
+def adapter_axes(c: ModelConfig, lora: Lora) -> dict:
   """Logical axes of each adapter weight: as the base, the rank axis is never split."""
+  declared = architecture.weights(c)["layers"][0]
   return {
     name: {
-      "a": ("layers", base_weights[name].axes[1], None),
-      "b": ("layers", None, base_weights[name].axes[2]),
+      "a": ("layers", declared[name].axes[0], None),
+      "b": ("layers", None, declared[name].axes[1]),
     }
     for name in lora.targets
   }
 
 
+def per_layer(adapter: Adapter | None, layers: int) -> list[dict]:
+  """[{target: {"a" [in, R], "b" [R, out]}}] of each layer; empty dicts where there is none."""
+  if adapter is None:
+    return [{}] * layers
+  split = jax.tree.map(lambda x: jax.lax.split(x, (1,) * layers), adapter.weights)
+  is_split = lambda x: isinstance(x, (list, tuple))  # noqa: E731
+  return [jax.tree.map(lambda x, i=i: x[i][0], split, is_leaf=is_split) for i in range(layers)]
+
+
 def merged(base: dict, adapter: Adapter) -> dict:
   """Base params with the adapter added in float32, then cast back to the base's dtype."""
-  layers = dict(base["layers"])
-  for name, ab in adapter.weights.items():
-    delta = jnp.einsum("lir,lro->lio", ab["a"], ab["b"]) * adapter.scale
-    layers[name] = (layers[name].astype(jnp.float32) + delta).astype(layers[name].dtype)
-  return {**base, "layers": layers}
+  layers = []
+  for layer, pairs in zip(base["layers"], per_layer(adapter, len(base["layers"])), strict=True):
+    layer = dict(layer)
+    for name, ab in pairs.items():
+      delta = (ab["a"] @ ab["b"]) * adapter.scale
+      layer[name] = (layer[name].astype(jnp.float32) + delta).astype(layer[name].dtype)
+    layers.append(layer)
+  return {**base, "layers": tuple(layers)}

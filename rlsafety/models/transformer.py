@@ -10,6 +10,7 @@ and learning (t = T) all pass here, so the sampler and the learner cannot disagr
 token may see.
 """
 
+import functools
 import math
 
 import jax
@@ -21,7 +22,7 @@ from rlsafety.errors import UserError
 from rlsafety.models import int8
 from rlsafety.models.architecture import ModelConfig, Rope
 from rlsafety.models.int8 import Int8
-from rlsafety.models.lora import Adapter, Dropout
+from rlsafety.models.lora import Adapter, Dropout, per_layer
 from rlsafety.packing import mask_from_lengths
 from rlsafety.sharding import constrain
 from rlsafety.types import Prompts
@@ -29,29 +30,45 @@ from rlsafety.types import Prompts
 
 @struct.dataclass
 class PromptCache:
-  """Keys and values of the prompts: k, v [L, P, S, K, Dh], arrays or Int8; lengths [P]."""
+  """Keys and values of the prompts: k, v [L, P, S, K, Dh], arrays or Int8; lengths [P].
 
-  k: jax.Array | Int8
-  v: jax.Array | Int8
+  `decode` reads them `by_layer`: tuples of L arrays [P, S, K, Dh].
+  """
+
+  k: jax.Array | Int8 | tuple
+  v: jax.Array | Int8 | tuple
   lengths: jax.Array
+
+
+def by_layer(cache: PromptCache) -> PromptCache:
+  """The same cache with one array per layer: to be done once, outside of the decode loop."""
+  if isinstance(cache.k, tuple):
+    return cache
+  layers = jax.tree.leaves(cache.k)[0].shape[0]
+  split = lambda x: tuple(jax.tree.map(lambda a, i=i: a[i], x) for i in range(layers))  # noqa: E731
+  return cache.replace(k=split(cache.k), v=split(cache.v))
 
 
 @struct.dataclass
 class CompletionCache:
-  """Keys and values of the completions so far: k, v [L, P, G, T, K, Dh], arrays or Int8."""
+  """Keys and values of the completions so far: per layer k, v [P, G, T, K, Dh], arrays or Int8."""
 
-  k: jax.Array | Int8
-  v: jax.Array | Int8
+  k: tuple
+  v: tuple
 
 
 def init_cache(c: ModelConfig, P: int, G: int, T: int, dtype) -> CompletionCache:
   """An empty cache; dtype jnp.int8 makes one of Int8 with a scale per slot and head."""
-  shape = (c.n_layers, P, G, T, c.n_kv_heads, c.head_dim)
-  pin = lambda x: constrain(x, None, "prompt", None, None, "kv_heads", None)  # noqa: E731
-  zeros = pin(jnp.zeros(shape, dtype))
-  if zeros.dtype == jnp.int8:
-    zeros = Int8(zeros, pin(jnp.zeros((*shape[:-1], 1), jnp.float32)))
-  return CompletionCache(zeros, zeros)
+  shape = (P, G, T, c.n_kv_heads, c.head_dim)
+
+  def empty():
+    zeros = constrain(jnp.zeros(shape, dtype), "prompt", None, None, "kv_heads", None)
+    if zeros.dtype != jnp.int8:
+      return zeros
+    scale = jnp.zeros((*shape[:-1], 1), jnp.float32)
+    return Int8(zeros, constrain(scale, "prompt", None, None, "kv_heads", None))
+
+  return CompletionCache(*(tuple(empty() for _ in range(c.n_layers)) for _ in "kv"))
 
 
 def quantise_cache(cache: PromptCache) -> PromptCache:
@@ -107,13 +124,16 @@ def attend(q, own, prompt, *, scale: float, softcap: float | None) -> jax.Array:
       part = softcap * jnp.tanh(part / softcap)
     mask = jnp.broadcast_to(mask, (P, G, t, k.shape[-3]))
     logits.append(jnp.where(mask[:, :, None, None], part, -jnp.inf))
-  weights = jax.nn.softmax(jnp.concatenate(logits, -1), axis=-1).astype(q.dtype)
-  out, start = 0.0, 0
-  for keys, (_, v, _) in segments:
-    slots = v.shape[-3]
-    out += jnp.einsum(f"pgkmts,{keys}->pgtkmd", weights[..., start : start + slots], v)
-    start += slots
-  return out.reshape(P, G, t, H * Dh)
+  # Each segment keeps its own array; they share the largest logit and the sum.
+  top = functools.reduce(jnp.maximum, (jnp.max(part, -1, keepdims=True) for part in logits))
+  weights = [jnp.exp(part - jax.lax.stop_gradient(top)) for part in logits]
+  total = sum(jnp.sum(part, -1) for part in weights)  # [P, G, K, M, t]
+  out = sum(
+    jnp.einsum(f"pgkmts,{keys}->pgtkmd", part.astype(q.dtype), v)
+    for part, (keys, (_, v, _)) in zip(weights, segments, strict=True)
+  )
+  out = out / jnp.moveaxis(total, -1, 2)[..., None]
+  return out.astype(q.dtype).reshape(P, G, t, H * Dh)
 
 
 def attend_prompt(q, k, v, *, scale: float) -> jax.Array:
@@ -169,13 +189,44 @@ def linear(x, w, bias, ab, scale, dropout: Dropout | None, target: str):
   return y + delta * jnp.asarray(scale, x.dtype)
 
 
-def _layer(c: ModelConfig, x, w, ab, scale, dropout, rotation, keys_seen, fused=False):
-  """x [P, G, t, D] -> x, after attention and MLP.
+@struct.dataclass
+class _View:
+  """Where a layer's queries are and what they may see: rotation (cos, sin) [P, G, t, Dh/2]; masks
+  broadcastable to [P, G, t, T] of the own segment and [P, G, t, S] of the prompt, if there is one.
+  """
 
-  fused: a prompt on itself, through cuDNN.
-  w, ab: this layer's weights and adapter. rotation: cos, sin [P, G, t, Dh/2].
-  keys_seen(k, v) takes the new keys [P, G, t, K, Dh] and returns (own, prompt) for
-  `attend` plus whatever must be kept of them.
+  rotation: tuple
+  own: jax.Array
+  prompt: jax.Array | None
+
+
+def _views(c: ModelConfig, prompt, slots: int, offset, P: int, G: int, t: int) -> list[_View]:
+  """What a global layer sees and, in models that have them, what a local layer sees."""
+  slot = offset + jnp.arange(t)  # index of each query in its own segment
+  start = 0 if prompt is None else prompt.lengths[:, None, None]
+  position = jnp.broadcast_to(start + slot, (P, G, t))
+  own_slots = jnp.arange(slots)
+  own = slot[:, None] >= own_slots  # causal; slots not written yet are in the future
+  shown = None
+  if prompt is not None:
+    S = jax.tree.leaves(prompt.k)[0].shape[-3]
+    shown = mask_from_lengths(prompt.lengths, S)[:, None, None]  # [P, 1, 1, S]
+  views = [_View(cos_sin(rope_frequencies(c.rope, c.head_dim), position), own, shown)]
+  if any(c.local_layers) and c.window is not None:
+    own = own & (slot[:, None] - own_slots < c.window)
+    if shown is not None:
+      shown = shown & (position[..., None] - jnp.arange(S) < c.window)
+    freq = rope_frequencies(c.local_rope or c.rope, c.head_dim)
+    views.append(_View(cos_sin(freq, position), own, shown))
+  return views
+
+
+def _layer(c: ModelConfig, fused: bool, x, w, ab, scale, dropout, view, offset, prompt, cache):
+  """x [P, G, t, D] -> x, after attention and MLP, and this layer's keys and values.
+
+  fused: a prompt on itself, through cuDNN. w, ab: this layer's weights and adapter.
+  prompt: the prompt's (k, v) [P, S, K, Dh] or None. cache: (k, v) [P, G, T, K, Dh] of which slots
+  `offset` on are written and returned, or None: then the new keys and values [P, G, t, K, Dh] are.
   """
   P, G, t, _ = x.shape
 
@@ -191,14 +242,18 @@ def _layer(c: ModelConfig, x, w, ab, scale, dropout, rotation, keys_seen, fused=
   v = heads(h, "v", c.n_kv_heads)
   if c.qk_norm:
     q, k = _norm(q, w["q_norm"], c), _norm(k, w["k_norm"], c)
-  q = constrain(rotate(q, *rotation), "prompt", None, None, "kv_heads", None)
-  k = rotate(k, *rotation)
-  own, prompt, kept = keys_seen(k, v)
+  q = constrain(rotate(q, *view.rotation), "prompt", None, None, "kv_heads", None)
+  k = rotate(k, *view.rotation)
+  kept = (k, v)
+  if cache is not None:
+    kept = _written(cache[0], k, offset), _written(cache[1], v, offset)
   query_scale = c.query_scale or c.head_dim**-0.5
   if fused:
     h = attend_prompt(q, k, v, scale=query_scale)
   else:
-    h = attend(q, own, prompt, scale=query_scale, softcap=c.attn_softcap)
+    own = (*(_array(a, x.dtype) for a in kept), view.own)
+    shown = prompt and (*(_array(a, x.dtype) for a in prompt), view.prompt)
+    h = attend(q, own, shown, scale=query_scale, softcap=c.attn_softcap)
   h = project(h, "o")
   x = x + (_norm(h, w["post_attn_norm"], c) if c.post_norms else h)
   h = _norm(x, w["mlp_norm"], c)
@@ -208,111 +263,80 @@ def _layer(c: ModelConfig, x, w, ab, scale, dropout, rotation, keys_seen, fused=
   return constrain(x, "prompt", None, None, None), kept
 
 
-# --- The stack ------------------------------------------------------------------------
+def _written(cache, new, offset):
+  """cache [P, G, T, K, Dh] with `new` [P, G, t, K, Dh] from slot `offset` on."""
+  if isinstance(cache, Int8):
+    new = int8.quantise(new, -1)
+  put = lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b.astype(a.dtype), offset, 2)  # noqa: E731
+  return jax.tree.map(put, cache, new)
 
-REMAT = {
-  "none": None,
+
+# --- All layers ------------------------------------------------------------------------
+
+REMAT = {  # what the backward pass keeps of a layer; "none": all but the copies of weights
+  "none": lambda primitive, *_, **__: primitive.name != "cond",
   "full": jax.checkpoint_policies.nothing_saveable,
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
 
-def _stack(
+def _embed(params: dict, c: ModelConfig, tokens: jax.Array) -> jax.Array:
+  # Rows first whole (an fsdp gather of the table), then looked up: split both ways, the lookup
+  # would gather every prompt's states instead.
+  x = jnp.take(constrain(params["embed"], "vocab", None), tokens, axis=0, mode="clip")
+  x = x * jnp.asarray(c.embed_scale, x.dtype)  # Gemma rounds the scale to the model's dtype
+  return constrain(x, "prompt", None, None, None)
+
+
+def _through_layers(
   params: dict,
   adapter: Adapter | None,
   c: ModelConfig,
   tokens: jax.Array,
-  offset: jax.Array | int,
   prompt: PromptCache | None,
-  cache: CompletionCache | None,
   pool: jax.Array | None,
   dropout: Dropout | None,
   remat: str,
   fused: bool = False,
 ):
-  """tokens [P, G, t], whose first slot is `offset` of their segment, through all layers.
+  """tokens [P, G, t] of a segment from its first slot on, through all layers.
 
-  Returns hidden [P, G, t, D] after the last layer (before the final norm), the cache
-  (updated, or the new keys and values [L, P, G, t, K, Dh] if none was given) and the
-  pooled states [L, P, G, D] if `pool` [P, G, t] bool was given.
+  Returns hidden [P, G, t, D] after the last layer (before the final norm), the keys and values
+  [L, P, G, t, K, Dh], and the pooled states [L, P, G, D] if `pool` [P, G, t] bool was given.
+
+  One loop for all layers, so that one layer is compiled. Each turn copies its layer's weights out
+  of the separate arrays: little beside the products of many tokens.
   """
+  if remat not in REMAT:
+    raise ValueError(f"remat={remat!r}: choose from {', '.join(REMAT)}")
   P, G, t = tokens.shape
-  # Rows first whole (an fsdp gather of the table), then looked up: split both ways, the lookup
-  # would gather every prompt's states instead.
-  x = jnp.take(constrain(params["embed"], "vocab", None), tokens, axis=0, mode="clip")
-  x = x * jnp.asarray(c.embed_scale, x.dtype)  # Gemma rounds the scale to the model's dtype
-  x = constrain(x, "prompt", None, None, None)
-  slot = offset + jnp.arange(t)  # index of each query in its own segment
-  start = 0 if prompt is None else prompt.lengths[:, None, None]
-  position = jnp.broadcast_to(start + slot, (P, G, t))
-  own_slots = jnp.arange(t if cache is None else jax.tree.leaves(cache)[0].shape[-3])
-  own_mask = slot[:, None] >= own_slots  # causal; slots not written yet are in the future
-  prompt_mask = None
-  if prompt is not None:
-    S = jax.tree.leaves(prompt.k)[0].shape[-3]
-    prompt_mask = mask_from_lengths(prompt.lengths, S)[:, None, None]  # [P, 1, 1, S]
-  ropes = [cos_sin(rope_frequencies(c.rope, c.head_dim), position)]
-  local = jnp.asarray(c.local_layers or (False,) * c.n_layers)
-  has_local = any(c.local_layers) and c.window is not None
-  if has_local:
-    local_freq = rope_frequencies(c.local_rope or c.rope, c.head_dim)
-    ropes.append(cos_sin(local_freq, position))
-    own_near = own_mask & (slot[:, None] - own_slots < c.window)
-    if prompt is not None:
-      prompt_near = prompt_mask & (position[..., None] - jnp.arange(S) < c.window)
+  views = _views(c, prompt, t, 0, P, G, t)
+  scale = 0.0 if adapter is None else adapter.scale
+  choices = [lambda w=w: w for w in params["layers"]]
 
-  def body(carry, xs):
-    x, cache = carry
-    layer, w, ab, prompt_kv, is_local = xs
-    rotation, mask_own, mask_prompt = ropes[0], own_mask, prompt_mask
-    if has_local:
-      rotation = jax.tree.map(lambda a, b: jnp.where(is_local, b, a), ropes[0], ropes[1])
-      mask_own = jnp.where(is_local, own_near, own_mask)
-      if prompt is not None:
-        mask_prompt = jnp.where(is_local, prompt_near, prompt_mask)
-
-    def keys_seen(k, v):
-      if cache is None:
-        own, kept = (k, v, mask_own), (k, v)
-      else:  # The cache is carried, not scanned over: xs -> ys would copy all of it.
-        new = CompletionCache(k, v)
-        if isinstance(cache.k, Int8):
-          new = CompletionCache(int8.quantise(k, -1), int8.quantise(v, -1))
-        at = (layer, 0, 0, offset, 0, 0)
-        kept = jax.tree.map(
-          lambda a, b: jax.lax.dynamic_update_slice(a, b[None].astype(a.dtype), at), cache, new
-        )
-        read = lambda a: jax.lax.dynamic_index_in_dim(a, layer, 0, keepdims=False)  # noqa: E731
-        layer_kv = jax.tree.map(read, kept)
-        own = (*(_array(a, k.dtype) for a in (layer_kv.k, layer_kv.v)), mask_own)
-      if prompt is None:
-        return own, None, kept
-      return own, (*(_array(a, k.dtype) for a in prompt_kv), mask_prompt), kept
-
-    scale = 0.0 if adapter is None else adapter.scale
+  def body(x, xs):
+    layer, ab, prompt_kv, is_local = xs
+    w = jax.lax.switch(layer, choices)
+    view = views[0]
+    if len(views) > 1:
+      view = jax.tree.map(lambda a, b: jnp.where(is_local, b, a), *views)
     drop = dropout and dropout.replace(key=jax.random.fold_in(dropout.key, layer))
-    x, kept = _layer(c, x, w, ab, scale, drop, rotation, keys_seen, fused)
+    x, kept = _layer(c, fused, x, w, ab, scale, drop, view, 0, prompt_kv, None)
     pooled = None
     if pool is not None:
       count = jnp.maximum(jnp.sum(pool, -1), 1)[..., None]
       pooled = jnp.einsum("pgtd,pgt->pgd", x.astype(jnp.float32), pool.astype(jnp.float32)) / count
-    if cache is None:
-      return (x, None), (kept, pooled)
-    return (x, kept), (None, pooled)
+    return x, (kept, pooled)
 
-  if remat not in REMAT:
-    raise ValueError(f"remat={remat!r}: choose from {', '.join(REMAT)}")
-  if remat != "none":
-    body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
+  body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)
   xs = (
     jnp.arange(c.n_layers),
-    params["layers"],
     {} if adapter is None else adapter.weights,
-    None if prompt is None else (prompt.k, prompt.v),
-    local,
+    prompt and (prompt.k, prompt.v),
+    jnp.asarray(c.local_layers or (False,) * c.n_layers),
   )
-  (x, cache), (kept, pooled) = jax.lax.scan(body, (x, cache), xs)
-  return x, cache or kept, pooled
+  x, (kept, pooled) = jax.lax.scan(body, _embed(params, c, tokens), xs)
+  return x, kept, pooled
 
 
 def _finish(params: dict, c: ModelConfig, x: jax.Array) -> jax.Array:
@@ -344,7 +368,7 @@ def prefill(
   if fused and (c.attn_softcap or any(c.local_layers)):
     raise UserError("attention=cudnn: this model caps or windows its attention; use einsum")
   tokens = prompts.tokens[:, None]
-  x, (k, v), _ = _stack(params, adapter, c, tokens, 0, None, None, None, dropout, remat, fused)
+  x, (k, v), _ = _through_layers(params, adapter, c, tokens, None, None, dropout, remat, fused)
   cache = PromptCache(k=k[:, :, 0], v=v[:, :, 0], lengths=prompts.lengths)
   return cache, _finish(params, c, x)[:, 0]
 
@@ -371,7 +395,7 @@ def extend(
   if `pool` [P, G, T] bool is given, pooled [L, P, G, D] float32: the mean over the
   pooled slots of the state after each layer.
   """
-  x, _, pooled = _stack(params, adapter, c, tokens, 0, prompt, None, pool, dropout, remat)
+  x, _, pooled = _through_layers(params, adapter, c, tokens, prompt, pool, dropout, remat)
   return _finish(params, c, x), pooled
 
 
@@ -388,10 +412,18 @@ def decode(
 
   Returns hidden [P, G, D] (after the final norm) and the updated cache.
   """
-  x, cache, _ = _stack(
-    params, adapter, c, tokens[..., None], offset, prompt, cache, None, None, "none"
-  )
-  return _finish(params, c, x)[:, :, 0], cache
+  prompt = by_layer(prompt)
+  (P, G), T = tokens.shape, jax.tree.leaves(cache)[0].shape[-3]
+  views = _views(c, prompt, T, offset, P, G, 1)
+  scale = 0.0 if adapter is None else adapter.scale
+  run = jax.jit(functools.partial(_layer, c, False))  # traced once for all layers that look alike
+  x, kept = _embed(params, c, tokens[..., None]), []
+  for i, ab in enumerate(per_layer(adapter, c.n_layers)):
+    view = views[-1] if c.local_layers and c.local_layers[i] else views[0]
+    prompt_kv, own_kv = (prompt.k[i], prompt.v[i]), (cache.k[i], cache.v[i])
+    x, kv = run(x, params["layers"][i], ab, scale, None, view, offset, prompt_kv, own_kv)
+    kept.append(kv)
+  return _finish(params, c, x)[:, :, 0], CompletionCache(*zip(*kept, strict=True))
 
 
 def head_matrix(params: dict) -> tuple[jax.Array, str]:

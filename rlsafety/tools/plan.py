@@ -88,11 +88,11 @@ def compile_programs(config, policy, judge, target: Device) -> dict:
     staleness=pg(jnp.int32),
   )
   optimizer = learner.make_optimizer(config.optimizer)
-  base, layers = base_of(policy), architecture.weights(policy)["layers"]
-  axes = lora.adapter_axes(layers, config.lora)
+  base = base_of(policy)
+  axes = lora.adapter_axes(policy, config.lora)
 
   def fresh(key):
-    return learner.init_state(lora.init_adapter(layers, config.lora, key), optimizer)
+    return learner.init_state(lora.init_adapter(policy, config.lora, key), optimizer)
 
   key = jax.eval_shape(lambda: jax.random.key(0))
   state = jax.eval_shape(fresh, key)
@@ -125,13 +125,13 @@ def compile_programs(config, policy, judge, target: Device) -> dict:
   read, copies = base, []
   if config.memory.sampler_base:  # a second, rounded copy of the linears beside the base
 
-    def like(path, x):  # values lie as their weight; scales, of size 1 along one axis, too
-      weight = architecture.weights(policy)
-      for part in path[: 2 if path[0].key == "layers" else 1]:
-        weight = weight[part.key]
-      return place(x.dtype, *zip(weight.axes, x.shape, strict=True))
+    def like(weight, rounded):  # values lie as their weight; scales, of size 1 along an axis, too
+      put = lambda x: place(x.dtype, *zip(weight.axes, x.shape, strict=True))  # noqa: E731
+      return jax.tree.map(put, rounded)
 
-    read = jax.tree_util.tree_map_with_path(like, jax.eval_shape(int8.quantise_base, base))
+    read = jax.eval_shape(int8.quantise_base, base)
+    declared = architecture.weights(policy)
+    read = jax.tree.map(like, declared, read, is_leaf=architecture.is_weight)
     is_copy = lambda x: isinstance(x, int8.Int8)  # noqa: E731
     copies = [x for x in jax.tree.leaves(read, is_leaf=is_copy) if is_copy(x)]
   calls = P // at_once

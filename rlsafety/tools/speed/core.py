@@ -19,8 +19,7 @@ def setup(f, name: str):
   config = presets.preset(name)
   init = functools.partial(architecture.init_params, config, dtype=jnp.dtype(f.dtype))
   params = jax.jit(init)(jax.random.key(0))
-  layers = architecture.weights(config)["layers"]
-  adapter = lora.init_adapter(layers, Lora(rank=f.rank), jax.random.key(1))
+  adapter = lora.init_adapter(config, Lora(rank=f.rank), jax.random.key(1))
   return config, params, adapter, random_prompts(config, f.prompts, f.prompt_tokens)
 
 
