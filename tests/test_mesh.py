@@ -94,7 +94,7 @@ def test_update_is_the_same_on_every_mesh(name):
     assert_close(results[0], other)
 
 
-@pytest.mark.parametrize("name", losses.PRESETS)
+@pytest.mark.parametrize("name", losses.METHODS)
 def test_every_objective_is_the_same_on_every_mesh(name):
   config, objective = CONFIGS["qwen"], objective_of(name)
   params, adapter = make_model(config)
