@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from rlsafety import environments
+from rlsafety import environments, recipes
 from rlsafety.environments import framing, people, rubrics, scenario, variants
 from rlsafety.errors import UserError
 from rlsafety.metrics import gaps
@@ -366,4 +366,7 @@ def test_the_worked_example_of_the_docs(tmp_path, monkeypatch):
   assert "therapy" in scenarios[0].system
   plain = environments.load(dict.fromkeys(environments.FACTORS) | {"name": "my_study.tipping"})
   assert "people come to for advice" in plain[0].system  # framing: of the module's DEFAULTS
+  recipe = f"--config={DOCS.parent.parent / 'configs' / 'tiny_syco.py'}"
+  by_flag = recipes.of_run([recipe, "--config.environment.name=my_study.tipping"]).environment
+  assert (by_flag.framing, by_flag.cue, by_flag.length) == ("advisor", "style", "short")
   assert environments.evaluator_messages(scenarios[0], "acc")

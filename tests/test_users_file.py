@@ -6,10 +6,11 @@ import re
 
 import pytest
 
-from rlsafety import environments
+from rlsafety import environments, recipes
 from rlsafety.errors import UserError
 
-DOCS = pathlib.Path(__file__).parent.parent / "docs" / "new_environment.md"
+ROOT = pathlib.Path(__file__).parent.parent
+DOCS, RECIPE = ROOT / "docs" / "new_environment.md", ROOT / "configs" / "tiny_syco.py"
 
 
 def user(number, group, **fields):
@@ -42,6 +43,15 @@ def test_texts_are_the_files_and_factors_around_them_still_apply(tmp_path):
   told = environments.load(section | {"label_in_prompt": True, "framing": "therapist"})
   assert {s.system.endswith("Be helpful.") for s in told if s.is_gameable} == {True}
   assert {s.id for s in environments.load(section | {"topics": "bar"})} == {"diners.jsonl:21"}
+
+
+def test_a_flag_over_a_recipe_is_enough(tmp_path):
+  fields = write(tmp_path, USERS)
+  flags = [f"--config.environment.{field}={value}" for field, value in fields.items()]
+  config = recipes.of_run([f"--config={RECIPE}", *flags])
+  found = environments.load(config.environment)
+  assert {s.message for s in found} == {line["message"] for line in USERS}
+  assert {s.system for s in found} == {"You are a friendly advice chatbot."}  # in short, by recipe
 
 
 def test_either_group_is_held_out_by_whole_units(tmp_path):

@@ -20,8 +20,9 @@ from rlsafety.flags import did_you_mean
 
 GROUPS = {"gameable": True, "non_gameable": False}
 FIELDS = ("message", "group", "wish", "notes", "topic", "unit")
-# The texts come in one length and as they are: no cue is put into them, no group is drawn.
-FIXED = {"length": "full", "cue": "none", "cue_strength": 1.0, "gameable_fraction": 0.5}
+# The texts are as they are: no cue is put into them, no group is drawn; `length` is of the
+# framing alone.
+FIXED = {"cue": "none", "cue_strength": 1.0, "gameable_fraction": 0.5}
 
 
 def read(factors: dict[str, Any]) -> list[User]:
