@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from rlsafety import config, sharding
 from rlsafety.errors import UserError
-from rlsafety.files import read_json
+from rlsafety.files import read_json, read_text
 from rlsafety.models import architecture, families, gguf, gguf_tokenizer, hf, hf_chat, presets
 from rlsafety.models import chat as chats
 from rlsafety.models.architecture import ModelConfig
@@ -146,7 +146,7 @@ def check_sums(model: Path) -> None:
     folder, files = model, sorted(model.glob("*.safetensors"))
   known = {}
   if (folder / "SHA256SUMS").exists():
-    for line in (folder / "SHA256SUMS").read_text().splitlines():
+    for line in read_text(folder / "SHA256SUMS").splitlines():
       value, _, name = line.partition(" ")
       known[name.strip(" *")] = value
   for file in files:
