@@ -240,6 +240,8 @@ train() {
     # shellcheck disable=SC2088
     flags+=("--workdir=../bucket/runs/$name") ;;
   esac
+  # A VM whose TPU does not start must not train on its CPU.
+  case " ${flags[*]} " in *' --config.platform='*) ;; *) flags+=(--config.platform=tpu) ;; esac
   if [[ -n ${HF_TOKEN:-} && -z $hf_secret ]]; then
     note 'HF_TOKEN stays on this machine: put it into Secret Manager and give --hf-secret=NAME'
   fi

@@ -170,8 +170,10 @@ def test_gpu_hosts_find_their_coordinator_and_their_driver(capsys):
   # python:slim has no NVIDIA image's settings: without it JAX finds no libcuda and takes the CPU.
   for name, path in (("H100-16", render.DRIVER), ("H100-1", render.DRIVER), ("v5e-16", None)):
     (run,) = manifests(capsys, f"--device={name}", *K8S, *TINY)
-    env = {e["name"]: e.get("value") for e in container_of(run)["env"]}
+    container = container_of(run)
+    env = {e["name"]: e.get("value") for e in container["env"]}
     assert env.get("LD_LIBRARY_PATH") == path
+    assert f"--config.platform={'gpu' if path else 'tpu'}" in container["command"]
 
 
 def test_the_token_of_gated_models_comes_from_a_secret(capsys, monkeypatch):

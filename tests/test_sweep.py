@@ -160,6 +160,16 @@ def test_no_flag_sends_a_task_to_another_run(tmp_path):
     assert out.stdout.split("\0")[-3:-1] == [flag, "--config.seed=1"]
 
 
+def test_a_job_with_gpus_does_not_train_on_the_cpu():
+  def told(*flags, gpus):
+    env = {"SLURM_GPUS_ON_NODE": gpus}
+    return sh("bash", "launch/slurm.sbatch", "--dry-run", *flags, env=env).stdout.split()
+
+  assert told("--config=c.py", gpus="8")[-1] == "--config.platform=gpu"
+  assert told("--config=c.py", "--config.platform=cpu", gpus="8")[-1] == "--config.platform=cpu"
+  assert told("--config=c.py", gpus="0")[-1] == "--config=c.py"
+
+
 def test_sweep_on_kubernetes_applies_what_the_bucket_lacks(cloud, monkeypatch, capsys):
   text = "#!/bin/bash\necho $* >>{0}/kubectl.args\n(cat; echo ---) >>{0}/applied.yaml\n"
   executable(cloud.folder / "bin/kubectl", text.format(cloud.folder))
@@ -193,7 +203,8 @@ def test_sweep_on_kubernetes_applies_what_the_bucket_lacks(cloud, monkeypatch, c
     assert manifest["kind"] == "JobSet" and manifest["metadata"]["name"] == runs[name].label
     job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     command = job["containers"][0]["command"]
-    assert command[3:] == [*runs[name].flags, f"--workdir=/bucket/s/{name}"]
+    told = [f"--workdir=/bucket/s/{name}", "--config.platform=gpu"]
+    assert command[3:] == [*runs[name].flags, *told]
   executable(cloud.folder / "bin/kubectl", "#!/bin/sh\nexit 3\n")
   with pytest.raises(UserError, match="kubectl apply ended with 3"):
     sweep.main([*argv, *options])

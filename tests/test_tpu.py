@@ -44,7 +44,7 @@ def test_tpu_run_survives_a_preemption_and_a_dead_host(cloud, code, slice_lost):
   assert "args: -m rlsafety.train --config=c.py --config.seed=5 --workdir=../bucket/runs/run-1" in (
     out.stdout
   )
-  assert "step 300" in out.stdout
+  assert "step 300" in out.stdout and "--config.platform=tpu" in out.stdout
   create, delete = ([c for c in cloud.calls() if verb in c[:4]] for verb in ("create", "delete"))
   assert "--spot" in create[0] and "--accelerator-type=v5litepod-16" in create[0]
   assert "--runtime-version=v2-alpha-tpuv5-lite" in create[0] and "--force" in delete[-1]
@@ -182,7 +182,7 @@ def test_a_set_up_that_can_never_succeed_ends_at_once(cloud, why, delete):
 DOCKER = """\
 echo "docker $*" >>{folder}/docker-calls
 case $1 in
-  run) exec {folder}/trainer "${{@:$(($# - 4))}}" ;;
+  run) exec {folder}/trainer "${{@:$(($# - 5))}}" ;;
   kill) kill -TERM "$(cat {folder}/pid)" ;;
 esac
 """

@@ -215,6 +215,8 @@ def main(argv: list[str]) -> None:
   fits.check(config, target)
   if (models := hub_names(config)) and not options.env_from:
     print(f"render.py: {', '.join(models)}: if gated, give --env-from=SECRET", file=sys.stderr)
+  if not config.platform:  # a pod whose device is not found must not train on its CPU
+    flags = [*flags, f"--config.platform={target.platform}"]
   if not any(flag.startswith("--workdir=") for flag in flags):
     flags = [*flags, f"--workdir={MOUNT}/runs/{options.name}"]
   print(yaml.safe_dump(job_set(options.name, target, options, flags), sort_keys=False), end="")
