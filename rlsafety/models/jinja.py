@@ -4,7 +4,7 @@ A template is a program out of a model's file. `templates` runs this file in a p
 own, so that one that never ends or fills the memory ends only that. It therefore imports
 nothing of the package:
 
-  python -I jinja.py [FOLDER to import from ...] < {"template", "requests", "special"}
+  python -I -S jinja.py [FOLDER to import from ...] < {"template", "requests", "special"}
 """
 
 import datetime
@@ -12,7 +12,7 @@ import json
 import sys
 from typing import Any
 
-if __name__ == "__main__":  # -I leaves PYTHONPATH out, where jinja2 may be
+if __name__ == "__main__":  # -I -S: only what is needed is started, and found by these
   sys.path += sys.argv[1:]
 
 import jinja2

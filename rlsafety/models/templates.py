@@ -111,7 +111,7 @@ def _render(
   if template in _OWN:
     return jinja.render_all(template, requests, dict(special))
   task = json.dumps({"template": template, "requests": requests, "special": dict(special)})
-  command = [sys.executable, "-I", jinja.__file__, *(p for p in sys.path if p)]
+  command = [sys.executable, "-I", "-S", jinja.__file__, *(p for p in sys.path if p)]
   try:
     done = subprocess.run(command, input=task.encode(), capture_output=True, timeout=_WAIT)
     return json.loads(done.stdout)
