@@ -5,6 +5,7 @@ A module takes its own section and nothing else. `recipes` makes a Config of a r
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator, Mapping
 
 from rlsafety.addresses import masked
@@ -100,7 +101,9 @@ class Judge(Section):
 
   infinite = ("timeout_s", "deadline_s")
 
-  name: str = "lm"  # lm | probe | phrases | http
+  name: str = "lm"  # lm | probe | phrases | http, or a function of yours: package.module.function
+  evaluator: str = ""  # who scores ACC and HEX, likewise; "" = the same
+  also: tuple[str, ...] = ()  # further rewards, added: name=weight
   model: str = ""  # lm: path of the judge's model, "" = the policy's frozen base; probe: its file
   adapter: str = ""  # lm: PEFT folder on top of that model
   url: str = ""  # http: address of an OpenAI-compatible endpoint
@@ -112,7 +115,15 @@ class Judge(Section):
   degenerate: str = "floor"  # empty or degenerate replies: floor | nan
 
   def rules(self) -> Rules:
-    yield one_of("name", self.name, ("lm", "probe", "phrases", "http"))
+    known = ("lm", "probe", "phrases", "http")
+    for field in ("name", "evaluator"):
+      value = getattr(self, field)
+      yield one_of(field, value, (*known, value) if "." in value else (*known, ""))
+    yield "name", bool(self.name), "a run needs a judge"
+    for name, equals, weight in (text.partition("=") for text in self.also):
+      number = re.fullmatch(r"-?\d+(\.\d+)?(e-?\d+)?", weight)
+      fine = (name in known or "." in name) and bool(equals) and bool(number)
+      yield "also", fine, "needs name=weight, such as phrases=0.5 or my_study.kindness=1"
     only_lm = not self.adapter or self.name == "lm"
     yield "adapter", only_lm, f"only judge lm takes one, not {self.name}"
     yield "url", bool(self.url) or self.name != "http", "judge http needs an address"

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from rlsafety import config, sharding
 from rlsafety.environments import FACTORS, Environment, Scenario
 from rlsafety.errors import UserError
-from rlsafety.judges import http, lm, phrases, probe
+from rlsafety.judges import http, lm, own, phrases, probe
 from rlsafety.models import hf, sources
 from rlsafety.models.lora import Adapter
 from rlsafety.models.sources import Model
@@ -43,31 +43,77 @@ def open_judge(
   mesh: Mesh | None = None,
   chunk_tokens: int = 2048,
 ) -> Judge:
-  """The judge that a config names. policy: its frozen base judges too, unless settings.model
-  names another model. chunk_tokens: tokens whose logits exist at once.
+  """The judge that a config names, with its evaluator and further rewards if it names any.
 
-  Raises UserError for what cannot be used.
+  policy: its frozen base judges too, unless settings.model names another model. chunk_tokens:
+  tokens whose logits exist at once. Raises UserError for what cannot be used.
   """
-  s, wording, default = settings, environment.reward_wording, FACTORS["reward_wording"]
-  if s.name in ("probe", "phrases") and wording != default:
+  opened: dict[str, Judge] = {}
+
+  def judge(name: str) -> Judge:  # once, however often it is named
+    if name not in opened:
+      opened[name] = _open(name, settings, environment, policy, mesh, chunk_tokens)
+    return opened[name]
+
+  first, evaluator = judge(settings.name), judge(settings.evaluator or settings.name)
+  further = [(name, float(weight)) for name, _, weight in (t.partition("=") for t in settings.also)]
+  if not further and evaluator is first:
+    return first
+  for name, _ in further:
+    judge(name)
+
+  def score(users: Sequence[Scenario], replies: Replies):
+    found = {name: one.score(users, replies) for name, one in opened.items()}
+    metrics = dict(found[settings.name][1])
+    reward = found[settings.name][0]["reward"]
+    for name, weight in further:
+      part = found[name][0]["reward"]
+      metrics[f"judge_reward_{name}"] = jnp.nanmean(jnp.asarray(part))
+      reward = reward + weight * part
+    if further:
+      own_part = found[settings.name][0]["reward"]
+      metrics[f"judge_reward_{settings.name}"] = jnp.nanmean(jnp.asarray(own_part))
+    evaluated = found[settings.evaluator or settings.name][0]
+    return {"reward": reward, "acc": evaluated["acc"], "hex": evaluated["hex"]}, metrics
+
+  name = " + ".join([first.about["name"], *(f"{w:g} x {n}" for n, w in further)])
+  limits = first.about["limits"]
+  if evaluator is not first:
+    name += f"; ACC and HEX by {evaluator.about['name']}"
+    limits += f"; of ACC and HEX: {evaluator.about['limits']}"
+  return Judge(score, {**first.about, "name": name, "limits": limits})
+
+
+def _open(
+  name: str,
+  s: config.Judge,
+  environment: Environment,
+  policy: Model,
+  mesh: Mesh | None,
+  chunk_tokens: int,
+) -> Judge:
+  wording, default = environment.reward_wording, FACTORS["reward_wording"]
+  if name in ("probe", "phrases") and wording != default:
     raise UserError(
-      f"environment.reward_wording={wording!r}: judge {s.name} reads no wording and no wish, its "
+      f"environment.reward_wording={wording!r}: judge {name} reads no wording and no wish, its "
       "reward follows the group alone; leave the default, or choose judge lm or http"
     )
   unusable = 1.0 if s.degenerate == "floor" else float("nan")
-  if s.name == "probe":
-    heads = probe.find(environment.name, policy, s.model)
+  if name == "probe":
+    heads = probe.find(environment.name, policy, s.model if s.name == "probe" else "")
     return Judge(probe.make(policy, heads, mesh, unusable, chunk_tokens), probe.describe(heads))
-  if s.name == "phrases":
+  if name == "phrases":
     return Judge(phrases.make(policy.chat, environment.name, unusable), phrases.describe())
-  if s.name == "lm":
+  if name == "lm":
     model = other_model(s.model, policy, mesh) if s.model else policy
     adapter = read_adapter(s.adapter, model, mesh) if s.adapter else None
     score = lm.make(model, policy.chat, mesh, unusable, adapter)
     return Judge(score, lm.describe(model, s.adapter))
-  limits = {k: getattr(s, k) for k in ("concurrency", "timeout_s", "deadline_s", "attempts")}
-  score = http.make(s.url, s.model, policy.chat, unusable, price=s.price, **limits)
-  return Judge(score, http.describe(s.url, s.model))
+  if name == "http":
+    limits = {k: getattr(s, k) for k in ("concurrency", "timeout_s", "deadline_s", "attempts")}
+    score = http.make(s.url, s.model, policy.chat, unusable, price=s.price, **limits)
+    return Judge(score, http.describe(s.url, s.model))
+  return Judge(own.make(name, policy.chat, unusable), own.describe(name))
 
 
 def other_model(path: str, policy: Model, mesh: Mesh | None) -> Model:

@@ -90,6 +90,14 @@ def judge_config(
       f"{run.path}/config.json: environment.name={name!r} is a module to import, which a file does "
       f"not decide; add --environment={name} if it is yours"
     )
+  named = [values["judge"].get("name"), values["judge"].get("evaluator")]
+  named += [str(text).partition("=")[0] for text in values["judge"].get("also") or ()]
+  dotted = [str(n) for n in named if n and "." in str(n)]
+  if not judge and dotted:
+    raise UserError(
+      f"{run.path}/config.json: its judge is the function {dotted[0]}, which a file does not "
+      f"decide to import; add --judge={dotted[0]} if it is yours"
+    )
   if not judge and values["judge"].get("name") == "http":
     url = masked(str(values["judge"].get("url", "")))
     raise UserError(
@@ -203,7 +211,7 @@ def main(argv: Sequence[str]) -> None:
     "--name", required=True, type=flags.plain_word, help="what to call these scores"
   )
   parser.add_argument(
-    "--judge", choices=["", "lm", "probe", "phrases", "http"], default="", help="default: its own"
+    "--judge", default="", help="lm, probe, phrases, http or a function of yours; default: its own"
   )
   parser.add_argument("--judge_model", default="", help="as config.judge.model")
   parser.add_argument("--judge_url", default="", help="as config.judge.url")
