@@ -13,9 +13,11 @@ from jax.sharding import Mesh
 
 from rlsafety.config import Sampler
 from rlsafety.errors import UserError
-from rlsafety.models import transformer
+from rlsafety.models import int8, transformer
 from rlsafety.models.architecture import ModelConfig
+from rlsafety.models.int8 import Int8
 from rlsafety.models.lora import Adapter
+from rlsafety.sharding import constrain
 from rlsafety.types import Prompts, Rollouts
 
 
@@ -86,6 +88,32 @@ def _locate(weights: jax.Array, at: jax.Array) -> tuple[jax.Array, jax.Array]:
   return index, at - before
 
 
+def init_cache(config: ModelConfig, P: int, G: int, T: int, dtype) -> transformer.CompletionCache:
+  """An empty cache; dtype jnp.int8 makes one of Int8 with a scale per slot and head."""
+  shape = (P, G, T, config.n_kv_heads, config.head_dim)
+
+  def empty():
+    zeros = constrain(jnp.zeros(shape, dtype), "prompt", None, None, "kv_heads", None)
+    if zeros.dtype != jnp.int8:
+      return zeros
+    scale = jnp.zeros((*shape[:-1], 1), jnp.float32)
+    return Int8(zeros, constrain(scale, "prompt", None, None, "kv_heads", None))
+
+  k, v = (tuple(empty() for _ in range(config.n_layers)) for _ in "kv")
+  return transformer.CompletionCache(k, v)
+
+
+def quantise_cache(cache: transformer.PromptCache) -> transformer.PromptCache:
+  return cache.replace(k=int8.quantise(cache.k, -1), v=int8.quantise(cache.v, -1))
+
+
+def by_layer(cache: transformer.PromptCache) -> transformer.PromptCache:
+  """The same cache with one array per layer: what `decode` reads, made once and not in its loop."""
+  layers = jax.tree.leaves(cache.k)[0].shape[0]
+  split = lambda x: tuple(jax.tree.map(lambda a, i=i: a[i], x) for i in range(layers))  # noqa: E731
+  return cache.replace(k=split(cache.k), v=split(cache.v))
+
+
 def uniforms(key: jax.Array, rows: jax.Array, G: int, T: int) -> jax.Array:
   """[T, P, G] numbers in [0, 1), each from the key folded with its (row, sample, slot)."""
 
@@ -121,9 +149,9 @@ def sample(
   prompt, hidden = transformer.prefill(params, adapter, config, prompts)
   dtype = hidden.dtype
   if settings.cache == "int8":
-    prompt, dtype = transformer.quantise_cache(prompt), jnp.int8
-  prompt = transformer.by_layer(prompt)
-  cache = transformer.init_cache(config, P, G, T, dtype)
+    prompt, dtype = quantise_cache(prompt), jnp.int8
+  prompt = by_layer(prompt)
+  cache = init_cache(config, P, G, T, dtype)
   hidden = transformer.last_hidden(hidden, prompts.lengths)
   hidden = jnp.broadcast_to(hidden[:, None], (P, G, hidden.shape[-1]))
   stops = jnp.asarray(stop_ids, jnp.int32).reshape(-1)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from rlsafety import sampler
 from rlsafety.config import Lora
 from rlsafety.models import architecture, assemble, families, hf, transformer
 from rlsafety.models.lora import Adapter
@@ -164,7 +165,7 @@ def _decode(c, params, adapter, prompt, replies):
     h, cache = transformer.decode(params, adapter, c, prompt, cache, replies[:, :, i], i)
     return cache, h
 
-  cache = transformer.init_cache(c, P, G, T, jnp.float32)
+  prompt, cache = sampler.by_layer(prompt), sampler.init_cache(c, P, G, T, jnp.float32)
   _, hidden = jax.lax.scan(step, cache, jnp.arange(T))
   return jnp.moveaxis(transformer.unembed(params, c, hidden), 0, 2)
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from conftest import LLAMA, make_model, make_prompts
 
+from rlsafety import sampler
 from rlsafety.config import Lora
 from rlsafety.models import lora, scoring, transformer
 from rlsafety.types import Prompts
@@ -70,11 +71,30 @@ def test_cached_decode_equals_teacher_forcing(family):
   cache, _ = jax.jit(transformer.prefill, static_argnums=2)(params, adapter, config, prompts)
   extend = jax.jit(transformer.extend, static_argnums=2)
   hidden, _ = extend(params, adapter, config, cache, tokens)
-  own = transformer.init_cache(config, 2, 3, 8, jnp.float32)
+  cache, own = sampler.by_layer(cache), sampler.init_cache(config, 2, 3, 8, jnp.float32)
   decode = jax.jit(transformer.decode, static_argnums=2)
   for i in range(8):
     state, own = decode(params, adapter, config, cache, own, tokens[..., i], jnp.asarray(i))
     np.testing.assert_allclose(state, hidden[:, :, i], atol=1e-5)
+
+
+def test_queries_in_blocks_change_nothing(monkeypatch):
+  """Two segments, grouped heads and a capped logit, with 6 queries at once and one by one."""
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+  q, own, prompt = draw(2, 3, 6, 4, 8), draw(2, 2, 3, 6, 2, 8), draw(2, 2, 5, 2, 8)
+  causal = np.tril(np.ones((6, 6), bool))
+  shown = np.arange(5) < np.array([5, 3])[:, None, None, None]
+
+  def loss(q, own, prompt):
+    out = transformer.attend(q, (*own, causal), (*prompt, shown), scale=0.3, softcap=5.0)
+    return (out * jnp.cos(jnp.arange(out.size)).reshape(out.shape)).sum(), out
+
+  run = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)
+  whole = run(q, own, prompt)
+  monkeypatch.setattr(transformer, "LOGITS", 1)
+  for x, y in zip(jax.tree.leaves(whole), jax.tree.leaves(run(q, own, prompt)), strict=True):
+    np.testing.assert_allclose(x, y, atol=1e-6)
 
 
 def test_padding_slots_change_nothing(family):

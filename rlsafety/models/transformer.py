@@ -32,21 +32,12 @@ from rlsafety.types import Prompts
 class PromptCache:
   """Keys and values of the prompts: k, v [L, P, S, K, Dh], arrays or Int8; lengths [P].
 
-  `decode` reads them `by_layer`: tuples of L arrays [P, S, K, Dh].
+  `decode` reads them layer by layer: tuples of L arrays [P, S, K, Dh] (`sampler.by_layer`).
   """
 
   k: jax.Array | Int8 | tuple
   v: jax.Array | Int8 | tuple
   lengths: jax.Array
-
-
-def by_layer(cache: PromptCache) -> PromptCache:
-  """The same cache with one array per layer: to be done once, outside of the decode loop."""
-  if isinstance(cache.k, tuple):
-    return cache
-  layers = jax.tree.leaves(cache.k)[0].shape[0]
-  split = lambda x: tuple(jax.tree.map(lambda a, i=i: a[i], x) for i in range(layers))  # noqa: E731
-  return cache.replace(k=split(cache.k), v=split(cache.v))
 
 
 @struct.dataclass
@@ -55,24 +46,6 @@ class CompletionCache:
 
   k: tuple
   v: tuple
-
-
-def init_cache(c: ModelConfig, P: int, G: int, T: int, dtype) -> CompletionCache:
-  """An empty cache; dtype jnp.int8 makes one of Int8 with a scale per slot and head."""
-  shape = (P, G, T, c.n_kv_heads, c.head_dim)
-
-  def empty():
-    zeros = constrain(jnp.zeros(shape, dtype), "prompt", None, None, "kv_heads", None)
-    if zeros.dtype != jnp.int8:
-      return zeros
-    scale = jnp.zeros((*shape[:-1], 1), jnp.float32)
-    return Int8(zeros, constrain(scale, "prompt", None, None, "kv_heads", None))
-
-  return CompletionCache(*(tuple(empty() for _ in range(c.n_layers)) for _ in "kv"))
-
-
-def quantise_cache(cache: PromptCache) -> PromptCache:
-  return cache.replace(k=int8.quantise(cache.k, -1), v=int8.quantise(cache.v, -1))
 
 
 # --- Attention ------------------------------------------------------------------------
@@ -104,6 +77,9 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], -1).astype(x.dtype)
 
 
+LOGITS = 2**24  # attention logits that exist at once, in float32: 64 MiB
+
+
 def attend(q, own, prompt, *, scale: float, softcap: float | None) -> jax.Array:
   """One softmax over the prompt's keys and the row's own keys.
 
@@ -112,7 +88,30 @@ def attend(q, own, prompt, *, scale: float, softcap: float | None) -> jax.Array:
   prompt: (k [P, S, K, Dh], v, mask broadcastable to [P, G, t, S]) or None.
   Query head h reads key head h // (H / K). Returns [P, G, t, H * Dh] in q's dtype;
   logits and softmax are float32.
+
+  Where the logits of all queries would be more than LOGITS, queries go block by block, and the
+  backward pass makes each block's logits again: nothing of size [.., t, S + T] is kept.
   """
+  P, G, t, H, Dh = q.shape
+  masks = [jnp.broadcast_to(m, (P, G, t, k.shape[-3])) for k, _, m in filter(None, (prompt, own))]
+  per_query = P * G * H * sum(m.shape[-1] for m in masks)
+  block = max(d for d in range(1, t + 1) if t % d == 0 and (d == 1 or d * per_query <= LOGITS))
+  if block == t:
+    return _attend(q, own, prompt, scale, softcap)
+
+  @jax.checkpoint
+  def one_block(xs):
+    queries, *masks = xs
+    shown = prompt and (*prompt[:2], masks[0])
+    return _attend(queries, (*own[:2], masks[-1]), shown, scale, softcap)
+
+  split = lambda x: jnp.moveaxis(x.reshape(P, G, t // block, block, *x.shape[3:]), 2, 0)  # noqa: E731
+  out = jax.lax.map(one_block, [split(x) for x in (q, *masks)])
+  return jnp.moveaxis(out, 0, 2).reshape(P, G, t, H * Dh)
+
+
+def _attend(q, own, prompt, scale, softcap):
+  """`attend` for all queries at once."""
   P, G, t, H, Dh = q.shape
   K = own[0].shape[-2]
   q = q.reshape(P, G, t, K, H // K, Dh)
@@ -412,7 +411,6 @@ def decode(
 
   Returns hidden [P, G, D] (after the final norm) and the updated cache.
   """
-  prompt = by_layer(prompt)
   (P, G), T = tokens.shape, jax.tree.leaves(cache)[0].shape[-3]
   views = _views(c, prompt, T, offset, P, G, 1)
   scale = 0.0 if adapter is None else adapter.scale
