@@ -169,7 +169,7 @@ def test_command_lines(run, address, tmp_path, capsys):
   assert rows[0]["runs"] == str(run.path) and rows[0]["correction"] == "none"  # not the other's
   for bad, says in (
     (["--runs=x", "--name=a", "--source=test"], "invalid choice: 'test'"),
-    (["--runs=x", "--name=a", "--judge=head_"], "invalid choice: 'head_'"),
+    (["--runs=x", "--name=a", "--judge=head_"], "--judge=head_: unknown"),
     (["--runs=x", "--batch=many"], "--batch: invalid int value: 'many'"),
     (["--runs=x", "--name=a", "--run=x"], "unknown argument '--run=x'; did you mean --runs"),
     ([], "--runs"),

@@ -225,6 +225,9 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument("--seed", type=int, default=0, help="of the choice of these")
   parser.add_argument("--batch", type=int, default=16, help="rollouts at a time")
   args = flags.parse(parser, argv)
+  known = ("", "lm", "probe", "phrases", "http")
+  if args.judge not in known and "." not in args.judge:
+    raise UserError(f"--judge={args.judge}: unknown{flags.did_you_mean(args.judge, known)}")
   found, notes = gather.find_runs(args.runs.split(","))
   for note in notes:
     print(f"note: {note}")
