@@ -172,6 +172,10 @@ def test_command_stores_with_a_run_and_draws(tmp_path, capsys):
   (run / "config.json").write_text(json.dumps({"config": config}))
   with pytest.raises(UserError, match="nowhere.gguf"):
     gameability.main(["gameability", f"--run={run}"])
+  config["environment"] = {"name": "pack.evil"}
+  (run / "config.json").write_text(json.dumps({"config": config}))
+  with pytest.raises(UserError, match="environment.name='pack.evil' is a module"):
+    gameability.main(["gameability", f"--run={run}"])
 
 
 def test_a_text_read_before_is_not_rated_again(model, monkeypatch):

@@ -358,8 +358,14 @@ def main(argv: Sequence[str]) -> None:
   args = flags.parse(parser, argv)
   if args.run:
     config = read.load_run(args.run).config
-    if not config.get("environment"):
+    name = (config.get("environment") or {}).get("name")
+    if not name:
       raise UserError(f"{args.run}/config.json: config.environment is missing")
+    if name not in environments.ENVIRONMENTS:
+      raise UserError(
+        f"{args.run}/config.json: environment.name={name!r} is a module to import, which a file "
+        f"does not decide; give --variants={name} in place of --run if it is yours"
+      )
     wanted = {"this run": config["environment"]}
     if args.model is None:  # random weights have no path: no probe
       args.model = config.get("model", {}).get("path", "")
