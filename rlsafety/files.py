@@ -136,8 +136,8 @@ def lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
   except FileNotFoundError:
     raise UserError(f"{path}: no such file") from None
   except (OSError, ValueError) as error:
-    raise error if isinstance(error, UserError) else UserError(
-      f"{path}: cannot be read ({error})"
+    raise (
+      error if isinstance(error, UserError) else UserError(f"{path}: cannot be read ({error})")
     ) from None
 
 
@@ -211,12 +211,17 @@ def _write(path: Path, flags: int, data: bytes, sync: bool) -> None:
     raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
-def write_json(path: str | Path, value: Any) -> None:
-  """Writes `value` under its final name only once it is complete and on the disk."""
+def write_bytes(path: str | Path, data: bytes) -> None:
+  """Writes `data` under its final name only once it is complete and on the disk."""
   path = Path(path)
   partial = path.with_name(path.name + ".partial")
-  _write(partial, os.O_TRUNC, _encoded(value, indent=2), sync=True)
+  _write(partial, os.O_TRUNC, data, sync=True)
   os.replace(partial, path)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+  """Writes `value` as `write_bytes` does."""
+  write_bytes(path, _encoded(value, indent=2))
 
 
 def append(path: str | Path, records: list[dict]) -> None:

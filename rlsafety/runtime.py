@@ -7,6 +7,8 @@ so that a laptop and a pod run the same command. Failures name the host.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import logging
 import os
 import pathlib
@@ -14,11 +16,12 @@ import re
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 
 import jax
 from jax._src import distributed  # the public barrier is a collective: it cannot time out
 
-from rlsafety.errors import UserError
+from rlsafety.errors import INTERRUPTED, UserError
 
 PREEMPTED = 75  # exit code after SIGTERM: saved, start me again (sysexits' EX_TEMPFAIL)
 
@@ -33,11 +36,53 @@ def progress() -> logging.Logger:
   return log
 
 
-def on_sigterm() -> threading.Event:
-  """An event that SIGTERM sets: the run then saves and exits with PREEMPTED."""
-  told = threading.Event()
-  signal.signal(signal.SIGTERM, lambda *_: told.set())
-  return told
+@dataclasses.dataclass
+class Told:
+  """Which signal asked the run to save and end: 0 = none yet."""
+
+  signal: int = 0
+
+  @property
+  def exit_code(self) -> int:
+    return INTERRUPTED if self.signal == signal.SIGINT else PREEMPTED
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Told]:
+  """SIGTERM and the first Ctrl-C ask the run to save after its step; the second Ctrl-C ends the
+  process at once with exit code 130. What signals did before is back afterwards.
+
+  A thread reads the signals: Python's own handlers wait for a compilation to end.
+  """
+  told = Told()
+  read_end, write_end = os.pipe()
+  os.set_blocking(write_end, False)
+
+  def listen() -> None:
+    while number := int.from_bytes(os.read(read_end, 1)):
+      if number == signal.SIGINT and told.signal == signal.SIGINT:
+        print("rlsafety: stopped by the second Ctrl-C", file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)
+      if number == signal.SIGINT:
+        print("Ctrl-C: saving after this step; once more stops at once", flush=True)
+      if number in handled:
+        told.signal = number
+
+  handled = (signal.SIGTERM, signal.SIGINT)
+  before = {number: signal.signal(number, lambda *_: None) for number in handled}
+  descriptor = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+  listener = threading.Thread(target=listen, daemon=True)
+  listener.start()
+  try:
+    yield told
+  finally:
+    signal.set_wakeup_fd(descriptor)
+    for number, handler in before.items():
+      signal.signal(number, handler)
+    os.write(write_end, b"\0")
+    listener.join()
+    os.close(read_end)
+    os.close(write_end)
 
 
 def check_platform(wanted: str) -> None:

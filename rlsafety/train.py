@@ -9,6 +9,7 @@ command, ends in the same bits.
 
 import dataclasses
 import functools
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,7 @@ from rlsafety import (
 )
 from rlsafety.config import Config
 from rlsafety.environments import scenario
+from rlsafety.errors import UserError
 from rlsafety.metrics import gaps
 from rlsafety.models import architecture, hf, int8, sources
 from rlsafety.report import summary as summaries
@@ -48,21 +50,25 @@ def run(config: Config, workdir: str) -> dict:
   """
   runtime.check_platform(config.platform)
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-  with jax.set_mesh(mesh):  # the caller's own mesh, if any, is back afterwards
-    return run_on(mesh, config, workdir)
+  # The caller's own mesh and signal handlers, if any, are back afterwards.
+  with jax.set_mesh(mesh), runtime.stop_signals() as told:
+    return run_on(mesh, config, workdir, told)
 
 
-def run_on(mesh: Mesh, config: Config, workdir: str) -> dict:
+def run_on(mesh: Mesh, config: Config, workdir: str, told: runtime.Told) -> dict:
   """`run` on the mesh in use: the whole program."""
   # --- Run directory ------------------------------------------------------------------
   log = runtime.progress()
   run = write.open_run(workdir, config)
-  if done := run.summary():
+  done, lost = run.complete(config)
+  if done and not lost:
     log.info("run is complete: %s", run.path)
     print(done["table"])
     log.info("report: %s", run.path / "report.html")
+    run.close()
     return done
-  told = runtime.on_sigterm()
+  if lost:
+    log.info("run is complete but lost %s: written again", ", ".join(lost))
   log.info("workdir %s; mesh %s of %s", run.path, dict(mesh.shape), jax.devices()[0].device_kind)
 
   # --- Policy, users, judge -----------------------------------------------------------
@@ -81,9 +87,11 @@ def run_on(mesh: Mesh, config: Config, workdir: str) -> dict:
   heldout = rollout.users_of(asked, chat, config.max_prompt_tokens)
   log.info("environment %s: %d training prompts", config.environment.name, len(users))
   from_records = replay.prompts_per_batch(config.data, config.objective, P)
-  records = None
+  records, data = None, None
   if from_records:
     slots = config.sampler.group, config.max_prompt_tokens, config.sampler.max_tokens
+    data = {"path": config.data.path, "sha256": replay.digest(config.data.path)}
+    run.same_data(data["sha256"])
     records = replay.load(config.data.path, policy, config.objective, *slots, config.epochs)
     log.info("records %s: %d of %d per batch", config.data.path, from_records, P)
   judge = judges.open_judge(
@@ -123,8 +131,9 @@ def run_on(mesh: Mesh, config: Config, workdir: str) -> dict:
     state = restored
     log.info("resuming after step %d", step)
   about = {"model": {**policy.source, "parameters": parameters}, "judge": judge.about}
-  run.start(config, step, about)
+  again = run.start(config, step, about | {"data": data}, len(heldout) * config.eval.samples)
   write_events = write.event_writer(run)
+  silence = Silence(str(run.path / "checkpoints"))
 
   def evaluate(adapter, step: int) -> None:
     rows, summary = evaluation.evaluate(
@@ -141,10 +150,11 @@ def run_on(mesh: Mesh, config: Config, workdir: str) -> dict:
     )
     run.log_evaluation(rows, summary)
     log.info("held-out at step %d: %s", step, gaps.group_line(summary))
+    silence.hear(summary)
 
   def log_step(pending: StepLog, seconds: list[float]) -> None:
     if pending.metrics["nonfinite"]:
-      raise FloatingPointError(
+      raise UserError(
         f"step {pending.step}: the gradient or the step is not finite (loss "
         f"{pending.metrics['loss']}); the adapter of the step before is in "
         f"{run.path / 'checkpoints'}; lower optimizer.learning_rate"
@@ -153,12 +163,16 @@ def run_on(mesh: Mesh, config: Config, workdir: str) -> dict:
     write_events(pending.step, {**row, **timing})
     seconds.append(timing["seconds"])
     log.info("%s", step_line(row, timing, config.steps, seconds))
+    silence.hear(row)
 
   # --- The loop -----------------------------------------------------------------------
   if step < 0:
     step = 0
     evaluate(state.adapter, step)
     checkpoints.save(manager, step, state)
+  elif again:
+    log.info("the evaluation at step %d was lost: made again", step)
+    evaluate(state.adapter, step)
   seconds: list[float] = []  # of each step
   pending = None  # the step before, written while the device works on this one
   while step < config.steps:
@@ -189,7 +203,7 @@ def run_on(mesh: Mesh, config: Config, workdir: str) -> dict:
     learned = {"learn_s": time.monotonic() - began}
     pending = StepLog(step, own, replayed, batch.lengths, metrics, learned)
 
-    stop, last = sharding.any_process(told.is_set()), step == config.steps
+    stop, last = sharding.any_process(told.signal > 0), step == config.steps
     due = last or is_due(step, config.eval.every)
     if stop or due or is_due(step, config.checkpoint.every):
       log_step(pending, seconds)
@@ -200,9 +214,10 @@ def run_on(mesh: Mesh, config: Config, workdir: str) -> dict:
       checkpoints.save(manager, step, state, wait=stop or last)
     if stop and not last:
       manager.close()
-      log.info("SIGTERM: saved step %d; the same command continues", step)
-      sys.exit(runtime.PREEMPTED)
-  manager.wait_until_finished()
+      what = signal.Signals(told.signal or signal.SIGTERM).name
+      log.info("%s: saved step %d; the same command continues", what, step)
+      sys.exit(told.exit_code)
+  checkpoints.finish(manager)
   return finish(run, sharding.fetch(state.adapter), policy, config)
 
 
@@ -219,6 +234,30 @@ def finish(run: RunDir, adapter, policy: sources.Model, config: Config) -> dict:
   run.close()
   runtime.barrier("complete")  # jax's own shutdown gives up sooner than a long report takes
   return run.summary() or summary if run.writes else {}
+
+
+SILENT = 3  # updates and evaluations in a row without a reward: the run learns from nothing
+
+
+@dataclasses.dataclass
+class Silence:
+  """Counts updates and evaluations in a row whose replies got no reward at all."""
+
+  saved: str  # where the state before them is, for the message
+  count: int = 0
+
+  def hear(self, row: Mapping) -> None:
+    """row: of metrics.jsonl or eval/summary.jsonl. Raises UserError at the SILENT-th in a row."""
+    means = [row[f"reward_{g}"] for g in ("gameable", "non_gameable") if f"reward_{g}" in row]
+    if means:
+      self.count = 0 if np.isfinite(np.array(means, float)).any() else self.count + 1
+    if self.count >= SILENT:
+      judged = {k: v for k, v in row.items() if k.startswith("judge_") and v}
+      raise UserError(
+        f"step {row['step']}: no reply got a reward, {SILENT} times in a row ("
+        f"{', '.join(f'{k}={v:g}' for k, v in judged.items()) or 'see judge_* in metrics.jsonl'}); "
+        f"mend the judge, then start the same command again: it goes on from {self.saved}"
+      )
 
 
 def is_due(step: int, every: int) -> bool:

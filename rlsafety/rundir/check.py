@@ -55,6 +55,18 @@ def expected(
   return wanted
 
 
+def heldout_replies(path: pathlib.Path) -> int:
+  """Replies of an evaluation, as the first readable line of eval/summary.jsonl says; else 0."""
+  file = path / "eval" / "summary.jsonl"
+  for number, line in files.lines(file) if file.exists() else ():
+    try:
+      record = files.parse_json(line, f"line {number}")
+      return int(record["prompts"]) * int(record["samples"])
+    except (ValueError, KeyError, TypeError):
+      continue
+  return 0
+
+
 def faults(path: pathlib.Path, wanted: Mapping[str, Mapping[int, int]]) -> Iterator[tuple]:
   """(file, step, what is wrong) for every log that does not hold what it must; later steps and
   a torn last line do not count: a resumed run drops them."""

@@ -21,16 +21,17 @@ import jax
 import numpy as np
 
 import rlsafety
-from rlsafety import sharding
+from rlsafety import checkpoints, replay, sharding
 from rlsafety.config import Config, differences, to_json
 from rlsafety.errors import UserError
-from rlsafety.files import append, parse_json, read_json, write_json
+from rlsafety.files import append, parse_json, read_json, write_bytes, write_json
 from rlsafety.metrics import gaps
 from rlsafety.models.chat import Chat
 from rlsafety.rollout import Experience, Users
-from rlsafety.rundir import place
+from rlsafety.rundir import check, place
 from rlsafety.types import Rollouts
 
+FOLDERS = ("rollouts", "eval", "adapter", "checkpoints", "events", "scores")
 LOGS = ("metrics.jsonl", "timing.jsonl", "rollouts/train.jsonl", "eval/summary.jsonl")
 
 
@@ -64,19 +65,62 @@ class RunDir:
     file = self.path / "summary.json"
     return read_json(file) if file.exists() else None
 
-  def start(self, config: Config, step: int, about: dict) -> None:
+  def complete(self, config: Config) -> tuple[dict | None, list[str]]:
+    """(the summary of a complete run or None, its files that must be written again).
+
+    Raises UserError if a complete run lost a log that nothing can write again.
+    """
+    summary = self.summary()
+    if summary is None:
+      return None, []
+    wanted = _wanted(config, config.steps, check.heldout_replies(self.path))
+    check.refuse(self.path, list(check.faults(self.path, wanted)))
+    return summary, check.rebuildable(self.path)
+
+  def start(self, config: Config, step: int, about: dict, heldout: int) -> bool:
     """Brings the logs back to `step`, the restored one, and writes config.json.
 
-    step -1: nothing was restored. about: further facts, such as model and judge.
+    step -1: nothing was restored. about: further facts, such as model and judge. heldout:
+    replies of an evaluation. Returns whether the evaluation at `step` must be made again.
+    Raises UserError if the logs lost something else that was written before the checkpoint.
     """
+    again = False
     if self.writes:
+      again = self._evaluation_lost(config, step, heldout)
       for name in LOGS:
-        cut_after(self.path / name, step)
+        cut_after(self.path / name, step - (again and name.startswith("eval/")))
       for file in (self.path / "eval").glob("step_*.jsonl"):
         if int(file.stem.split("_")[1]) > step:
           file.unlink()
       record = {"config": to_json(config), **provenance(), "seed": config.seed}
       write_json(self.path / "config.json", record | about)
+    return sharding.any_process(again)
+
+  def _evaluation_lost(self, config: Config, step: int, heldout: int) -> bool:
+    if step < 0:
+      newest = max(check.lines_of_steps(self.path / "metrics.jsonl")[0], default=0)
+      first = min([e for e in (config.eval.every, config.checkpoint.every) if e] or [config.steps])
+      damaged = self.path / "checkpoints" / checkpoints.DAMAGED
+      if (newest > first or self.summary()) and not damaged.exists():
+        raise UserError(
+          f"{self.path}/checkpoints: holds no checkpoint, though metrics.jsonl reaches step "
+          f"{newest}; restore it from a copy, or start the run again in another --workdir"
+        )
+      return False
+    found = list(check.faults(self.path, _wanted(config, step, heldout)))
+    own = [fault for fault in found if fault[1] == step and fault[0].startswith("eval/")]
+    check.refuse(self.path, [fault for fault in found if fault not in own])
+    return bool(own)
+
+  def same_data(self, digest: str) -> None:
+    """Raises UserError if the run was started with other recorded data than `digest` names."""
+    stored = self.path / "config.json"
+    before = read_json(stored).get("data") if stored.exists() else None
+    if isinstance(before, dict) and before.get("sha256", digest) != digest:
+      raise UserError(
+        f"{stored}: the run was started with other records (data.sha256 {before['sha256']!s:.12}, "
+        f"the folder now has {digest:.12}); restore them, or give another --workdir"
+      )
 
   def log_step(self, log: StepLog, rubric_of: Mapping[str, str], chat: Chat) -> tuple[dict, dict]:
     """Writes one step; returns its rows of metrics.jsonl and timing.jsonl.
@@ -120,10 +164,15 @@ def open_run(workdir: str | pathlib.Path, config: Config) -> RunDir:
 
   Raises UserError if it cannot be written, belongs to a different config or is in use.
   """
-  path = place.check(workdir, jax.process_index())
+  path = place.check(str(workdir), jax.process_index())
+  for name in FOLDERS:
+    if not (path / name).resolve().is_relative_to(path.resolve()):
+      raise UserError(f"{path / name}: leads out of the run, by a symbolic link; delete the link")
   for folder in (path / "rollouts", path / "eval"):
     folder.mkdir(exist_ok=True)
   stored = path / "config.json"
+  if not stored.exists() and any((path / "checkpoints").glob("[0-9]*")):
+    raise UserError(f"{stored}: missing beside checkpoints; restore it, or give another --workdir")
   if stored.exists():
     try:
       old = read_json(stored)["config"]
@@ -138,14 +187,17 @@ def open_run(workdir: str | pathlib.Path, config: Config) -> RunDir:
         f"{'; ...' if len(changed) > 4 else ''}); give another --workdir or delete it"
       )
   writes = jax.process_index() == 0
-  complete = (path / "summary.json").exists()
-  return RunDir(path, writes, hold(path) if writes and not complete else None)
+  return RunDir(path, writes, hold(path) if writes else None)
 
 
 def hold(workdir: pathlib.Path) -> IO:
   """Keeps a second process out of a run that is being written, until the returned file is
   closed or this process ends, however it ends. File systems without locks pass."""
-  file = open(workdir / ".lock", "a")
+  path = workdir / ".lock"
+  try:
+    file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666), "w")
+  except OSError as error:
+    raise UserError(f"{path}: cannot be opened ({error.strerror})") from None
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:
@@ -170,9 +222,17 @@ def cut_after(path: pathlib.Path, step: int) -> None:
           kept.append(line)
       except (ValueError, KeyError, TypeError):
         continue
-  partial = path.with_name(path.name + ".partial")
-  partial.write_bytes(b"".join(kept))
-  os.replace(partial, path)
+  write_bytes(path, b"".join(kept))
+
+
+def _wanted(config: Config, step: int, heldout: int) -> dict[str, Mapping[int, int]]:
+  """What the logs hold after update `step`, see `check.expected`."""
+  every, P = config.eval.every, config.prompts_per_step
+  own = P - replay.prompts_per_batch(config.data, config.objective, P)
+  evaluations = [
+    at for at in range(step + 1) if at in (0, config.steps) or every and at % every == 0
+  ]
+  return check.expected(step, evaluations, own * config.sampler.group, heldout)
 
 
 # --- What is written --------------------------------------------------------------------
@@ -184,9 +244,7 @@ def _fetched(log: StepLog) -> StepLog:
   if own:
     arrays = sharding.fetch((own.rollouts, own.scores, own.judge_metrics))
     rollouts, scores, judge_metrics = arrays
-    own = dataclasses.replace(
-      own, rollouts=rollouts, scores=scores, judge_metrics=judge_metrics
-    )
+    own = dataclasses.replace(own, rollouts=rollouts, scores=scores, judge_metrics=judge_metrics)
   lengths, metrics = sharding.fetch((log.lengths, log.metrics))
   return dataclasses.replace(log, own=own, lengths=lengths, metrics=metrics)
 

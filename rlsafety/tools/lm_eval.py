@@ -282,7 +282,8 @@ def main(argv: Sequence[str]) -> None:
   with jax.set_mesh(mesh):
     section, seed = Model(path=args.model, dtype=args.dtype), 0
     if args.run:
-      config = recipes.frozen(read.load_run(args.run).config)
+      stored = read.load_run(args.run).config
+      config = recipes.frozen({**stored, "environment": {"name": "neutral"}})  # imports no other
       section, seed = config.model, config.seed
     model = sources.open_model(section, seed, mesh)
     states = {"base": None}

@@ -1,0 +1,195 @@
+"""Run directories that lost something: named, written again where that is possible, or refused."""
+
+import contextlib
+import shutil
+import signal
+
+import numpy as np
+import pytest
+from test_train import ROOT, finish, interrupt_after, outcome, start
+
+from rlsafety import files, recipes, train
+from rlsafety.errors import UserError
+from rlsafety.rundir import check, write
+
+CONFIG = recipes.of_run([f"--config={ROOT / 'configs/tiny_syco.py'}"])
+HELDOUT = CONFIG.eval.prompts * CONFIG.eval.samples
+
+
+@pytest.fixture(scope="module")
+def runs(cache, tmp_path_factory):
+  """(a complete run, the same stopped by one Ctrl-C after step 4 or 5, what that said)."""
+  folder = tmp_path_factory.mktemp("runs")
+  code, said = finish(start(cache, folder / "whole"))
+  assert code == 0, said
+  code, said = interrupt_after(start(cache, folder / "stopped"), 3, signal.SIGINT)
+  assert code == 130, said
+  return folder / "whole", folder / "stopped", said
+
+
+def test_ctrl_c_saves_the_step_and_the_same_command_ends_in_the_same_bits(cache, runs, tmp_path):
+  whole, stopped, said = runs
+  assert "Ctrl-C: saving after this step" in said and "Traceback" not in said
+  step = int(said.split("SIGINT: saved step ")[1].split(";")[0])
+  assert (stopped / "checkpoints" / str(step)).is_dir()
+  copy = shutil.copytree(stopped, tmp_path / "copy")
+  code, said = finish(start(cache, copy))
+  assert code == 0 and f"resuming after step {step}" in said, said
+  assert outcome(copy) == outcome(whole)
+
+
+def test_the_second_ctrl_c_stops_at_once(cache, tmp_path):
+  process = start(cache, tmp_path / "run", "--config.steps=1000")
+  for line in process.stdout:
+    if "step 1/" in line:
+      break
+  for _ in range(2):
+    process.send_signal(signal.SIGINT)
+    with contextlib.suppress(Exception):
+      process.wait(0.3)
+  code, said = finish(process)
+  assert code == 130 and "Traceback" not in said, said
+  assert "stopped by the second Ctrl-C" in said or "SIGINT: saved step" in said
+
+
+# --- Logs ---------------------------------------------------------------------------------
+
+
+def middle(data: bytes) -> bytes:
+  """One line of a log less, from before any checkpoint."""
+  lines = data.splitlines(keepends=True)
+  return b"".join(lines[:1] + lines[2:]) if len(lines) > 1 else b""
+
+
+DAMAGE = {
+  "deleted": None,
+  "emptied": lambda data: b"",
+  "a line lost": middle,
+  "a line twice": lambda data: data.splitlines(keepends=True)[0] + data,
+  "a line garbled": lambda data: data[:5] + b"\x00\xff{" + data[8:],
+  "cut": lambda data: data[: len(data) // 3],
+}
+LOGS = ["metrics.jsonl", "timing.jsonl", "rollouts/train.jsonl", "eval/summary.jsonl"]
+LOGS += ["eval/step_000000.jsonl", "eval/step_000003.jsonl"]
+
+
+def spoil(file, change) -> None:
+  if change is None:
+    file.unlink()
+  else:
+    file.write_bytes(change(file.read_bytes()))
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("log", LOGS)
+def test_a_stopped_run_that_lost_lines_is_refused_by_its_name(runs, tmp_path, log, damage):
+  copy = shutil.copytree(runs[1], tmp_path / "copy")
+  before = (copy / "config.json").read_bytes()
+  spoil(copy / log, DAMAGE[damage])
+  run = write.open_run(copy, CONFIG)
+  with pytest.raises(UserError, match=f"before its checkpoint: .*{log} has") as error:
+    run.start(CONFIG, max(check.lines_of_steps(runs[1] / "metrics.jsonl")[0]), {}, HELDOUT)
+  run.close()
+  assert str(copy) in str(error.value) and (copy / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("log", [*LOGS, "eval/step_000006.jsonl"])
+def test_a_complete_run_that_lost_lines_is_refused_by_its_name(runs, tmp_path, log, damage):
+  copy = shutil.copytree(runs[0], tmp_path / "copy")
+  spoil(copy / log, DAMAGE[damage])
+  run = write.open_run(copy, CONFIG)
+  with pytest.raises(UserError, match=f"{log} has"):
+    run.complete(CONFIG)
+  run.close()
+
+
+def test_what_comes_after_the_checkpoint_may_be_lost(runs, tmp_path):
+  copy = shutil.copytree(runs[0], tmp_path / "copy")
+  (copy / "summary.json").unlink()
+  (copy / "eval/step_000006.jsonl").unlink()
+  spoil(copy / "metrics.jsonl", lambda data: data[:-30])
+  run = write.open_run(copy, CONFIG)
+  assert run.start(CONFIG, 5, {}, HELDOUT) is False
+  run.close()
+  assert [r["step"] for r in files.read_jsonl(copy / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+
+
+def test_the_evaluation_at_the_checkpoint_is_made_again(runs, tmp_path):
+  for lost in ("eval/step_000003.jsonl", "eval/summary.jsonl"):
+    copy = shutil.copytree(runs[0], tmp_path / lost.replace("/", "_"))
+    (copy / "summary.json").unlink()
+    spoil(copy / lost, lambda data: b"".join(data.splitlines(keepends=True)[:1]))
+    run = write.open_run(copy, CONFIG)
+    assert run.start(CONFIG, 3, {}, HELDOUT) is True
+    run.close()
+    assert [r["step"] for r in files.read_jsonl(copy / "eval/summary.jsonl")] == [0]
+
+
+def test_lost_files_of_a_complete_run_are_written_again_to_the_same_bits(cache, runs, tmp_path):
+  copy = shutil.copytree(runs[0], tmp_path / "copy")
+  assert write.RunDir(copy, True, None).complete(CONFIG)[1] == []
+  weights = copy / "adapter/adapter_model.safetensors"
+  weights.write_bytes(weights.read_bytes()[:-7])
+  (copy / "adapter/adapter_config.json").unlink()
+  page = copy / "report.html"
+  page.write_bytes(page.read_bytes()[:999])
+  code, said = finish(start(cache, copy))
+  assert code == 0 and "lost adapter/adapter_config.json, adapter/adapter_model" in said, said
+  assert outcome(copy) == outcome(runs[0])
+  assert page.read_text().rstrip().endswith("</html>")
+  shutil.rmtree(copy / "checkpoints")
+  weights.unlink()
+  code, said = finish(start(cache, copy))
+  assert code == 2 and "checkpoints: holds no checkpoint" in said, said
+
+
+def test_config_checkpoints_and_data_are_part_of_a_run(runs, tmp_path):
+  copy = shutil.copytree(runs[1], tmp_path / "copy")
+  (copy / "config.json").unlink()
+  with pytest.raises(UserError, match="config.json: missing beside checkpoints"):
+    write.open_run(copy, CONFIG)
+  copy = shutil.copytree(runs[0], tmp_path / "other")
+  (copy / "summary.json").unlink()
+  run = write.open_run(copy, CONFIG)
+  with pytest.raises(UserError, match="metrics.jsonl reaches step 6"):
+    run.start(CONFIG, -1, {}, HELDOUT)
+  run.same_data("a" * 64)  # a run without records has none to compare
+  info = files.read_json(copy / "config.json")
+  files.write_json(copy / "config.json", info | {"data": {"path": "x", "sha256": "a" * 64}})
+  run.same_data("a" * 64)
+  with pytest.raises(UserError, match="started with other records .*aaaaaaaaaaaa.*bbbbbbbbbbbb"):
+    run.same_data("b" * 64)
+  run.close()
+
+
+@pytest.mark.parametrize("name", ["rollouts", "eval", "adapter", "checkpoints", ".lock"])
+def test_nothing_is_opened_through_a_link_out_of_the_run(tmp_path, name):
+  outside, run = tmp_path / "outside", tmp_path / "run"
+  run.mkdir()
+  outside.write_text("kept") if name == ".lock" else outside.mkdir()
+  (run / name).symlink_to(outside)
+  with pytest.raises(UserError, match=f"{name}.*(leads out|levels of symbolic links)"):
+    write.open_run(run, CONFIG)
+  assert outside.is_dir() or outside.read_text() == "kept"
+
+
+# --- Rewards ------------------------------------------------------------------------------
+
+
+def test_a_run_without_rewards_stops_with_the_reason(cache, tmp_path):
+  flags = ["--config.judge.name=http", "--config.judge.url=http://127.0.0.1:9/v1"]
+  flags += ["--config.judge.model=m", "--config.judge.degenerate=nan", "--config.judge.attempts=1"]
+  code, said = finish(start(cache, tmp_path / "run", *flags))
+  assert code == 2 and "Traceback" not in said, said
+  assert "no reply got a reward, 3 times in a row (judge_ConnectError=" in said, said
+  assert not (tmp_path / "run/summary.json").exists()
+
+
+def test_silence_counts_in_a_row():
+  none, some = {"step": 1, "reward_gameable": None, "reward_non_gameable": np.nan}, {"step": 2}
+  heard = train.Silence("x")
+  for row in (none, none, some | {"reward_gameable": 1.0}, none, none, some):
+    heard.hear(row)  # a row without own replies says nothing
+  with pytest.raises(UserError, match="step 1: no reply got a reward"):
+    heard.hear(none)
