@@ -441,6 +441,23 @@ def test_published_numbers_go_through_the_program(tmp_path, capsys):
     analyze.main([*flags, "--power_rho=1.5"])
 
 
+@pytest.mark.parametrize(
+  "text, says",
+  [
+    ("", "No columns"),
+    ("model,env\n\xff", "codec"),
+    ("model,env\n1,2\n1,2,3,4", "Expected 2 fields"),
+    ("model,env\n", "columns missing: mean, metric, source, std"),
+    ("model,env,metric,mean,std,source\nm,e,max_er_gap,high,1,x\n", "'mean' holds 'high'"),
+  ],
+)
+def test_broken_published_numbers_are_one_clear_line(tmp_path, text, says):
+  file = tmp_path / "published_results.csv"
+  file.write_bytes(text.encode("latin-1"))
+  with pytest.raises(UserError, match=f"published_results.csv: .*{says}"):
+    gather.published(tmp_path)
+
+
 def test_bad_flags_are_one_clear_line(tmp_path):
   with pytest.raises(UserError, match="no complete run directory"):
     analyze.analyse(tmp_path, [str(tmp_path / "nothing*")])

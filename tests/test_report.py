@@ -162,13 +162,30 @@ def test_records_of_other_types_are_one_line_that_names_them(tmp_path):
   file = path / "rollouts" / "train.jsonl"
   lines = file.read_text().splitlines()
   for field, value in (
-    ("step", "1"), ("prompt", None), ("is_gameable", 1), ("messages", "hello"), ("messages", [5]),
-    ("factors", []), ("completion", 7),
+    ("step", "1"), ("step", 2**70), ("prompt", None), ("is_gameable", 1), ("messages", "hello"),
+    ("messages", [5]), ("factors", []), ("completion", 7),
   ):  # fmt: skip
     lines[2] = json.dumps(json.loads(lines[1]) | {field: value})
     file.write_text("\n".join(lines))
     with pytest.raises(UserError, match=f"train.jsonl, line 3: `{field}` is "):
       render.write_report(path)
+
+
+@pytest.mark.parametrize(
+  "change, says",
+  [
+    ({"config": 5}, "config.json: `config` is 5, where an object is expected"),
+    ({"model": []}, "config.json: `model` is []"),
+    ({"config": {"environment": "x"}}, "config.json: `environment` is 'x'"),
+    ({"config": {"seed": "5"}}, "config.json: `config.seed` is '5', no integer"),
+    ({"git": "\ud800"}, "holds half a character"),
+  ],
+)
+def test_config_of_other_types_is_one_line_that_names_the_field(tmp_path, change, says):
+  path = synthetic_runs.write_run(tmp_path / "run", steps=1)
+  (path / "config.json").write_text(json.dumps(change))
+  with pytest.raises(UserError, match=re.escape(says)):
+    read.load_run(path)
 
 
 def means(before, after, prompts, error=0.3):

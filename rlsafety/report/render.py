@@ -125,7 +125,8 @@ def write_report(run_dir: str | pathlib.Path, max_rollouts: int = MAX_ROLLOUTS) 
   path = run.path / "report.html"
   partial = path.with_suffix(".html.tmp")
   partial.unlink(missing_ok=True)
-  with open(partial, "x", encoding="utf-8") as file:  # x: never through a link out of the run
+  # "x": never through a link out of the run. What has no UTF-8 form was a broken file's.
+  with open(partial, "x", encoding="utf-8", errors="replace") as file:
     file.write(page)
   partial.replace(path)
   return path

@@ -33,7 +33,7 @@ def table(found: Overview) -> str:
   """Before, after and change with standard errors; * where the change is notable."""
   first, last = found.first, found.last
   lines = [
-    f"{first['prompts']} held-out prompts x {first['samples']} replies, "
+    f"{first.get('prompts', '?')} held-out prompts x {first.get('samples', '?')} replies, "
     f"step {first['step']} -> {last['step']}; mean +- standard error over prompts, "
     "the change paired by prompt, * beyond two standard errors",
     f"{'':8}{'users':14}{'before':>16}{'after':>16}{'change':>16}",

@@ -19,6 +19,7 @@ from rlsafety.files import read_json, read_jsonl
 
 # What every rollout must have, and what it may have.
 FIELDS = {"step": int, "prompt": int, "sample": int, "is_gameable": bool}
+MAX_STEP = 1_000_000  # a later step is a damaged one: curves have a slot for each
 OPTIONAL = {"messages": list, "factors": dict, "completion": str}
 
 
@@ -80,6 +81,10 @@ def load_run(path: str | pathlib.Path) -> Run:
 def _info(path: pathlib.Path) -> dict:
   """config.json with the parts that are read from it, which may be missing, as objects."""
   info = {"model": {}, **read_json(path)}
+  try:  # its words go into tables and pages, which are UTF-8
+    json.dumps(info, ensure_ascii=False).encode()
+  except UnicodeEncodeError as error:
+    raise UserError(f"{path}: holds half a character, {error.object[error.start]!a}") from None
   info["config"] = {"model": {}, "environment": {}, **_object(info, "config", path)}
   for place, name in ((info, "model"), (info["config"], "model"), (info["config"], "environment")):
     _object(place, name, path)
@@ -99,8 +104,8 @@ def _by_step(records: list[dict], name: str, notes: list[str]) -> list[dict]:
   """Sorted by step; a step that was written twice keeps its last line."""
   steps = {}
   for record in records:
-    if not isinstance(record.get("step"), int):
-      raise UserError(f"{name}: a line has no integer 'step': {json.dumps(record)[:80]}")
+    if not isinstance(record.get("step"), int) or not 0 <= record["step"] <= MAX_STEP:
+      raise UserError(f"{name}: a line has no `step` of 0 to {MAX_STEP}: {json.dumps(record)[:80]}")
     if record["step"] in steps:
       notes.append(f"{name}: step {record['step']} appears twice, last one kept")
     steps[record["step"]] = record
@@ -129,6 +134,8 @@ def _rollouts(path: pathlib.Path, notes: list[str] | None) -> list[dict]:
   for line, record in enumerate(records, 1):
     wrong = [field for field, kind in FIELDS.items() if type(record.get(field)) is not kind]
     wrong += [f for f, kind in OPTIONAL.items() if f in record and type(record[f]) is not kind]
+    if not wrong and not 0 <= record["step"] <= MAX_STEP:
+      wrong = ["step"]
     if not wrong and not all(isinstance(m, dict) for m in record.get("messages", ())):
       wrong = ["messages"]
     if wrong:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from pandas import DataFrame
+from pandas import DataFrame, Series
 
 from rlsafety.errors import UserError
 from rlsafety.metrics import curves, gaps
@@ -368,11 +368,12 @@ def published(folder: str | Path) -> tuple[list[Cell], list[str]]:
   path = Path(folder) / "published_results.csv"
   if not path.exists():
     raise UserError(f"{path}: no such file; --published takes the folder that holds it")
-  table = pd.read_csv(path)
+  table = read_csv(path, str(path))
   names = {slug(m): m for m in pd.read_csv(BENCHMARKS, comment="#")["model"]}
   lacking = {"model", "env", "metric", "mean", "std", "source"} - set(table)
   if lacking:
     raise UserError(f"{path}: columns missing: {', '.join(sorted(lacking))}")
+  table = table.assign(mean=numbers(table["mean"], str(path)), std=numbers(table["std"], str(path)))
   cells: dict[tuple, Cell] = {}
   for row in table[table["metric"].isin(PUBLISHED_NAMES)].itertuples():
     variant = "base models" if "base models" in row.source else "published"
@@ -382,3 +383,20 @@ def published(folder: str | Path) -> tuple[list[Cell], list[str]]:
     cell.values[name], cell.sd[name] = float(row.mean), float(row.std)
     cell.sources = list(dict.fromkeys([*cell.sources, row.source]))
   return list(cells.values()), [f"cells are published means over 3 seeds, from {path.name}"]
+
+
+def read_csv(path: str | Path, says: str, dtype: type | None = None) -> DataFrame:
+  """A CSV whose lines may end in # comments. says: how the error names it."""
+  try:
+    return pd.read_csv(path, comment="#", dtype=dtype, keep_default_na=dtype is None)
+  except (OSError, ValueError) as error:
+    raise UserError(f"{says}: {error}") from None
+
+
+def numbers(column: Series, says: str) -> Series:
+  """A column as floats, an empty field NaN. Raises UserError naming what is no number."""
+  values = pd.to_numeric(column, errors="coerce")
+  wrong = column[values.isna() & column.notna()]
+  if len(wrong):
+    raise UserError(f"{says}: column {column.name!r} holds {wrong.iloc[0]!r}, which is no number")
+  return values.astype(float)

@@ -19,7 +19,7 @@ from scipy import stats
 from rlsafety.errors import UserError
 from rlsafety.metrics.gaps import mean_and_error
 from rlsafety.study import statistics
-from rlsafety.study.gather import BENCHMARKS, Cell, Cells, slug
+from rlsafety.study.gather import BENCHMARKS, Cell, Cells, numbers, read_csv, slug
 
 # Columns of a file of scores that say where a score comes from: never tested as scores.
 ABOUT = re.compile(r"(n|p|seeds|runs|correction|source|in_paper|hub_name|.*_(n|p|se|sd|std))$")
@@ -70,10 +70,7 @@ def load_benchmarks(path: str | Path = "", notes: list[str] | None = None) -> Da
 
 
 def _scores_table(path: str | Path, says: str, left_out: list[str]) -> DataFrame:
-  try:
-    table = pd.read_csv(path, comment="#")
-  except (OSError, ValueError) as error:
-    raise UserError(f"{says}: {error}") from None
+  table = read_csv(path, says)
   if "model" not in table:
     raise UserError(f"{says}: needs a column named 'model'")
   table.index = [slug(m) for m in table["model"]]
@@ -82,13 +79,7 @@ def _scores_table(path: str | Path, says: str, left_out: list[str]) -> DataFrame
     raise UserError(f"{says}: two rows for one model ({rows}); keep one")
   left_out += [c for c in table if ABOUT.match(c)]
   table = table.drop(columns=["model", *left_out])
-  for column in table:
-    values = pd.to_numeric(table[column], errors="coerce")
-    wrong = table[column][values.isna() & table[column].notna()]
-    if len(wrong):
-      raise UserError(f"{says}: column {column!r} holds {wrong.iloc[0]!r}, which is no number")
-    table[column] = values.astype(float)
-  return table
+  return table.apply(numbers, says=says)
 
 
 def put_row(path: str | Path, row: dict) -> None:
@@ -98,7 +89,7 @@ def put_row(path: str | Path, row: dict) -> None:
   """
   path, rows = Path(path), {}
   if path.exists():
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    table = read_csv(path, str(path), str)
     if "model" not in table:
       raise UserError(f"{path}: is no table of scores (no column 'model'); give another --out")
     rows = {old["model"]: old for old in table.to_dict("records")}
