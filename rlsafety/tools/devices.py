@@ -144,11 +144,12 @@ def device(name: str, memory: float = 0.0, flops: float = 0.0) -> Device:
     raise UserError(f"--memory={memory} (GB) and --flops={flops} (TFLOP/s) must be positive")
   match = re.fullmatch(r"([A-Za-z0-9]+?)(?:-(\d+))?", name)
   kinds = {kind.lower(): kind for kind in CHIPS}
-  kind = kinds.get(match[1].lower()) if match else None
-  if match and kind is None and memory and flops:
+  prefix, number = (match[1], match[2]) if match else ("", None)
+  kind = kinds.get(prefix.lower())
+  if prefix and kind is None and memory and flops:
     rate = flops * 1e12
     chip = Chip(memory * 1e9, rate, rate / GUESSED_INTENSITY, GUESSED_LINK, 0.0, 8)
-    return _sized(match[1], chip, match[2])
+    return _sized(prefix, chip, number)
   if kind is None:
     raise UserError(
       f"device={name!r} is not known; kinds: {', '.join(CHIPS)}, as in v5e-16, H100-8; for "
@@ -158,7 +159,7 @@ def device(name: str, memory: float = 0.0, flops: float = 0.0) -> Device:
   chip = dataclasses.replace(
     chip, memory=memory * 1e9 or chip.memory, flops=flops * 1e12 or chip.flops
   )
-  return _sized(kind, chip, match[2])
+  return _sized(kind, chip, number)
 
 
 def _sized(kind: str, chip: Chip, number: str | None) -> Device:
