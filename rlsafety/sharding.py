@@ -10,7 +10,7 @@ import math
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from rlsafety.errors import UserError
 
@@ -65,7 +65,7 @@ def named(mesh: Mesh, axes: tuple, shape: tuple) -> NamedSharding:
   return NamedSharding(mesh, spec(axes, shape, mesh))
 
 
-def check_batch(mesh: Mesh, prompts: int, microbatches: int) -> None:
+def check_batch(mesh: Mesh | AbstractMesh, prompts: int, microbatches: int) -> None:
   """prompts: P of a batch. Raises UserError with sizes that fit."""
   ways = mesh.shape["data"] * mesh.shape["fsdp"]
   if prompts % microbatches:
@@ -80,7 +80,7 @@ def check_batch(mesh: Mesh, prompts: int, microbatches: int) -> None:
     )
 
 
-def check_model(mesh: Mesh, config) -> None:
+def check_model(mesh: Mesh | AbstractMesh, config) -> None:
   """config: a ModelConfig, policy's or judge's. Raises UserError with sizes that fit."""
   tensor = mesh.shape["tensor"]
   sizes = {
