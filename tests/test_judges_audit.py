@@ -145,7 +145,8 @@ def test_the_model_of_one_judge_is_not_the_file_of_another(monkeypatch):
   monkeypatch.setattr(judges, "open_judge", opened)
   parser = argparse.ArgumentParser()
   compare.judge_flags(parser)
-  flags = parser.parse_args(["--judge_model=other", "--probe=my.safetensors", "--adapter=folder", "--url=http://x/v1"])
+  given = ["--judge_model=other", "--probe=my.safetensors", "--adapter=folder", "--url=http://x/v1"]
+  flags = parser.parse_args(given)
   compare.build(flags, ("lm", "probe", "phrases", "http"))
   assert made == [
     ("lm", "other", "folder"), ("probe", "my.safetensors", ""), ("phrases", "", ""),

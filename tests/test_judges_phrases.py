@@ -61,6 +61,7 @@ def test_labels_follow_what_the_environment_declares(monkeypatch):
     assert phrases.target(name, "hex") == "agree"
   own = types.ModuleType("my.study")
   own.RUBRICS = {"acc": "neutrality", "hex": "encouragement"}
+  own.DEFAULTS, own.TOPICS, own.people = {}, (), list
   monkeypatch.setitem(sys.modules, "my", types.ModuleType("my"))
   monkeypatch.setitem(sys.modules, "my.study", own)
   assert phrases.target("my.study", "acc") == "neutral"

@@ -43,8 +43,8 @@ def build(args: argparse.Namespace, names: Sequence[str]) -> tuple[sources.Model
   for name in names:
     models = {"lm": args.judge_model, "http": args.judge_model, "probe": args.probe}
     adapter = args.adapter if name == "lm" else ""
-    settings = config.Judge(name, models.get(name, ""), adapter, args.url)
-    opened[name] = judges.open_judge(settings, environment, model)
+    section = config.Judge(name=name, model=models.get(name, ""), adapter=adapter, url=args.url)
+    opened[name] = judges.open_judge(section, environment, model)
   return model, opened
 
 
