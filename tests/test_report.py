@@ -98,7 +98,9 @@ def test_an_unfinished_or_damaged_run_still_gets_a_page_that_says_so(tmp_path):
   shutil.rmtree(path / "eval")
   text = render.write_report(path).read_text()
   assert "torn last line skipped (line 7)" in text and "not complete" in text
-  assert "no held-out evaluation" in text
+  assert "no held-out evaluation" in text and "nothing can be concluded" in text
+  with pytest.raises(UserError, match="summary.jsonl: has no evaluation"):
+    summary.finish(path)
   (path / "metrics.jsonl").write_text('{"step": 1\n{"step": 2}\n')
   with pytest.raises(UserError, match="metrics.jsonl, line 1"):
     render.write_report(path)
@@ -320,6 +322,13 @@ def press(driver, key):
   ActionChains(driver).send_keys(key).perform()
 
 
+def wait(driver, condition):
+  """Until a key has had its effect: a busy machine's browser takes its time."""
+  from selenium.webdriver.support.ui import WebDriverWait
+
+  WebDriverWait(driver, 20).until(lambda d: d.execute_script(f"return {condition}"))
+
+
 def test_browser_shows_hostile_text_and_runs_none_of_it(page, desktop):
   desktop.get(page.as_uri())
   body = desktop.execute_script("return document.body.textContent")
@@ -365,10 +374,13 @@ def test_browser_filters_keys_and_permalinks(page, desktop):
   press(desktop, "t")
   assert desktop.execute_script(theme) not in (before, None)
   press(desktop, "?")
-  assert desktop.execute_script("return help.open")
+  wait(desktop, "help.open")
   press(desktop, "\ue00c")  # Escape
+  wait(desktop, "!help.open")
   press(desktop, "/")
+  wait(desktop, "document.activeElement === form.elements.q")
   press(desktop, "jury")
+  wait(desktop, "form.elements.q.value === 'jury'")
   desktop.execute_script("refresh()")
   assert "jury" in desktop.current_url and 0 < cards(desktop) < 16
 

@@ -80,7 +80,7 @@ def _drawn(line: Line, width: np.ndarray, x, y, digits: int) -> list[str]:
   out = []
   known = np.flatnonzero(np.isfinite(line.values))
   for stretch in np.split(known, np.flatnonzero(np.diff(known) > 1) + 1) if len(known) else ():
-    at = [(x(line.steps[i]), line.values[i], width[i]) for i in stretch]
+    at = [(x(line.steps[i]), float(line.values[i]), float(width[i])) for i in stretch]
     if np.isfinite(line.half[stretch]).any():
       edge = [f"{a:.1f},{y(v + w):.1f}" for a, v, w in at]
       edge += [f"{a:.1f},{y(v - w):.1f}" for a, v, w in reversed(at)]
@@ -90,7 +90,7 @@ def _drawn(line: Line, width: np.ndarray, x, y, digits: int) -> list[str]:
     for i, (a, v, _) in zip(stretch, at, strict=True) if line.part == "eval" else ():
       says = f"step {line.steps[i]}, {line.label}: {number(v, digits)}"
       if math.isfinite(line.half[i]):
-        says += f" ± {number(line.half[i] / Z95, digits)} (SE)"
+        says += f" ± {number(float(line.half[i]) / Z95, digits)} (SE)"
       out.append(f'<circle class="dot {line.css}" cx="{a:.1f}" cy="{y(v):.1f}" r="3.6">'
                  f"<title>{html.escape(says)}</title></circle>")  # fmt: skip
   return out

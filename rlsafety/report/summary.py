@@ -2,6 +2,7 @@
 
 import pathlib
 
+from rlsafety.errors import UserError
 from rlsafety.report import render
 from rlsafety.report.overview import Overview, overview, plus_minus
 from rlsafety.rundir import read
@@ -13,6 +14,8 @@ def finish(workdir: pathlib.Path) -> dict:
   """Writes report.html; returns what summary.json holds, the printed table included."""
   run = read.load_run(workdir)
   found = overview(run, read.eval_rollouts(run))
+  if found is None:
+    raise UserError(f"{run.path / 'eval/summary.jsonl'}: has no evaluation, so there is no summary")
   text = table(found)
   page = render.write_report(workdir)
   print(text, flush=True)
