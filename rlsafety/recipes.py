@@ -183,9 +183,10 @@ def override_field(config: ConfigDict, text: str) -> None:
   try:
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["", text])
     values(["", text])
-  except (absl_flags.Error, ValueError, TypeError) as error:
+  except (absl_flags.Error, ValueError, TypeError, OverflowError) as error:
     kind = " or ".join(sorted({type(node).__name__} - {"NoneType"})) or "another type"
-    raise UserError(f"{text}: needs {kind} ({str(error).rpartition(': ')[2]})") from None
+    why = str(error).rpartition(": ")[2]
+    raise UserError(f"{text:.99}: needs {kind} ({why:.99})") from None
 
 
 def help_text() -> str:

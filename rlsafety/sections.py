@@ -19,6 +19,8 @@ from ml_collections import ConfigDict, config_dict
 from rlsafety.errors import UserError
 from rlsafety.flags import did_you_mean
 
+FLOAT32 = (2.0**-126, (2 - 2.0**-23) * 2.0**127)  # smallest normal and largest number of a device
+
 
 @dataclasses.dataclass(frozen=True)
 class Section:
@@ -102,6 +104,9 @@ def _typed(label: str, value, wanted):
   if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
     if math.isnan(value):
       raise UserError(f"{label}={value!r}: must be a number")
+    size = abs(value)
+    if size != math.inf and (size > FLOAT32[1] or 0 < size < FLOAT32[0]):
+      raise UserError(f"{label}={value!r:.40}: no float32 holds it (1.2e-38 to 3.4e38)")
     return float(value)
   if kind is float and isinstance(value, str):  # of a list in a flag, or "inf" as JSON stores it
     try:
@@ -109,8 +114,8 @@ def _typed(label: str, value, wanted):
     except ValueError:
       raise UserError(f"{label}={value!r}: needs float") from None
   if isinstance(value, kind) and (kind is bool) == isinstance(value, bool):
-    if kind is int and abs(value) >= 2**63:
-      raise UserError(f"{label}={value}: too large")
+    if kind is int and abs(value) >= 2**32:
+      raise UserError(f"{label}={value!r:.40}: must lie below 2**32")
     return value
   name = kind.__name__ if isinstance(kind, type | types.GenericAlias) else str(kind)
-  raise UserError(f"{label}={value!r}: needs {name}")
+  raise UserError(f"{label}={value!r:.99}: needs {name}")

@@ -1,0 +1,124 @@
+"""Every number of a config: what cannot be is refused by its field before anything starts."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlsafety import config as sections
+from rlsafety import flags, recipes
+from rlsafety.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY = f"--config={ROOT / 'configs/tiny_syco.py'}"
+
+
+def numbers(values: dict, prefix: str = "") -> list[str]:
+  """Dotted names of the fields that hold a number."""
+  out = []
+  for name, value in values.items():
+    if isinstance(value, dict):
+      out += numbers(value, f"{prefix}{name}.")
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+      out.append(prefix + name)
+  return out
+
+
+def read(*arguments: str) -> sections.Config:
+  return recipes.from_flags(flags.parser(None, "train"), ["train", TINY, *arguments])[0]
+
+
+EXTREMES = ["0", "-1", "-0.5", "1e30", "-1e30", "1e300", "1e400", "nan", "inf", "-inf", "1e-300"]
+EXTREMES += [str(2**31), str(2**63), "9" * 5000, "", "true", "None", "0x10", "1_0"]
+FIELDS = numbers(recipes.to_json(read()))
+
+
+def floats(value) -> list[float]:
+  if isinstance(value, dict):
+    return [x for v in value.values() for x in floats(v)]
+  if isinstance(value, list | tuple):
+    return [x for v in value for x in floats(v)]
+  return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
+
+
+def check(field: str, text: str) -> None:
+  """Refused in one line that names the field, or a config whose numbers fit the device."""
+  try:
+    config = read(f"--config.{field}={text}")
+  except UserError as error:
+    section, _, name = field.rpartition(".")  # a rule of two fields names the other one
+    assert name in str(error) or f"{section}." in str(error), error
+    assert len(str(error)) < 500, error
+    return
+  stored = recipes.to_json(config)
+  assert recipes.frozen(json.loads(json.dumps(stored))) == config  # equal to itself
+  for value in floats(stored):
+    with np.errstate(all="ignore"):
+      on_device = np.float32(value)
+    assert abs(value) < 2**32 if isinstance(value, int) else np.isfinite(on_device), (field, text)
+    assert on_device != 0 or value == 0, (field, text)
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_extreme_numbers(field):
+  for text in EXTREMES:
+    check(field, text)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(FIELDS), st.floats() | st.integers(-(2**70), 2**70))
+def test_any_number(field, value):
+  check(field, repr(value))
+
+
+@pytest.mark.parametrize(
+  ("field", "text"),
+  [
+    ("seed", "-1"), ("steps", "-1"), ("prompts_per_step", "0"), ("epochs", "0"),
+    ("learner.microbatches", "0"), ("learner.chunk_tokens", "0"), ("learner.remat", "x"),
+    ("optimizer.learning_rate", "nan"), ("optimizer.clip_norm", "nan"),
+    ("optimizer.clip_norm", "-1"), ("optimizer.clip_norm", "0"), ("optimizer.b1", "1"),
+    ("optimizer.b2", "1"), ("lora.alpha", "0"), ("lora.alpha", "-1"),
+    ("checkpoint.keep", "0"), ("eval.every", "-1"),
+    ("sampler.group", "0"), ("judge.timeout_s", "0"), ("judge.attempts", "0"),
+    ("environment.name", "os.path"), ("environment.name", "no.such.module"),
+    ("environment.name", "chess"), ("environment.gameable_fraction", "1.5"),
+  ],
+)  # fmt: skip
+def test_values_that_were_once_accepted(field, text):
+  with pytest.raises(UserError, match=field.rpartition(".")[2]):
+    read(f"--config.{field}={text}")
+
+
+def test_zero_is_off_where_that_means_something():
+  config = read("--config.eval.every=0", "--config.checkpoint.every=0")
+  assert (config.eval.every, config.checkpoint.every) == (0, 0)
+
+
+@pytest.mark.parametrize(
+  ("recipe", "says"),
+  [
+    ("configs/tiny_syco.py:quicktest", "takes no argument|unknown|arguments"),
+    ("README.md", "is no Python file"),
+    ("configs", "no such file"),
+    ("configs/none.py", "no such file"),
+    ("{tmp}/broken.py", "cannot be read .SyntaxError"),
+    ("{tmp}/binary.py", "cannot be read"),
+    ("{tmp}/empty.py", "has no get_config"),
+    ("{tmp}/other.py", "returns no ConfigDict"),
+    ("{tmp}/missing.py", "cannot be read .ModuleNotFoundError"),
+  ],
+)
+def test_a_recipe_that_is_none_is_one_line(tmp_path, monkeypatch, recipe, says):
+  monkeypatch.chdir(ROOT)
+  (tmp_path / "broken.py").write_text("def get_config(:\n")
+  (tmp_path / "binary.py").write_bytes(b"\x00\xff\x00")
+  (tmp_path / "empty.py").write_text("")
+  (tmp_path / "other.py").write_text("def get_config():\n  return 7\n")
+  (tmp_path / "missing.py").write_text("import no_such_module_at_all\n")
+  with pytest.raises(UserError, match=says) as error:
+    recipes.of_run([f"--config={recipe.format(tmp=tmp_path)}"])
+  assert "\n" not in str(error.value)
