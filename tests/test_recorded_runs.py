@@ -51,6 +51,8 @@ def test_killed_run_ends_in_the_same_bits(cache, dataset, tmp_path):
   assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
 
   check(tmp_path / "whole", sampled=True)
+  about = json.loads((tmp_path / "whole/config.json").read_text())
+  assert about["data"] == {"path": str(dataset), "sha256": replay.digest(str(dataset))}
 
 
 def check(workdir, sampled):
