@@ -58,6 +58,8 @@ setup(
     "cuda": ["jax[cuda13]>=0.10"],  # NVIDIA drivers from 580 on
     "cuda12": ["jax[cuda12]>=0.10"],  # older ones, from 525 on
     "tpu": ["jax[tpu]>=0.10"],
+    # Compiles for a TPU where there is none: tests/test_compilers.py, tools.compilers, tools.plan.
+    "compilers-tpu": ["libtpu>=0.0.40"],
     "test": [
       "pytest>=8",
       "pytest-xdist>=3.7",

@@ -85,3 +85,59 @@ def read_program(hlo: str, unknown_trips: int, width: float, chip) -> Work:
     return total
 
   return work_of(entry)
+
+
+# --- What is moved that should not be -------------------------------------------------------
+
+_COPIES = ("copy", "slice", "transpose", "concatenate", "dynamic-slice")
+_FAST = "S(1)"  # a TPU's on-chip memory: an array that arrives there has been read once
+NOTHING = ("nothing", 0)
+
+
+def _bodies(hlo: str) -> dict[str, list[tuple]]:
+  """{computation: its instructions (name, shape, operation, rest)}."""
+  bodies, current = {}, []
+  for line in hlo.splitlines():
+    if match := _COMPUTATION.match(line):
+      current = bodies.setdefault(match[1], [])
+    elif match := _INSTRUCTION.match(line):
+      current.append(match.groups())
+  return bodies
+
+
+def _largest(shape: str) -> int:
+  return max((math.prod(size) for _, size in _shapes(shape)), default=0)
+
+
+def largest_copy_in_decode(hlo: str) -> tuple[str, int]:
+  """(operation and shape, elements) of the largest array that one turn of a loop of unknown
+  length writes by copying, slicing, transposing or joining others: the decode loop's, which ends
+  when every reply has. What is read in place, or inside a fusion that computes, does not count.
+  """
+  bodies, found, seen = _bodies(hlo), NOTHING, set()
+  loops = [x for body in bodies.values() for x in body if x[2] == "while"]
+  todo = [re.search(r"body=%?([\w.-]+)", x[3])[1] for x in loops if not _TRIPS.search(x[3])]
+  while todo:
+    name = todo.pop()
+    if name in seen:
+      continue
+    seen.add(name)
+    for result, shape, operation, rest in bodies.get(name, ()):
+      named = any(word in result for word in _COPIES) and "update" not in result
+      moves = operation in _COPIES or (operation == "fusion" and named)
+      if moves and _FAST not in shape:
+        found = max(found, (f"{operation} {shape[:60]}", _largest(shape)), key=lambda x: x[1])
+      if operation != "fusion":
+        todo += _CALLED.findall(rest)
+  return found
+
+
+def largest_gather(hlo: str) -> tuple[str, int]:
+  """(shape, elements) of the largest array that an all-gather makes."""
+  gathers = (
+    (shape[:60], _largest(shape))
+    for body in _bodies(hlo).values()
+    for _, shape, operation, _ in body
+    if operation.removesuffix("-start") == "all-gather"
+  )
+  return max(gathers, key=lambda x: x[1], default=NOTHING)

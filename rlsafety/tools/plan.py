@@ -42,12 +42,13 @@ JUDGE_PROMPT, JUDGE_SUFFIX = 768, 32  # slots: rubric and user message; what fol
 # --- The run's programs, compiled without weights --------------------------------------
 
 
-def compile_programs(config, policy, judge, target: Device) -> dict:
+def compile_programs(config, policy, judge, target: Device, devices=None) -> dict:
   """{program: (compiled, calls per step)} and {name: bytes per device} of what stays resident.
 
   policy, judge: ModelConfigs; judge None = the policy's frozen base judges. Programs are
   compiled in float32 whatever model.dtype says: XLA's CPU backend has no bfloat16 arithmetic
-  and would add copies that no accelerator makes.
+  and would add copies that no accelerator makes. devices: those of `compilers.devices`, to
+  compile with the target's own compiler and in model.dtype.
   """
   import jax
   import jax.numpy as jnp
@@ -57,7 +58,8 @@ def compile_programs(config, policy, judge, target: Device) -> dict:
   from rlsafety.models import architecture, int8, lora, scoring
   from rlsafety.types import Batch, Prompts
 
-  devices = jax.devices("cpu")
+  stored = jnp.dtype(config.model.dtype if devices else "float32")
+  devices = devices or jax.devices("cpu")
   if len(devices) < target.chips:
     raise UserError(f"{target.chips} fake devices are needed and {len(devices)} are there")
   mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh), devices=devices[: target.chips])
@@ -71,7 +73,7 @@ def compile_programs(config, policy, judge, target: Device) -> dict:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding_)
 
   def base_of(model):
-    leaf = lambda w: place(jnp.float32, *zip(w.axes, w.shape, strict=True))  # noqa: E731
+    leaf = lambda w: place(stored, *zip(w.axes, w.shape, strict=True))  # noqa: E731
     return jax.tree.map(leaf, architecture.weights(model), is_leaf=architecture.is_weight)
 
   p = ("prompt", P)
@@ -112,11 +114,13 @@ def compile_programs(config, policy, judge, target: Device) -> dict:
   replies = (pg(jnp.int32, (T,)), pg(jnp.int32))
   rater, rater_base = judge or policy, base_of(judge) if judge else base
   shown = Prompts(place(jnp.int32, p, (None, JUDGE_PROMPT)), place(jnp.int32, p))
-  programs = {}
+  programs, seconds = {}, {}
 
   def add(name, calls, function, *arguments, **static):
     with jax.set_mesh(mesh):
-      programs[name] = (function.lower(*arguments, **static).compile(), calls)
+      lowered, began = function.lower(*arguments, **static), time.monotonic()
+      programs[name] = (lowered.compile(), calls)
+      seconds[name] = time.monotonic() - began
 
   dtype = jnp.dtype(config.model.dtype)
   at_once = sampler.prompts_at_once(policy, P, S, settings, mesh, dtype, config.memory.cache_gib)
@@ -178,6 +182,7 @@ def compile_programs(config, policy, judge, target: Device) -> dict:
   cache = cached * sampler.cache_bytes(policy, S, settings, mesh, dtype)
   return {
     "programs": programs,
+    "compile seconds": seconds,
     "resident": resident,
     # Bytes of work space that do not shrink with the model's dtype.
     "fixed": {"update": 3 * adapter + 2 * logits, "sampler": cache if settings.cache else 0},

@@ -12,7 +12,7 @@ import time
 
 import jax
 
-from rlsafety import files, flags
+from rlsafety import files, flags, runtime
 from rlsafety.errors import UserError, run_main
 from rlsafety.rundir import write
 from rlsafety.tools.speed import ceilings, core
@@ -96,19 +96,18 @@ def main(argv: list[str]) -> None:
   began, rows = time.monotonic(), []
   header = f"{'':46}{'seconds':>10}{'tokens/s':>11}{'floor s':>10}{'share':>7}{'TFLOP/s':>10}"
   header += f"{'GiB':>8}"
-  result = {"flags": dict(f.items()), "rows": rows}
+  result = {"flags": vars(f), "rows": rows}
 
   def measured(source) -> None:
     for row in source:
       show(row)
       rows.append(row)
 
+  runtime.compilation_cache()
   try:
     if f.suite == "gpu":
-      from rlsafety.runtime import compilation_cache
       from rlsafety.tools.speed import gpu
 
-      compilation_cache()
       print(header, flush=True)
       measured(gpu.peer_rows(f))
     result |= write.provenance()

@@ -13,7 +13,8 @@ import time
 def measure(f, model: str, seconds: float) -> list[dict]:
   """Rows {name, seconds, tokens, rows} for the flags f of the benchmark; [] where torch or peft
   is missing, and a row that says why where it fails or takes longer than `seconds`."""
-  shape = {k: f[k] for k in ("prompts", "prompt_tokens", "group", "completion_tokens", "rank")}
+  names = ("prompts", "prompt_tokens", "group", "completion_tokens", "rank")
+  shape = {name: getattr(f, name) for name in names}
   shape |= {"model": model, "dtype": f.dtype, "rows": f.peer_rows}
   name = f"{model} transformers + PEFT"
   command = [sys.executable, "-m", "rlsafety.tools.speed.peers", json.dumps(shape)]
