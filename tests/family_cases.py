@@ -61,6 +61,19 @@ CASES = {
   ),
   "qwen3_gqa": case("qwen3", 4, 2, False, head_dim=16, **rope("default", 1e6)),
   "qwen3_mha_tied": case("qwen3", 4, 4, True, head_dim=8, **rope("default", 1e6)),
+  # transformers' own padding id lies outside of so small a vocabulary.
+  "smollm3_gqa": case("smollm3", 4, 2, True, pad_token_id=0, **rope("default", 2e6))
+  | {"num_hidden_layers": 4},
+  "smollm3_chosen": case("smollm3", 4, 4, False, pad_token_id=0, **rope("default", 5e4))
+  | {"no_rope_layers": [0, 1]},
+  "olmo2_mha": case("olmo2", 4, 4, False, **rope("default", 5e5)),
+  "olmo2_gqa": case("olmo2", 6, 2, False, **rope("default", 5e5)),
+  "olmo3_window": case("olmo3", 4, 4, False, sliding_window=10)
+  | {"num_hidden_layers": 4, "rope_parameters": {
+    "full_attention": {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 5e5}}},
+  "olmo3_types": case("olmo3", 4, 2, False, sliding_window=16, rope_theta=5e5)
+  | {"layer_types": ["sliding_attention", "full_attention"]},
   "gemma_mqa": case("gemma", 4, 1, True, hidden_act="gelu_pytorch_tanh", head_dim=16),
   "gemma_mha": case("gemma", 4, 4, True, hidden_act="gelu", head_dim=8),
   "gemma2_gqa": case("gemma2", 4, 2, True, sliding_window=20, query_pre_attn_scalar=8, **_GELU),

@@ -98,6 +98,9 @@ PUBLISHED = {
   "smollm2-135m-instruct": 134_515_008,
   "smollm2-360m-instruct": 361_821_120,
   "smollm2-1.7b-instruct": 1_711_376_384,
+  "smollm3-3b": 3_075_098_624,
+  "olmo-2-1b-instruct": 1_484_916_736,
+  "olmo-2-7b-instruct": 7_298_617_344,
 }
 
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-  """Rotary embedding (arXiv 2104.09864). kind: default, linear (positions / factor) or
-  llama3 (low frequencies / factor, high ones kept, a ramp between)."""
+  """Rotary embedding (arXiv 2104.09864). kind: default, linear (positions / factor), llama3
+  (low frequencies / factor, high ones kept, a ramp between) or none (no rotation)."""
 
   theta: float = 10_000.0
   kind: str = "default"
@@ -43,14 +43,16 @@ class ModelConfig:
   query_scale: float = 0.0  # 0 = head_dim ** -0.5
   qkv_bias: bool = False
   qk_norm: bool = False
-  post_norms: bool = False  # Gemma-2/3 also normalise each block's output
+  qk_norm_whole: bool = False  # OLMo-2 normalises queries over all heads together, keys likewise
+  pre_norms: bool = True  # OLMo-2 has none in front of its blocks
+  post_norms: bool = False  # Gemma-2/3 also normalise each block's output, OLMo-2 only that
   tie_embeddings: bool = False
   attn_softcap: float | None = None
   final_softcap: float | None = None
   rope: Rope = Rope()
-  local_rope: Rope | None = None  # Gemma-3 gives its local layers another base
+  local_rope: Rope | None = None  # Gemma-3 gives its local layers another base, SmolLM3 no rope
   window: int | None = None  # a local layer sees the last `window` positions
-  local_layers: tuple[bool, ...] = ()  # per layer; () = every layer is global
+  local_layers: tuple[bool, ...] = ()  # per layer: `window` and `local_rope`; () = none has them
   max_positions: int = 2048
 
 
@@ -89,6 +91,11 @@ def weights(c: ModelConfig) -> dict:
     layer["k_bias"] = layer["v_bias"] = Weight((kv,), ("kv",), "zeros")
   if c.qk_norm:
     layer["q_norm"] = layer["k_norm"] = Weight((c.head_dim,), (None,), norm.init)
+  if c.qk_norm_whole:
+    layer["q_norm"] = Weight((heads,), ("heads",), norm.init)
+    layer["k_norm"] = Weight((kv,), ("kv",), norm.init)
+  if not c.pre_norms:
+    del layer["attn_norm"], layer["mlp_norm"]
   if c.post_norms:
     layer["post_attn_norm"] = layer["post_mlp_norm"] = norm
   model = {

@@ -16,6 +16,9 @@ FAMILIES = {
   "mistral": "Mistral 7B",
   "qwen2": "Qwen1.5, Qwen2, Qwen2.5",
   "qwen3": "Qwen3 (dense)",
+  "smollm3": "SmolLM3",
+  "olmo2": "OLMo 2",
+  "olmo3": "OLMo 3 without YaRN",
   "gemma": "Gemma 1, 1.1",
   "gemma2": "Gemma 2",
   "gemma3_text": "Gemma 3 (text; of gemma3 the text part)",
@@ -136,11 +139,12 @@ def model_config(hf: dict[str, Any], source: str = "config.json") -> ModelConfig
   fields = _Fields(hf, source)
   if fields.take("auto_map"):
     raise UserError(f"{source}: auto_map asks for remote code, which is never run")
-  gemma = kind.startswith("gemma")
+  gemma, olmo = kind.startswith("gemma"), kind in ("olmo2", "olmo3")
   heads = fields.number("num_attention_heads")
   width = fields.number("hidden_size")
   depth = fields.number("num_hidden_layers", limit=1000)
-  kv_heads = fields.number("num_key_value_heads", heads if kind in ("llama", "gemma") else None)
+  usual = {"smollm3": 4} | dict.fromkeys(("llama", "gemma", "olmo2", "olmo3"), heads)
+  kv_heads = fields.number("num_key_value_heads", usual.get(kind))
   if heads % kv_heads:
     fields.fail("num_key_value_heads", kv_heads, f"must divide num_attention_heads={heads}")
   head_dim = {"qwen3": 128}.get(kind, 256 if gemma else width // heads)
@@ -155,13 +159,15 @@ def model_config(hf: dict[str, Any], source: str = "config.json") -> ModelConfig
     "n_kv_heads": kv_heads,
     "head_dim": head_dim,
     "d_ff": fields.number("intermediate_size"),
-    "norm_eps": float(fields.number("rms_norm_eps", 1e-6, whole=False)),
+    "norm_eps": float(fields.number("rms_norm_eps", 1e-5 if olmo else 1e-6, whole=False)),
     "norm_offset": gemma,
     "embed_scale": float(width) ** 0.5 if gemma else 1.0,
     "qkv_bias": kind == "qwen2",
     "qk_norm": kind in ("qwen3", "gemma3_text"),
-    "post_norms": kind in ("gemma2", "gemma3_text"),
-    "tie_embeddings": fields.flag("tie_word_embeddings", gemma),
+    "qk_norm_whole": olmo,
+    "pre_norms": not olmo,
+    "post_norms": olmo or kind in ("gemma2", "gemma3_text"),
+    "tie_embeddings": fields.flag("tie_word_embeddings", gemma or kind == "smollm3"),
     "max_positions": fields.number("max_position_embeddings"),
   }
   activation = fields.take("hidden_act")
@@ -200,10 +206,13 @@ def _windows(kind: str, fields: _Fields, depth: int) -> dict[str, Any]:
   pattern = fields.number("sliding_window_pattern", 6)
   switched_on = fields.flag("use_sliding_window", False)
   # null is no window: not the default, which holds where the field is absent.
-  window = fields.left.pop("sliding_window", 4096 if kind != "llama" else None)
-  if kind in ("llama", "gemma"):
-    if kind == "llama" and window is not None:
-      fields.fail("sliding_window", window, "is not a field of llama models")
+  without = kind in ("llama", "olmo2", "smollm3")
+  window = fields.left.pop("sliding_window", None if without else 4096)
+  if kind == "smollm3":
+    return _unrotated(fields, depth, types, switched_on)
+  if without or kind == "gemma":
+    if without and window is not None:
+      fields.fail("sliding_window", window, f"is not a field of {kind} models")
     local = [False] * depth
   elif kind == "mistral":
     local = [window is not None] * depth
@@ -214,7 +223,7 @@ def _windows(kind: str, fields: _Fields, depth: int) -> dict[str, Any]:
       fields.fail("max_window_layers", first, "must be an integer")
     local = [switched_on and window is not None and i >= first for i in range(depth)]
   else:
-    period = 2 if kind == "gemma2" else pattern
+    period = {"gemma2": 2, "olmo3": 4}.get(kind, pattern)
     local = [(i + 1) % period != 0 for i in range(depth)]
   if types is not None:
     known = ("full_attention", "sliding_attention")
@@ -225,6 +234,20 @@ def _windows(kind: str, fields: _Fields, depth: int) -> dict[str, Any]:
     return {}
   window = fields.positive("sliding_window", window, whole=True)
   return {"window": window, "local_layers": tuple(local)}
+
+
+def _unrotated(fields: _Fields, depth: int, types: Any, switched_on: bool) -> dict[str, Any]:
+  """SmolLM3: which layers rotate nothing. They are its local layers, though they see all."""
+  if switched_on or (types is not None and types != ["full_attention"] * depth):
+    fields.fail("use_sliding_window", switched_on, "or layer_types name sliding attention")
+  every = fields.number("no_rope_layer_interval", 4)
+  rotated = fields.take("no_rope_layers")
+  if rotated is None:
+    rotated = [int((i + 1) % every != 0) for i in range(depth)]
+  if not isinstance(rotated, list) or any(r not in (0, 1) for r in rotated) or len(rotated) < depth:
+    fields.fail("no_rope_layers", rotated, f"must hold 0 or 1 for each of {depth} layers")
+  local = tuple(not r for r in rotated[:depth])
+  return {"local_layers": local} if any(local) else {}
 
 
 def _ropes(kind: str, fields: _Fields) -> dict[str, Rope]:
@@ -253,16 +276,19 @@ def _ropes(kind: str, fields: _Fields) -> dict[str, Rope]:
     original = given.pop("original_max_position_embeddings", 8192)
     return Rope(float(theta), form, original_positions=original, **given)
 
-  gemma3 = kind == "gemma3_text"
-  theta = fields.number("rope_theta", 1_000_000.0 if gemma3 else 10_000.0, False, 10**12)
+  two = kind in ("gemma3_text", "olmo3")
+  usual = {"gemma3_text": 1e6, "olmo3": 5e5, "smollm3": 2e6}.get(kind, 1e4)
+  theta = fields.number("rope_theta", usual, False, 10**12)
   scaling, parameters = fields.take("rope_scaling"), fields.take("rope_parameters")
   if scaling is not None and parameters is not None:
     fields.fail("rope_scaling", scaling, "and rope_parameters are both given; keep one")
-  if not gemma3:
-    if parameters is None:
-      return {"rope": rope(scaling, theta, "rope_scaling")}
-    return {"rope": rope(parameters, theta, "rope_parameters")}
-  local_theta = fields.number("rope_local_base_freq", 10_000.0, False, 10**12)
+  if not two:
+    where = "rope_scaling" if parameters is None else "rope_parameters"
+    found = {"rope": rope(scaling if parameters is None else parameters, theta, where)}
+    return found | ({"local_rope": Rope(kind="none")} if kind == "smollm3" else {})
+  local_theta = theta
+  if kind == "gemma3_text":
+    local_theta = fields.number("rope_local_base_freq", 10_000.0, False, 10**12)
   both = {"full_attention": scaling}
   if parameters is not None:
     both = table("rope_parameters", parameters)
@@ -275,8 +301,12 @@ def _ropes(kind: str, fields: _Fields) -> dict[str, Rope]:
 
 def family(config: ModelConfig) -> str:
   """The model_type whose numbers `config` has."""
+  if not config.pre_norms:
+    return "olmo3" if any(config.local_layers) else "olmo2"
   if config.post_norms:
     return "gemma3_text" if config.qk_norm else "gemma2"
+  if config.local_rope is not None:
+    return "smollm3"
   if config.norm_offset:
     return "gemma"
   if config.qk_norm:
@@ -289,7 +319,7 @@ def family(config: ModelConfig) -> str:
 def hf_config(config: ModelConfig) -> dict:
   """The config.json content that `model_config` reads back as `config`."""
   kind = family(config)
-  classes = {"gemma3_text": "Gemma3ForCausalLM"}
+  classes = {"gemma3_text": "Gemma3ForCausalLM", "smollm3": "SmolLM3ForCausalLM"}
   hf = {
     "architectures": [classes.get(kind, f"{kind.capitalize()}ForCausalLM")],
     "model_type": kind,
@@ -305,7 +335,8 @@ def hf_config(config: ModelConfig) -> dict:
     "max_position_embeddings": config.max_positions,
   }
   activation = {v: k for k, v in reversed(_ACTIVATIONS.items())}[config.activation]
-  hf["hidden_activation" if config.post_norms else "hidden_act"] = activation
+  gemma = config.norm_offset
+  hf["hidden_activation" if gemma and config.post_norms else "hidden_act"] = activation
 
   def scaling(rope: Rope) -> dict[str, Any] | None:
     if rope.kind == "default":
@@ -319,6 +350,16 @@ def hf_config(config: ModelConfig) -> dict:
   hf |= {"rope_theta": config.rope.theta, "rope_scaling": scaling(config.rope)}
   if kind == "gemma3_text":
     hf["rope_local_base_freq"] = config.local_rope.theta
+  if kind == "smollm3":
+    local = config.local_layers or (False,) * config.n_layers
+    return _checked(hf | {"no_rope_layers": [int(not x) for x in local]}, config)
+  if kind == "olmo3":
+    both = {"full_attention": config.rope, "sliding_attention": config.local_rope}
+    hf["rope_parameters"] = {
+      name: {"rope_theta": r.theta} | (scaling(r) or {"rope_type": "default"})
+      for name, r in both.items()
+    }
+    del hf["rope_theta"], hf["rope_scaling"]
   if kind in ("qwen2", "qwen3"):
     hf["use_sliding_window"] = any(config.local_layers)
   if any(config.local_layers) or kind == "mistral":
@@ -326,10 +367,15 @@ def hf_config(config: ModelConfig) -> dict:
   if any(config.local_layers) and kind != "mistral":
     names = {True: "sliding_attention", False: "full_attention"}
     hf["layer_types"] = [names[local] for local in config.local_layers]
-  if config.post_norms:
+  if gemma and config.post_norms:
     hf["query_pre_attn_scalar"] = round(config.query_scale**-2)  # transformers takes integers
     hf["attn_logit_softcapping"] = config.attn_softcap
     hf["final_logit_softcapping"] = config.final_softcap
+  return _checked(hf, config)
+
+
+def _checked(hf: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
+  kind = hf["model_type"]
   if model_config(hf, "the exported config") != config:
     raise UserError(f"this ModelConfig is of no Hugging Face architecture (nearest: {kind})")
   return hf

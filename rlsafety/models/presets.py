@@ -103,6 +103,11 @@ PRESETS = {
   "smollm2-1.7b-instruct": _shape(
     "llama", 49152, 2048, 24, 32, 32, 8192, 8192, rope_theta=130_000.0, **_TIED
   ),
+  "smollm3-3b": _shape(
+    "smollm3", 128256, 2048, 36, 16, 4, 11008, 65536, rope_theta=5e6, **_TIED
+  ),
+  "olmo-2-1b-instruct": _shape("olmo2", 100352, 2048, 16, 16, 16, 8192, 4096, rope_theta=5e5),
+  "olmo-2-7b-instruct": _shape("olmo2", 100352, 4096, 32, 32, 32, 11008, 4096, rope_theta=5e5),
   # For tests: seconds on a laptop
   "tiny": _shape("llama", 320, 64, 2, 4, 2, 128, 4096, **_TIED),
 }

@@ -53,6 +53,8 @@ class CompletionCache:
 
 def rope_frequencies(rope: Rope, head_dim: int) -> jax.Array:
   """[Dh / 2] float32 radians per position."""
+  if rope.kind == "none":
+    return jnp.zeros(head_dim // 2, jnp.float32)
   freq = rope.theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
   if rope.kind == "default":
     return freq
@@ -211,9 +213,10 @@ def _views(c: ModelConfig, prompt, slots: int, offset, P: int, G: int, t: int) -
     S = jax.tree.leaves(prompt.k)[0].shape[-3]
     shown = mask_from_lengths(prompt.lengths, S)[:, None, None]  # [P, 1, 1, S]
   views = [_View(cos_sin(rope_frequencies(c.rope, c.head_dim), position), own, shown)]
-  if any(c.local_layers) and c.window is not None:
-    own = own & (slot[:, None] - own_slots < c.window)
-    if shown is not None:
+  if any(c.local_layers):
+    if c.window is not None:
+      own = own & (slot[:, None] - own_slots < c.window)
+    if shown is not None and c.window is not None:
       shown = shown & (position[..., None] - jnp.arange(S) < c.window)
     freq = rope_frequencies(c.local_rope or c.rope, c.head_dim)
     views.append(_View(cos_sin(freq, position), own, shown))
@@ -234,9 +237,12 @@ def _layer(c: ModelConfig, fused: bool, x, w, ab, scale, dropout, view, offset, 
     return linear(h, w[name], bias, ab.get(name), scale, dropout, name)
 
   def heads(h, name, count):
-    return project(h, name).reshape(P, G, t, count, c.head_dim)
+    h = project(h, name)
+    if c.qk_norm_whole and name != "v":
+      h = _norm(h, w[f"{name}_norm"], c)
+    return h.reshape(P, G, t, count, c.head_dim)
 
-  h = _norm(x, w["attn_norm"], c)
+  h = _norm(x, w["attn_norm"], c) if c.pre_norms else x
   q, k = heads(h, "q", c.n_heads), heads(h, "k", c.n_kv_heads)
   v = heads(h, "v", c.n_kv_heads)
   if c.qk_norm:
@@ -255,7 +261,7 @@ def _layer(c: ModelConfig, fused: bool, x, w, ab, scale, dropout, view, offset, 
     h = attend(q, own, shown, scale=query_scale, softcap=c.attn_softcap)
   h = project(h, "o")
   x = x + (_norm(h, w["post_attn_norm"], c) if c.post_norms else h)
-  h = _norm(x, w["mlp_norm"], c)
+  h = _norm(x, w["mlp_norm"], c) if c.pre_norms else x
   h = _ACTIVATIONS[c.activation](project(h, "gate")) * project(h, "up")
   h = project(constrain(h, "prompt", None, None, "mlp"), "down")
   x = x + (_norm(h, w["post_mlp_norm"], c) if c.post_norms else h)
