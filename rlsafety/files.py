@@ -224,6 +224,12 @@ def write_json(path: str | Path, value: Any) -> None:
   write_bytes(path, _encoded(value, indent=2))
 
 
+def sync(path: str | Path) -> None:
+  """Waits until what was appended to a file is on the disk; a missing file is none."""
+  if os.path.exists(path):
+    _write(Path(path), os.O_APPEND, b"", sync=True)
+
+
 def append(path: str | Path, records: list[dict]) -> None:
   """Appends records as lines: in one write, and in more where that one was short."""
   _write(Path(path), os.O_APPEND, b"".join(map(_encoded, records)), sync=False)

@@ -169,6 +169,7 @@ def run_on(mesh: Mesh, config: Config, workdir: str, told: runtime.Told) -> dict
   if step < 0:
     step = 0
     evaluate(state.adapter, step)
+    run.sync()
     checkpoints.save(manager, step, state)
   elif again:
     log.info("the evaluation at step %d was lost: made again", step)
@@ -210,6 +211,7 @@ def run_on(mesh: Mesh, config: Config, workdir: str, told: runtime.Told) -> dict
       pending = None
       if due:
         evaluate(state.adapter, step)
+      run.sync()
       runtime.barrier(f"checkpoint {step}")  # a host that is gone is named, not waited for
       checkpoints.save(manager, step, state, wait=stop or last)
     if stop and not last:

@@ -1,6 +1,7 @@
 """Run directories that lost something: named, written again where that is possible, or refused."""
 
 import contextlib
+import os
 import shutil
 import signal
 
@@ -193,3 +194,12 @@ def test_silence_counts_in_a_row():
     heard.hear(row)  # a row without own replies says nothing
   with pytest.raises(UserError, match="step 1: no reply got a reward"):
     heard.hear(none)
+
+
+def test_logs_are_on_the_disk_before_a_checkpoint(runs, monkeypatch):
+  """A power cut after a checkpoint must not leave it without the lines before it."""
+  synced, fsync = [], os.fsync
+  name = lambda f: os.readlink(f"/proc/self/fd/{f}")  # noqa: E731
+  monkeypatch.setattr(os, "fsync", lambda f: [synced.append(name(f)), fsync(f)])
+  write.RunDir(runs[0], True, None).sync()
+  assert {str((runs[0] / log).resolve()) for log in LOGS} <= set(synced)

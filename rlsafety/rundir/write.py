@@ -24,7 +24,7 @@ import rlsafety
 from rlsafety import checkpoints, replay, sharding
 from rlsafety.config import Config, differences, to_json
 from rlsafety.errors import UserError
-from rlsafety.files import append, parse_json, read_json, write_bytes, write_json
+from rlsafety.files import append, parse_json, read_json, sync, write_bytes, write_json
 from rlsafety.metrics import gaps
 from rlsafety.models.chat import Chat
 from rlsafety.rollout import Experience, Users
@@ -148,6 +148,12 @@ class RunDir:
       file.unlink(missing_ok=True)
       append(file, rows)
       append(self.path / "eval" / "summary.jsonl", [summary])
+
+  def sync(self) -> None:
+    """Puts the logs on the disk: a checkpoint must not outlive what was logged before it."""
+    if self.writes:
+      for path in (*(self.path / name for name in LOGS), *(self.path / "eval").glob("step_*")):
+        sync(path)
 
   def finish(self, summary: dict) -> None:
     """Writes summary.json, last of all: it says that the run is complete."""

@@ -138,7 +138,7 @@ def score_run(
   judge = {k: v for k, v in to_json(config)["judge"].items() if k in SAME_JUDGE}
   about = {"judge": opened.about, "config": judge}
   header, remote = path.with_suffix(".json"), judge["name"] == "http"
-  if header.exists() and files.read_json(header) != about:
+  if header.exists() and path.exists() and files.read_json(header) != about:
     raise UserError(f"{header}: these scores are another judge's; give another --name")
   path.parent.mkdir(exist_ok=True)
   files.write_json(header, about)
