@@ -12,10 +12,8 @@ import functools
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from rlsafety import (
@@ -133,13 +131,12 @@ def run_on(mesh: Mesh, config: Config, workdir: str, told: runtime.Told) -> dict
   about = {"model": {**policy.source, "parameters": parameters}, "judge": judge.about}
   again = run.start(config, step, about | {"data": data}, len(heldout) * config.eval.samples)
   write_events = write.event_writer(run)
-  silence = Silence(str(run.path / "checkpoints"))
+  silence = gaps.Silence(str(run.path / "checkpoints"))
 
   def evaluate(adapter, step: int) -> None:
+    settings = dataclasses.replace(config.sampler, group=config.eval.samples)
     rows, summary = evaluation.evaluate(
-      functools.partial(
-        roll_out, settings=dataclasses.replace(config.sampler, group=config.eval.samples)
-      ),
+      functools.partial(roll_out, settings=settings),
       adapter,
       heldout,
       jax.random.fold_in(root, 1),
@@ -162,7 +159,7 @@ def run_on(mesh: Mesh, config: Config, workdir: str, told: runtime.Told) -> dict
     row, timing = run.log_step(pending, rubric_of, chat)
     write_events(pending.step, {**row, **timing})
     seconds.append(timing["seconds"])
-    log.info("%s", step_line(row, timing, config.steps, seconds))
+    log.info("%s", gaps.step_line(row, timing, config.steps, seconds))
     silence.hear(row)
 
   # --- The loop -----------------------------------------------------------------------
@@ -181,12 +178,8 @@ def run_on(mesh: Mesh, config: Config, workdir: str, told: runtime.Told) -> dict
     own, replayed, pieces = None, {}, []
     if P > from_records:
       chosen = rollout.order(users.is_gameable, config.seed, step, P - from_records)
-      own = roll_out(
-        state.adapter,
-        users.take(chosen),
-        jax.random.fold_in(key, 0),
-        settings=config.sampler,
-      )
+      first_key, asked = jax.random.fold_in(key, 0), users.take(chosen)
+      own = roll_out(state.adapter, asked, first_key, settings=config.sampler)
       pieces.append(rollout.as_batch(own))
     began = time.monotonic()
     if records:
@@ -205,8 +198,8 @@ def run_on(mesh: Mesh, config: Config, workdir: str, told: runtime.Told) -> dict
     pending = StepLog(step, own, replayed, batch.lengths, metrics, learned)
 
     stop, last = sharding.any_process(told.signal > 0), step == config.steps
-    due = last or is_due(step, config.eval.every)
-    if stop or due or is_due(step, config.checkpoint.every):
+    due = last or config.eval.due(step)
+    if stop or due or config.checkpoint.due(step):
       log_step(pending, seconds)
       pending = None
       if due:
@@ -236,45 +229,6 @@ def finish(run: RunDir, adapter, policy: sources.Model, config: Config) -> dict:
   run.close()
   runtime.barrier("complete")  # jax's own shutdown gives up sooner than a long report takes
   return run.summary() or summary if run.writes else {}
-
-
-SILENT = 3  # updates and evaluations in a row without a reward: the run learns from nothing
-
-
-@dataclasses.dataclass
-class Silence:
-  """Counts updates and evaluations in a row whose replies got no reward at all."""
-
-  saved: str  # where the state before them is, for the message
-  count: int = 0
-
-  def hear(self, row: Mapping) -> None:
-    """row: of metrics.jsonl or eval/summary.jsonl. Raises UserError at the SILENT-th in a row."""
-    means = [row[f"reward_{g}"] for g in ("gameable", "non_gameable") if f"reward_{g}" in row]
-    if means:
-      self.count = 0 if np.isfinite(np.array(means, float)).any() else self.count + 1
-    if self.count >= SILENT:
-      judged = {k: v for k, v in row.items() if k.startswith("judge_") and v}
-      raise UserError(
-        f"step {row['step']}: no reply got a reward, {SILENT} times in a row ("
-        f"{', '.join(f'{k}={v:g}' for k, v in judged.items()) or 'see judge_* in metrics.jsonl'}); "
-        f"mend the judge, then start the same command again: it goes on from {self.saved}"
-      )
-
-
-def is_due(step: int, every: int) -> bool:
-  return bool(every) and step % every == 0
-
-
-def step_line(row: Mapping, timing: Mapping, steps: int, seconds: Sequence[float]) -> str:
-  """Progress of one step; row and timing: its lines in the logs, seconds: of all so far."""
-  left = (steps - row["step"]) * float(np.median(seconds[-20:]))
-  return (
-    f"step {row['step']}/{steps}  {gaps.group_line(row)}  "
-    f"groups with spread {1 - row['frac_zero_std']:.0%}  "
-    f"{timing['seconds']:.1f} s  {timing['tokens_per_second']:.0f} tok/s  "
-    f"left {left / 60:.1f} min"
-  )
 
 
 def main(argv: list[str]) -> None:

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from test_train import ROOT, finish, interrupt_after, outcome, start
 
-from rlsafety import files, recipes, train
+from rlsafety import files, recipes
 from rlsafety.errors import UserError
+from rlsafety.metrics import gaps
 from rlsafety.rundir import check, write
 
 CONFIG = recipes.of_run([f"--config={ROOT / 'configs/tiny_syco.py'}"])
@@ -189,7 +190,7 @@ def test_a_run_without_rewards_stops_with_the_reason(cache, tmp_path):
 
 def test_silence_counts_in_a_row():
   none, some = {"step": 1, "reward_gameable": None, "reward_non_gameable": np.nan}, {"step": 2}
-  heard = train.Silence("x")
+  heard = gaps.Silence("x")
   for row in (none, none, some | {"reward_gameable": 1.0}, none, none, some):
     heard.hear(row)  # a row without own replies says nothing
   with pytest.raises(UserError, match="step 1: no reply got a reward"):

@@ -1,9 +1,10 @@
-"""Means by user group, with standard errors over prompts.
+"""Means by user group with standard errors over prompts, and what a run says of them.
 
 Positive gaps mean that gameable users fare worse or are courted more: reward and HEX are
 gameable minus non-gameable, ACC the other way round (`GAP_SIGN`).
 """
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from rlsafety.environments.rubrics import THRESHOLDS
+from rlsafety.errors import UserError
 
 SCORES = ("reward", "acc", "hex")
 GROUPS = ("gameable", "non_gameable")
@@ -83,3 +85,38 @@ def group_line(row: Mapping[str, Any]) -> str:
     both = (row[f"{prefix}{name}_{group}"] for group in ("gameable", "non_gameable"))
     parts.append(f"{name} " + "/".join(f"{mean:.2f}" for mean in both))
   return "  ".join(parts) + f" ({prefix.replace('_', ': ')}gameable/non-gameable)"
+
+
+def step_line(row: Mapping, timing: Mapping, steps: int, seconds: Sequence[float]) -> str:
+  """Progress of one step; row and timing: its lines in the logs, seconds: of all so far."""
+  left = (steps - row["step"]) * float(np.median(seconds[-20:]))
+  return (
+    f"step {row['step']}/{steps}  {group_line(row)}  "
+    f"groups with spread {1 - row['frac_zero_std']:.0%}  "
+    f"{timing['seconds']:.1f} s  {timing['tokens_per_second']:.0f} tok/s  "
+    f"left {left / 60:.1f} min"
+  )
+
+
+SILENT = 3  # updates and evaluations in a row without a reward: the run learns from nothing
+
+
+@dataclasses.dataclass
+class Silence:
+  """Counts updates and evaluations in a row whose replies got no reward at all."""
+
+  saved: str  # where the state before them is, for the message
+  count: int = 0
+
+  def hear(self, row: Mapping) -> None:
+    """row: of metrics.jsonl or eval/summary.jsonl. Raises UserError at the SILENT-th in a row."""
+    means = [row[f"reward_{g}"] for g in ("gameable", "non_gameable") if f"reward_{g}" in row]
+    if means:
+      self.count = 0 if np.isfinite(np.array(means, float)).any() else self.count + 1
+    if self.count >= SILENT:
+      judged = {k: v for k, v in row.items() if k.startswith("judge_") and v}
+      raise UserError(
+        f"step {row['step']}: no reply got a reward, {SILENT} times in a row ("
+        f"{', '.join(f'{k}={v:g}' for k, v in judged.items()) or 'see judge_* in metrics.jsonl'}); "
+        f"mend the judge, then start the same command again: it goes on from {self.saved}"
+      )
