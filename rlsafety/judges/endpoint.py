@@ -123,10 +123,12 @@ async def ask_all(
   headers = {"accept-encoding": "identity"}
   headers |= {"authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
 
-  def wait(state) -> float:
+  def wait(state: tenacity.RetryCallState) -> float:
     return max(backoff(state), min(getattr(state.outcome.exception(), "wait", 0.0), 30.0))
 
-  async def post(client, messages, dialect: Dialect) -> tuple[int, bytes]:
+  async def post(
+    client: httpx2.AsyncClient, messages: Sequence[dict], dialect: Dialect
+  ) -> tuple[int, bytes]:
     body = dialect.body(endpoint.model, messages)
     try:
       async with asyncio.timeout(timeout_s):
@@ -143,7 +145,7 @@ async def ask_all(
       raise _Again(f"http_{status}", server_words(data, endpoint.key), pause)
     return status, data
 
-  async def once(client, messages) -> tuple[float, str]:
+  async def once(client: httpx2.AsyncClient, messages: Sequence[dict]) -> tuple[float, str]:
     dialect: Dialect | None = endpoint.dialect
     while dialect:
       tried = dialect
@@ -166,7 +168,7 @@ async def ask_all(
       dialect = adapt(tried, words) if may_adapt else None
     return math.nan, f"http_{status}"
 
-  async def one(client, i: int) -> None:
+  async def one(client: httpx2.AsyncClient, i: int) -> None:
     retrying = tenacity.AsyncRetrying(
       stop=tenacity.stop_after_attempt(attempts),
       wait=wait,

@@ -23,6 +23,7 @@ from rlsafety.addresses import KEYS, check, masked
 from rlsafety.environments.scenario import REPLY, Scenario, evaluator_messages, judge_messages
 from rlsafety.errors import UserError
 from rlsafety.judges.endpoint import Asked, Endpoint, ask_all, key_from_environment
+from rlsafety.models.chat import Chat
 from rlsafety.types import Replies
 
 MAX_CHARS = 20_000  # of a reply; longer ones are cut before they are sent
@@ -89,7 +90,7 @@ def read_price(price) -> tuple[float, float]:
 def make(
   url: str,
   model: str,
-  policy_chat,
+  policy_chat: Chat,
   unusable: float = 1.0,
   *,
   concurrency: int = 32,
