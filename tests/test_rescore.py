@@ -76,6 +76,17 @@ def test_scores_are_the_judges_and_resuming_changes_nothing(run, model):
   np.testing.assert_array_equal(found["reward"], 5.0)  # the reward stays what was trained on
 
 
+def test_a_torn_header_heals_where_nothing_is_scored_yet(run, model):
+  header = run.path / "scores" / "lex.json"
+  header.parent.mkdir()
+  header.write_text('{"judge": {"na')  # of a kill, before the first row
+  assert score(run, model, rescore.select(run))["scored"] == 12
+  assert files.read_json(header)["config"]["name"] == "phrases"
+  header.write_text('{"judge": {"na')  # damaged later: whose rows are these?
+  with pytest.raises(UserError, match="lex.json: not valid JSON"):
+    score(run, model, rescore.select(run))
+
+
 @pytest.fixture
 def address():
   server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
