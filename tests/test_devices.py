@@ -102,6 +102,8 @@ def hub(monkeypatch, tmp_path):
   server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
   threading.Thread(target=server.serve_forever, daemon=True).start()
   monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+  # Other files of the suite keep the hub offline, in the same process.
+  monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
   monkeypatch.delenv("HF_TOKEN", raising=False)
   Hub.seen.clear()
   yield f"http://127.0.0.1:{server.server_port}"

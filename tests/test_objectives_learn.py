@@ -84,7 +84,7 @@ def test_learns_the_toy_task_on_policy(name):
   "objective",
   [objective_of("rloo", is_correction=c, is_cap=5.0) for c in CORRECTIONS[1:]]
   + [objective_of("reinforce", advantage="group")]  # without a baseline it only reweights the base
-  + [losses.make(n) for n in ("expert_iteration", "dpo", "kto")],
+  + [objective_of(n) for n in ("expert_iteration", "dpo", "kto")],
   ids=lambda o: f"{o.name}-{o.is_correction}",
 )
 def test_learns_the_toy_task_from_the_bases_samples(objective):
