@@ -22,7 +22,7 @@ from rlsafety.errors import UserError
 from rlsafety.judges import Judge
 from rlsafety.models.chat import Chat
 from rlsafety.models.lora import Adapter
-from rlsafety.models.sources import Model
+from rlsafety.models.model import Model
 from rlsafety.packing import mask_from_lengths
 from rlsafety.types import Batch, Prompts, Replies, Rollouts
 

@@ -17,7 +17,7 @@ from rlsafety import sampler
 from rlsafety.config import Lora
 from rlsafety.models import architecture, assemble, families, hf, transformer
 from rlsafety.models.lora import Adapter
-from rlsafety.models.sources import Model
+from rlsafety.models.model import Model
 from rlsafety.types import Prompts
 
 P, G, S, T, V = 2, 2, 12, 64, 97

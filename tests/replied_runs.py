@@ -7,7 +7,7 @@ import synthetic_runs
 
 from rlsafety import environments, files, recipes
 from rlsafety.config import to_json
-from rlsafety.models.sources import Model
+from rlsafety.models.model import Model
 from rlsafety.rundir import read
 
 REPLIES = {

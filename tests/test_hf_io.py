@@ -34,6 +34,7 @@ from rlsafety.models import (
   sources,
   transformer,
 )
+from rlsafety.models.model import Model
 from rlsafety.tools import export
 
 FAMILY = "qwen25_gqa_tied"  # biases, tied head
@@ -50,7 +51,7 @@ def made(tmp_path_factory):
   (folder / "config.json").write_text(json.dumps(families.hf_config(config)))
   save_file(cases.tensors(config), folder / "model.safetensors", metadata={"format": "pt"})
   params = assemble.assemble(config, hf.read_tensors(folder), jnp.float32)
-  model = sources.Model(config, params, chat, {"path": str(folder)})
+  model = Model(config, params, chat, {"path": str(folder)})
   return model, cases.adapter_of(config), folder
 
 
@@ -97,7 +98,7 @@ def test_merged_round_trip_is_bit_equal(made, tmp_path, max_bytes):
 
 def test_bfloat16_is_stored_as_it_is(made, tmp_path):
   model, _, folder = made
-  half = sources.Model(
+  half = Model(
     model.config,
     jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params),
     model.chat,
@@ -209,7 +210,7 @@ def test_gemma3_with_vision_equals_transformers_tied_or_not(tmp_path):
   ours_config = families.model_config(read_json(tmp_path / "config.json"))
   assert not ours_config.tie_embeddings
   params = assemble.assemble(ours_config, hf.read_tensors(tmp_path), jnp.float32)
-  ours = logits(sources.Model(ours_config, params, None, {}), None, TOKENS)
+  ours = logits(Model(ours_config, params, None, {}), None, TOKENS)
   with torch.no_grad():
     expected = theirs(torch.tensor(TOKENS, dtype=torch.long)).logits.numpy()
   np.testing.assert_allclose(ours, expected, atol=2e-5)

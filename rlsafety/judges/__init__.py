@@ -22,7 +22,7 @@ from rlsafety.errors import UserError
 from rlsafety.judges import http, lm, own, phrases, probe
 from rlsafety.models import hf, sources
 from rlsafety.models.lora import Adapter
-from rlsafety.models.sources import Model
+from rlsafety.models.model import Model
 from rlsafety.types import Replies
 
 Score = Callable[[Sequence[Scenario], Replies], tuple[Mapping[str, Any], Mapping[str, Any]]]

@@ -24,7 +24,7 @@ from rlsafety.models import transformer
 from rlsafety.models.architecture import ModelConfig
 from rlsafety.models.chat import Chat
 from rlsafety.models.lora import Adapter
-from rlsafety.models.sources import Model
+from rlsafety.models.model import Model
 from rlsafety.packing import pad
 from rlsafety.types import Prompts, Replies
 

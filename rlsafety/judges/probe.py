@@ -34,7 +34,7 @@ from rlsafety.files import parse_json
 from rlsafety.judges import phrases
 from rlsafety.models import scoring
 from rlsafety.models.architecture import ModelConfig
-from rlsafety.models.sources import Model
+from rlsafety.models.model import Model
 from rlsafety.packing import mask_from_lengths
 from rlsafety.types import Prompts, Replies
 

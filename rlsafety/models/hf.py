@@ -8,10 +8,11 @@ import json
 import math
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -22,9 +23,7 @@ from rlsafety.models.architecture import ModelConfig
 from rlsafety.models.assemble import Tensor, flat_weights, hf_names, is_transposed
 from rlsafety.models.families import hf_config
 from rlsafety.models.lora import Adapter
-
-if TYPE_CHECKING:  # which imports this module
-  from rlsafety.models.sources import Model
+from rlsafety.models.model import Model
 
 # --- Reading a folder -------------------------------------------------------------------
 
@@ -148,8 +147,6 @@ Base model: {base}
 def _host(array: jax.Array | np.ndarray) -> np.ndarray:
   """The whole array on the host; sharded over several hosts, gathered from them."""
   if isinstance(array, jax.Array) and not array.is_fully_addressable:
-    from jax.experimental import multihost_utils
-
     array = multihost_utils.process_allgather(array, tiled=True)
   return np.asarray(array)
 

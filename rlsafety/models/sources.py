@@ -29,19 +29,10 @@ from rlsafety.models import chat as chats
 from rlsafety.models.architecture import ModelConfig
 from rlsafety.models.assemble import Tensor, assemble
 from rlsafety.models.chat import Chat
+from rlsafety.models.model import Model
 
 # A tree of shardings like the params, a function of the ModelConfig that gives one, or None.
 Shardings = dict | Callable[[ModelConfig], dict] | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-  """config, params in the layout of `architecture.weights`, chat, and where they are from."""
-
-  config: ModelConfig
-  params: dict
-  chat: Chat
-  source: dict
 
 
 def load_model(path: str, dtype: Any = jnp.float32, shardings: Shardings = None) -> Model:
@@ -195,7 +186,7 @@ def is_hub_name(path: str) -> bool:
 
 def _from_hub(path: str) -> Path:
   """The local snapshot of a hub model; its folder is named after the exact revision."""
-  from huggingface_hub import snapshot_download
+  from huggingface_hub import snapshot_download  # takes a second, and most paths are local
 
   name, _, revision = path.partition("@")
   wanted = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model"]

@@ -37,7 +37,7 @@ from rlsafety.environments.scenario import Scenario
 from rlsafety.errors import UserError, run_main
 from rlsafety.judges import lm
 from rlsafety.models import sources, transformer
-from rlsafety.models.sources import Model
+from rlsafety.models.model import Model
 from rlsafety.packing import pad
 from rlsafety.rundir import read
 from rlsafety.study import figures

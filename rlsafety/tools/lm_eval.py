@@ -76,7 +76,7 @@ class LanguageModel(TemplateLM):
   """
 
   def __init__(
-    self, model: sources.Model, adapter: Adapter | None = None, mesh: Any = None, batch: int = 8,
+    self, model: Model, adapter: Adapter | None = None, mesh: Any = None, batch: int = 8,
     max_length: int = 0, max_new: int = 256,
   ):  # fmt: skip
     super().__init__()

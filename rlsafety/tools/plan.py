@@ -27,12 +27,28 @@ import pathlib
 import sys
 import time
 
-from rlsafety import flags, recipes
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+
+from rlsafety import flags, learner, losses, recipes, replay, sampler, sharding
 from rlsafety.config import Mesh
 from rlsafety.errors import UserError, run_main
 from rlsafety.files import read_json
+from rlsafety.judges import lm, probe
+from rlsafety.models import (
+  architecture,
+  families,
+  gguf,
+  int8,
+  lora,
+  presets,
+  scoring,
+  sources,
+)
 from rlsafety.tools.devices import GIB, Device, device
 from rlsafety.tools.hlo import read_program
+from rlsafety.types import Batch, Prompts
 
 EFFICIENCY = 0.4  # share of the roofline that a run is assumed to reach, for time and cost
 USABLE = 0.92  # share of a device's memory: runtime and fragmentation take the rest
@@ -50,14 +66,6 @@ def compile_programs(config, policy, judge, target: Device, devices=None) -> dic
   and would add copies that no accelerator makes. devices: those of `compilers.devices`, to
   compile with the target's own compiler and in model.dtype.
   """
-  import jax
-  import jax.numpy as jnp
-
-  from rlsafety import learner, losses, sampler, sharding
-  from rlsafety.judges import lm, probe
-  from rlsafety.models import architecture, int8, lora, scoring
-  from rlsafety.types import Batch, Prompts
-
   stored = jnp.dtype(config.model.dtype if devices else "float32")
   devices = devices or jax.devices("cpu")
   if len(devices) < target.chips:
@@ -205,8 +213,6 @@ def check_mesh(config, policy, judge, mesh) -> None:
 
 def check_sizes(config, policy, judge, mesh, prompts: int = 0) -> None:
   """Raises UserError where the mesh splits the batch, the policy or its judge unevenly."""
-  from rlsafety import sharding
-
   sharding.check_batch(mesh, prompts or config.prompts_per_step, config.learner.microbatches)
   for model in filter(None, (policy, judge)):
     sharding.check_model(mesh, model)
@@ -217,8 +223,6 @@ def fitting_meshes(config, policy, judge, chips: int, prompts: int = 0) -> list[
 
   prompts: to ask with another batch than config.prompts_per_step.
   """
-  from jax.sharding import AbstractMesh
-
   out = []
   for tensor in (n for n in range(1, chips + 1) if chips % n == 0):
     sizes = {"data": chips // tensor, "fsdp": 1, "tensor": tensor}
@@ -236,10 +240,6 @@ def fitting_meshes(config, policy, judge, chips: int, prompts: int = 0) -> list[
 
 def make_plan(config, policy, judge, target: Device) -> dict:
   """Memory, work, time and cost per device and step, as plain numbers (bytes, seconds, $)."""
-  import jax.numpy as jnp
-
-  from rlsafety import replay
-
   began = time.monotonic()
   made = compile_programs(config, policy, judge, target)
   width = jnp.dtype(config.model.dtype).itemsize
@@ -336,8 +336,6 @@ def advice(plan: dict, config, policy, judge, target: Device) -> list[str]:
 def automatic_mesh(config, policy, judge, target: Device) -> dict:
   """Of the meshes that train accepts the one of least tensor parallelism whose weights leave
   half of the memory free; where none does, that of most."""
-  from rlsafety.models import architecture
-
   meshes = fitting_meshes(config, policy, judge, target.chips)
   if not meshes:
     pieces = config.learner.microbatches
@@ -356,15 +354,11 @@ def automatic_mesh(config, policy, judge, target: Device) -> dict:
 
 def shape_of(name: str, field: str):
   """ModelConfig of a preset, a local folder, a GGUF file, or a hub name whose shape we know."""
-  from rlsafety.models import families, presets
-
   folder = pathlib.Path(name).expanduser()
   if folder.is_dir():
     path = folder / "config.json"
     return families.model_config(read_json(path), str(path))
   if name.startswith("package:") or folder.suffix == ".gguf":
-    from rlsafety.models import gguf, sources
-
     path = sources.resolve(name)
     return families.model_config(gguf.read_config(gguf.open_file(path)), str(path))
   short = name.split("/")[-1].split("@")[0].lower().removeprefix("meta-").removesuffix("-hf")
@@ -413,7 +407,7 @@ def fake_devices(count: int) -> None:
   fast = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
   flags = f"{fast} --xla_force_host_platform_device_count={count}"
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
-  os.environ["JAX_PLATFORMS"] = "cpu"
+  jax.config.update("jax_platforms", "cpu")
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the partitioner's hints, see the profile
 
 

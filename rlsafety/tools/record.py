@@ -35,7 +35,7 @@ from rlsafety.errors import UserError, run_main
 from rlsafety.models import hf, scoring, sources
 from rlsafety.models.architecture import ModelConfig
 from rlsafety.models.lora import Adapter
-from rlsafety.models.sources import Model
+from rlsafety.models.model import Model
 from rlsafety.tools.dataset import RecordedRollouts
 from rlsafety.types import Prompts
 

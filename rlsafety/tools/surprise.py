@@ -19,7 +19,7 @@ from scipy import stats
 from rlsafety import flags
 from rlsafety.errors import UserError, run_main
 from rlsafety.models import scoring, sources
-from rlsafety.models.sources import Model
+from rlsafety.models.model import Model
 from rlsafety.packing import pad
 from rlsafety.rundir import read
 from rlsafety.rundir.read import Run

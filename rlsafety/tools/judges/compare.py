@@ -22,6 +22,7 @@ from rlsafety.errors import UserError, run_main
 from rlsafety.judges import Judge, probe
 from rlsafety.metrics.gaps import threshold_rates
 from rlsafety.models import sources
+from rlsafety.models.model import Model
 from rlsafety.study.statistics import agreement
 from rlsafety.tools.judges import measure, replies
 
@@ -35,7 +36,7 @@ def judge_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--url", default="", help="as config.judge.url")
 
 
-def build(args: argparse.Namespace, names: Sequence[str]) -> tuple[sources.Model, dict[str, Judge]]:
+def build(args: argparse.Namespace, names: Sequence[str]) -> tuple[Model, dict[str, Judge]]:
   """The model and {name: judge} that the parsed `judge_flags` describe."""
   environment = Environment.of(environments.resolved({"name": args.environment}))
   model = sources.open_model(config.Model(path=args.model, dtype="float32"), 0)

@@ -22,7 +22,7 @@ from rlsafety import flags
 from rlsafety.errors import UserError, run_main
 from rlsafety.judges import phrases, probe
 from rlsafety.models import sources
-from rlsafety.models.sources import Model
+from rlsafety.models.model import Model
 from rlsafety.tools.judges import measure, replies
 from rlsafety.tools.judges.replies import Example
 

@@ -17,7 +17,7 @@ from rlsafety.environments.scenario import Scenario
 from rlsafety.errors import UserError
 from rlsafety.judges import Judge, phrases, probe
 from rlsafety.models.chat import Chat
-from rlsafety.models.sources import Model
+from rlsafety.models.model import Model
 from rlsafety.tools.judges import replies
 from rlsafety.tools.judges.replies import Example
 from rlsafety.types import Prompts, Rollouts

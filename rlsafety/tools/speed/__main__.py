@@ -15,7 +15,7 @@ import jax
 from rlsafety import files, flags, runtime
 from rlsafety.errors import UserError, run_main
 from rlsafety.rundir import write
-from rlsafety.tools.speed import ceilings, core
+from rlsafety.tools.speed import ceilings, core, gpu
 
 DEFAULTS = {
   "suite": "core",  # core; gpu adds the comparisons that choose the GPU defaults
@@ -106,8 +106,6 @@ def main(argv: list[str]) -> None:
   runtime.compilation_cache()
   try:
     if f.suite == "gpu":
-      from rlsafety.tools.speed import gpu
-
       print(header, flush=True)
       measured(gpu.peer_rows(f))
     result |= write.provenance()

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 
+from rlsafety.models import families, presets
+
 
 def measure(f, model: str, seconds: float) -> list[dict]:
   """Rows {name, seconds, tokens, rows} for the flags f of the benchmark; [] where torch or peft
@@ -31,11 +33,9 @@ def measure(f, model: str, seconds: float) -> list[dict]:
 
 def run(model, dtype, prompts, prompt_tokens, group, completion_tokens, rank, rows) -> list[dict]:
   """The measurement itself; out of memory is a row without a time."""
-  import peft
-  import torch
-  import transformers
-
-  from rlsafety.models import families, presets
+  import peft  # an extra
+  import torch  # an extra
+  import transformers  # heavy, and of use here with torch alone
 
   device = "cuda" if torch.cuda.is_available() else "cpu"
   config = presets.preset(model)
