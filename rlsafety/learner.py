@@ -71,7 +71,7 @@ def starting_state(
   return jax.jit(init)(loaded)
 
 
-def state_axes(state: TrainState, adapter_axes: dict):
+def state_axes(state: TrainState, adapter_axes: dict) -> TrainState:
   """Logical axes of each array of a state: moments lie like the adapter weight they belong to.
 
   adapter_axes: `lora.adapter_axes`. What belongs to no weight, such as a count, is whole.

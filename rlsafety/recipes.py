@@ -112,7 +112,7 @@ def arguments(file: str, text: str, known: Mapping[str, tuple[str, ...] | None])
 class _Whole(absl_flags.ArgumentParser):
   """Whole numbers, also as 1e3."""
 
-  def parse(self, argument) -> int:
+  def parse(self, argument: str | int) -> int:
     try:
       return int(argument)
     except ValueError:
@@ -124,7 +124,7 @@ class _Whole(absl_flags.ArgumentParser):
 class _List(absl_flags.ArgumentParser):
   """Tuples as q,v or (q, v)."""
 
-  def parse(self, argument) -> tuple[str, ...]:
+  def parse(self, argument: str | tuple[str, ...]) -> tuple[str, ...]:
     if isinstance(argument, tuple):
       return argument
     return tuple(part.strip(" '\"") for part in argument.strip("()[]").split(",") if part.strip())

@@ -19,6 +19,8 @@ from rlsafety.config import Data, Objective
 from rlsafety.errors import UserError
 from rlsafety.files import read_json
 from rlsafety.losses import needs_behaviour
+from rlsafety.models.chat import Chat
+from rlsafety.models.model import Model
 from rlsafety.rollout import order
 from rlsafety.types import Batch, Prompts
 
@@ -69,7 +71,7 @@ def prompts_per_batch(data: Data, objective: Objective, prompts: int) -> int:
 
 def load(
   path: str,
-  model,
+  model: Model,
   objective: Objective,
   group: int,
   prompt_slots: int,
@@ -201,7 +203,7 @@ def replies_of(records: Records, example: dict) -> list[Reply]:
   return out
 
 
-def encode_reply(chat, text: str, finished: bool) -> list[int]:
+def encode_reply(chat: Chat, text: str, finished: bool) -> list[int]:
   """Ids of a reply, with the stop token that the chat template puts after a reply."""
   ids = chat.encode_text(text)
   if finished:

@@ -8,7 +8,8 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -168,7 +169,7 @@ def cleaned(
 
 
 @functools.lru_cache(8)
-def cleaner(chat: Chat):
+def cleaner(chat: Chat) -> Callable[..., Any]:
   """`cleaned` as a function of the rollouts alone. chat: of who wrote the replies."""
   ids = sorted({*chat.full.get_vocab(with_added_tokens=True).values()} - chat.control)
   texts = chat.full.decode_batch([[i] for i in ids])

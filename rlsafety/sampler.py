@@ -6,6 +6,7 @@ serves a run; a `while_loop` leaves early when every row has stopped.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +89,9 @@ def _locate(weights: jax.Array, at: jax.Array) -> tuple[jax.Array, jax.Array]:
   return index, at - before
 
 
-def init_cache(config: ModelConfig, P: int, G: int, T: int, dtype) -> transformer.CompletionCache:
+def init_cache(
+  config: ModelConfig, P: int, G: int, T: int, dtype: Any
+) -> transformer.CompletionCache:
   """An empty cache; dtype jnp.int8 makes one of Int8 with a scale per slot and head."""
   shape = (P, G, T, config.n_kv_heads, config.head_dim)
 
@@ -202,7 +205,9 @@ def sample(
   return jax.lax.while_loop(unfinished, step, carry)[3]
 
 
-def cache_bytes(config: ModelConfig, slots: int, settings: Sampler, mesh: Mesh, dtype) -> float:
+def cache_bytes(
+  config: ModelConfig, slots: int, settings: Sampler, mesh: Mesh, dtype: Any
+) -> float:
   """Bytes per device of the KV cache of one prompt of `slots` tokens and its replies."""
   tensor = mesh.shape["tensor"] if config.n_kv_heads % mesh.shape["tensor"] == 0 else 1
   per_head = config.head_dim + 4 if settings.cache else config.head_dim * jnp.dtype(dtype).itemsize
@@ -211,7 +216,13 @@ def cache_bytes(config: ModelConfig, slots: int, settings: Sampler, mesh: Mesh, 
 
 
 def prompts_at_once(
-  config: ModelConfig, prompts: int, slots: int, settings: Sampler, mesh: Mesh, dtype, gib: float
+  config: ModelConfig,
+  prompts: int,
+  slots: int,
+  settings: Sampler,
+  mesh: Mesh,
+  dtype: Any,
+  gib: float,
 ) -> int:
   """How many of a batch's prompts to sample in one call, from a byte budget.
 

@@ -28,7 +28,7 @@ class Section:
 
   infinite = ()  # fields that may be inf
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for name, wanted in field_types(type(self)).items():
       value = _typed(self.label(name), getattr(self, name), wanted)
       if name not in self.infinite and _infinite(value):

@@ -6,6 +6,7 @@ collectives; nothing here sends a byte itself.
 """
 
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,7 +30,7 @@ RULES = {
 }
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = None) -> Mesh:
   """A (data, fsdp, tensor) mesh over all devices; one size may be -1, what is left.
 
   Raises UserError if the sizes do not multiply to the number of devices.
@@ -49,7 +50,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
   return Mesh(devices.reshape(sizes), AXES, axis_types=auto)
 
 
-def spec(axes: tuple, shape: tuple, mesh) -> PartitionSpec:
+def spec(axes: tuple, shape: tuple, mesh: Any) -> PartitionSpec:
   """Logical axes of an array -> PartitionSpec. A dimension that its mesh axes do not
   divide stays whole (key heads fewer than `tensor` are thereby replicated)."""
   out = []
@@ -80,7 +81,7 @@ def check_batch(mesh: Mesh | AbstractMesh, prompts: int, microbatches: int) -> N
     )
 
 
-def check_model(mesh: Mesh | AbstractMesh, config) -> None:
+def check_model(mesh: Mesh | AbstractMesh, config: Any) -> None:
   """config: a ModelConfig, policy's or judge's. Raises UserError with sizes that fit."""
   tensor = mesh.shape["tensor"]
   sizes = {
@@ -98,7 +99,7 @@ def check_model(mesh: Mesh | AbstractMesh, config) -> None:
     raise UserError(f"mesh.fsdp={mesh.shape['fsdp']} must divide the width {config.d_model}")
 
 
-def constrain(x: jax.Array, *axes) -> jax.Array:
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   """Pins x's layout under the mesh in use (`jax.set_mesh`); without a mesh, x itself."""
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
@@ -106,18 +107,18 @@ def constrain(x: jax.Array, *axes) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
 
 
-def put(mesh: Mesh, x, *axes) -> jax.Array:
+def put(mesh: Mesh, x: Any, *axes: str | None) -> jax.Array:
   """A host array, the same in every process, as a global array split by logical axes."""
   x = np.asarray(x)
   return jax.make_array_from_callback(x.shape, named(mesh, axes, x.shape), lambda i: x[i])
 
 
-def put_prompts(mesh: Mesh, tree):
+def put_prompts(mesh: Mesh, tree: Any) -> Any:
   """Every leaf [P, ...] of a host tree, split along its first axis."""
   return jax.tree.map(lambda x: put(mesh, x, "prompt", *[None] * (np.ndim(x) - 1)), tree)
 
 
-def fetch(tree):
+def fetch(tree: Any) -> Any:
   """Global arrays -> numpy, whole, in every process."""
   if jax.process_count() > 1:
     gather = lambda x: multihost_utils.process_allgather(x, tiled=True)  # noqa: E731

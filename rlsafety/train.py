@@ -35,6 +35,7 @@ from rlsafety.environments import scenario
 from rlsafety.errors import UserError
 from rlsafety.metrics import gaps
 from rlsafety.models import architecture, hf, int8, sources
+from rlsafety.models.lora import Adapter
 from rlsafety.models.model import Model
 from rlsafety.report import summary as summaries
 from rlsafety.rundir import write
@@ -220,7 +221,7 @@ def run_on(mesh: Mesh, config: Config, workdir: str, told: runtime.Told) -> dict
 # --- Pieces of `run_on` -----------------------------------------------------------------
 
 
-def finish(run: RunDir, adapter, policy: Model, config: Config) -> dict:
+def finish(run: RunDir, adapter: Adapter, policy: Model, config: Config) -> dict:
   """Adapter, report and summary of a run whose last update is made."""
   summary = {}
   if run.writes:

@@ -4,6 +4,7 @@ import ast
 import graphlib
 import importlib.util
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -70,6 +71,20 @@ def test_an_import_inside_a_function_has_its_reason_beside_it():
 
 def test_no_module_is_longer_than_450_lines():
   assert {name: n for name, t in TEXTS.items() if (n := len(t.splitlines())) > 450} == {}
+
+
+def test_public_functions_of_the_spine_are_annotated():
+  for name, tree in TREES.items():
+    if ".".join(name.split(".")[:2]) in WINGS:
+      continue
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    for f in (f for owner in (tree, *classes) for f in owner.body):
+      if not isinstance(f, ast.FunctionDef) or re.match(r"_(?!_)", f.name):
+        continue
+      a = f.args
+      given = [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))]
+      bare = [x.arg for x in given if not x.annotation and x.arg not in ("self", "cls")]
+      assert not bare and f.returns, f"{name}.{f.name}: {bare or 'returns'}"
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("ruff"), reason="pip install -e '.[test]'")

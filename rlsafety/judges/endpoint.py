@@ -89,7 +89,7 @@ def key_from_environment() -> str:
 class _Again(Exception):
   """An answer that is worth asking for again. wait: seconds that the server asks for."""
 
-  def __init__(self, reason: str, words: str = "", wait: float = 0.0):
+  def __init__(self, reason: str, words: str = "", wait: float = 0.0) -> None:
     super().__init__(reason)
     self.words, self.wait = words, wait
 

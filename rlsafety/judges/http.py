@@ -11,7 +11,8 @@ import concurrent.futures
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 from urllib.parse import urlsplit
 
 import jax
@@ -74,7 +75,7 @@ def questions(scenario: Scenario) -> dict[str, list[dict]]:
 # --- The judge ----------------------------------------------------------------------------
 
 
-def read_price(price) -> tuple[float, float]:
+def read_price(price: Any) -> tuple[float, float]:
   """Two numbers, or their text from a flag; UserError for anything else."""
   try:
     paid, drawn = (float(each) for each in price or (0, 0))
@@ -98,7 +99,7 @@ def make(
   deadline_s: float = 300.0,
   attempts: int = 5,
   price: tuple[float, float] = (0.0, 0.0),
-):
+) -> Callable[..., tuple[dict, dict]]:
   """Returns score(scenarios, replies) -> ({reward, acc, hex}: [P, G], metrics).
 
   timeout_s: of an attempt. deadline_s: of a batch; what is missing then is NaN.

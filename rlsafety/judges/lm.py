@@ -11,7 +11,7 @@ encoded again for a judge with another tokenizer.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,9 @@ def label_paths(labels: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
   return sorted(p for p in prefixes if not any(q[: len(p)] == p and q != p for q in prefixes))
 
 
-def label_logprobs(contexts: dict[tuple[int, ...], jax.Array], labels) -> jax.Array:
+def label_logprobs(
+  contexts: dict[tuple[int, ...], jax.Array], labels: Sequence[tuple[int, ...]]
+) -> jax.Array:
   """log P(label) [..., len(labels)] from log-probs [..., V] after each prefix.
 
   A label that begins a longer one ("1" and "10") keeps only the mass that does not go on
@@ -70,7 +72,13 @@ def label_logprobs(contexts: dict[tuple[int, ...], jax.Array], labels) -> jax.Ar
 # --- The pass ---------------------------------------------------------------------------
 
 
-def append(tokens, lengths, suffix, suffix_lengths, path: tuple[int, ...]):
+def append(
+  tokens: jax.Array,
+  lengths: jax.Array,
+  suffix: jax.Array,
+  suffix_lengths: jax.Array,
+  path: tuple[int, ...],
+) -> tuple[jax.Array, jax.Array]:
   """Replies [P, G, T] with lengths [P, G], then suffix [P, U], then path -> [P, G, T+U+K].
 
   Returns tokens and the index [P, G] of the suffix's last token.
@@ -92,7 +100,7 @@ def append(tokens, lengths, suffix, suffix_lengths, path: tuple[int, ...]):
 @functools.partial(jax.jit, static_argnames=("config", "labels"))
 def label_distribution(
   params: dict,
-  adapter,
+  adapter: Adapter | None,
   config: ModelConfig,
   prompts: Prompts,
   tokens: jax.Array,
@@ -144,7 +152,7 @@ def make(
   unusable: float = 1.0,
   adapter: Adapter | None = None,
   min_mass: float = 0.01,
-):
+) -> Callable[..., tuple[dict, dict]]:
   """Returns score(scenarios, replies) -> ({reward, acc, hex}: [P, G], metrics).
 
   model: the judge. policy_chat: the Chat of who wrote the replies; with the same tokenizer
@@ -196,7 +204,9 @@ def make(
   return score
 
 
-def reencode(tokens, lengths, old, new) -> tuple[np.ndarray, np.ndarray]:
+def reencode(
+  tokens: jax.Array, lengths: jax.Array, old: Chat, new: Chat
+) -> tuple[np.ndarray, np.ndarray]:
   """Replies as ids of `old` [P, G, T] -> ids of `new`, through their text."""
   tokens, lengths = sharding.fetch((tokens, lengths))
   rows = [
@@ -216,7 +226,7 @@ def correlation(rating: jax.Array, lengths: jax.Array) -> jax.Array:
   return jnp.sum(a * b) / jnp.sqrt(jnp.sum(a * a) * jnp.sum(b * b))
 
 
-def describe(model, adapter: str = "") -> dict:
+def describe(model: Model, adapter: str = "") -> dict:
   which = f"{model.source.get('path')}{adapter and f' with the adapter {adapter}'}"
   return {
     "name": f"rating judge, expected value over 1..10 ({which})",

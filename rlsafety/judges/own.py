@@ -38,7 +38,7 @@ def find(name: str) -> Callable:
   return found
 
 
-def make(name: str, chat: Chat, unusable: float = 1.0):
+def make(name: str, chat: Chat, unusable: float = 1.0) -> Callable[..., tuple[dict, dict]]:
   """Returns score(scenarios, replies) -> ({reward, acc, hex}: [P, G], metrics).
 
   What the function does not score is NaN. Raises UserError naming it for an answer that is no

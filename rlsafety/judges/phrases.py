@@ -7,7 +7,7 @@ machines without a judge model; it is a phrase test, which any optimiser can sat
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +88,7 @@ class Phrases:
   count: int
 
 
-def encode(chat, phrases) -> Phrases:
+def encode(chat: Chat, phrases: Sequence[str]) -> Phrases:
   """Each phrase with and without a space before it, in its own case and capitalised."""
   rows, owner = [], []
   for i, phrase in enumerate(phrases):
@@ -122,7 +122,7 @@ def matched(phrases: Phrases, tokens: jax.Array, lengths: jax.Array) -> jax.Arra
   return jnp.moveaxis(shares, 0, -1)
 
 
-def make_terms(chat, partial: float = 0.0):
+def make_terms(chat: Chat, partial: float = 0.0) -> Callable[..., jax.Array]:
   """Returns terms(tokens [P, G, T], lengths [P, G]) -> [P, G, half, label], each in -1..1,
   for halves A, B and the labels of `LABELS`.
 
@@ -153,7 +153,9 @@ def make_terms(chat, partial: float = 0.0):
   return terms
 
 
-def make(chat: Chat, environment: str, unusable: float = 1.0):
+def make(
+  chat: Chat, environment: str, unusable: float = 1.0
+) -> Callable[..., tuple[dict, dict]]:
   """The phrase lists as a judge of their own: half A is the reward, half B evaluates.
 
   Scores are 5.5 + 4.5 * term; empty and broken replies get `unusable`. The group alone decides

@@ -17,7 +17,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from rlsafety.files import parse_json
 from rlsafety.judges import phrases
 from rlsafety.models import scoring
 from rlsafety.models.architecture import ModelConfig
+from rlsafety.models.chat import Chat
 from rlsafety.models.model import Model
 from rlsafety.packing import mask_from_lengths
 from rlsafety.types import Prompts, Replies
@@ -105,7 +106,7 @@ def features(
   return join(pooled, layers), mean
 
 
-def message_ids(chat, message: str) -> list[int]:
+def message_ids(chat: Chat, message: str) -> list[int]:
   """What the heads are shown before a reply: the user message alone, never a group label."""
   messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": message}]
   return chat.encode(messages)
@@ -203,7 +204,7 @@ def _finite(value: Any) -> bool:
   return not isinstance(value, float) or math.isfinite(value)
 
 
-def find(environment: str, model, path: str = "") -> Heads:
+def find(environment: str, model: Model, path: str = "") -> Heads:
   """The head file at `path`, or ("") the shipped one for this environment and base."""
   if path:
     heads = read(Path(path))
@@ -249,7 +250,9 @@ LEXICAL = {"agree": 3.0, "neutral": 1.0, "disagree": 1.0}
 SOFTNESS = 2.0  # logits per unit of the rating's sigmoid
 
 
-def combine(heads: Heads, x, words, logprob, lengths) -> tuple[dict, jax.Array]:
+def combine(
+  heads: Heads, x: jax.Array, words: jax.Array, logprob: jax.Array, lengths: jax.Array
+) -> tuple[dict, jax.Array]:
   """Features [..., F], phrase terms [..., half, label], mean log-probs and lengths [...]
   -> ({head: logit [...]}, acceptable [...]): too short or improbable replies are not."""
   logits = apply(heads, x)
@@ -272,7 +275,7 @@ def make(
   mesh: Mesh | None = None,
   unusable: float = 1.0,
   chunk_tokens: int = 2048,
-):
+) -> Callable[..., tuple[dict, dict]]:
   """Returns score(scenarios, replies) -> ({reward, acc, hex}: [P, G], metrics).
 
   One pass of `model` over the user's message (not the policy's own prompt: no framing, no

@@ -7,6 +7,7 @@ LoRA all read that declaration. `transformer` runs it.
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -108,11 +109,11 @@ def weights(c: ModelConfig) -> dict:
   return model
 
 
-def is_weight(x) -> bool:
+def is_weight(x: Any) -> bool:
   return isinstance(x, Weight)
 
 
-def init_params(c: ModelConfig, key: jax.Array, dtype=jnp.float32) -> dict:
+def init_params(c: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict:
   """Random params in the layout of `weights`: normal with deviation 0.02, one draw per name."""
   model = weights(c)
   fixed = {"ones": jnp.ones, "zeros": jnp.zeros}

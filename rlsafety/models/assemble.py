@@ -8,6 +8,7 @@ shard needs.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -64,7 +65,7 @@ def is_transposed(path: str, shape: tuple) -> bool:
 
 
 def assemble(
-  config: ModelConfig, tensors: dict[str, Tensor], dtype, shardings: dict | None = None
+  config: ModelConfig, tensors: dict[str, Tensor], dtype: Any, shardings: dict | None = None
 ) -> dict:
   """Params of `config` in `dtype`, each array made shard by shard.
 

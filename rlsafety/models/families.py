@@ -89,7 +89,7 @@ _ROPE_FIELDS = {
 class _Fields:
   """The fields of one file that are left to be used; `source` names the file in errors."""
 
-  def __init__(self, values: dict[str, Any], source: str):
+  def __init__(self, values: dict[str, Any], source: str) -> None:
     self.left, self.source = dict(values), source
 
   def fail(self, field: str, value: Any, why: str) -> NoReturn:

@@ -111,7 +111,7 @@ class File:
   token vocabulary takes it 15 s) and cannot say which field or tensor is broken.
   """
 
-  def __init__(self, path: str | Path):
+  def __init__(self, path: str | Path) -> None:
     self.path = str(path)
     try:
       self._bytes = np.memmap(path, np.uint8, "r")

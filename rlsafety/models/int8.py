@@ -8,6 +8,7 @@ to log-probs is in every step's `logprob_diff_max` and in the importance ratios.
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.typing import DTypeLike
 
 from rlsafety.config import TARGETS
 
@@ -27,7 +28,7 @@ def quantise(x: jax.Array, axis: int) -> Int8:
   return Int8(jnp.round(x / scale).astype(jnp.int8), scale)
 
 
-def dequantise(x: Int8, dtype) -> jax.Array:
+def dequantise(x: Int8, dtype: DTypeLike) -> jax.Array:
   """The array that x stands for, in dtype."""
   return (x.values.astype(jnp.float32) * x.scale).astype(dtype)
 

@@ -53,7 +53,7 @@ class _Dict:
 class SafeNamespace(Namespace):
   """A namespace whose names begin with no underscore."""
 
-  def __init__(self, *args: Any, **kwargs: Any):
+  def __init__(self, *args: Any, **kwargs: Any) -> None:
     values = dict(*args, **kwargs)
     for name in values:
       _refuse_private(name)

@@ -53,7 +53,9 @@ class CompletionCache:
 LOGITS = 2**24  # attention logits that exist at once, in float32: 64 MiB
 
 
-def attend(q, own, prompt, *, scale: float, softcap: float | None) -> jax.Array:
+def attend(
+  q: jax.Array, own: tuple, prompt: tuple | None, *, scale: float, softcap: float | None
+) -> jax.Array:
   """One softmax over the prompt's keys and the row's own keys.
 
   q [P, G, t, H, Dh].
@@ -108,7 +110,7 @@ def _attend(q, own, prompt, scale, softcap):
   return out.astype(q.dtype).reshape(P, G, t, H * Dh)
 
 
-def attend_prompt(q, k, v, *, scale: float) -> jax.Array:
+def attend_prompt(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float) -> jax.Array:
   """Causal self-attention of the prompt segment through cuDNN's fused kernel.
 
   q [P, 1, S, H, Dh], k and v [P, 1, S, K, Dh] -> [P, 1, S, H * Dh]. bfloat16 or float16 on
@@ -142,7 +144,15 @@ _ACTIVATIONS = {
 }
 
 
-def linear(x, w, bias, ab, scale, dropout: Dropout | None, target: str):
+def linear(
+  x: jax.Array,
+  w: jax.Array | Int8,
+  bias: jax.Array | None,
+  ab: dict | None,
+  scale: float | jax.Array,
+  dropout: Dropout | None,
+  target: str,
+) -> jax.Array:
   """x [..., in] @ w [in, out] (+ bias) + the adapter's part, in x's dtype.
 
   ab: {"a" [in, R], "b" [R, out]} of this layer, or None where there is no adapter.

@@ -14,7 +14,7 @@ import pathlib
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import IO, Any
 
 import jax
@@ -304,7 +304,7 @@ def rollout_records(
   return records
 
 
-def event_writer(run: RunDir):
+def event_writer(run: RunDir) -> Callable[[int, Mapping[str, Any]], None]:
   """write(step, row) to TensorBoard through clu, where the `tensorboard` extra is there."""
   found = [importlib.util.find_spec(name) for name in ("tensorflow", "tensorboard")]
   if not run.writes or not all(found):
