@@ -61,6 +61,7 @@ setup(
     # Compiles for a TPU where there is none: tests/test_compilers.py, tools.compilers, tools.plan.
     "compilers-tpu": ["libtpu>=0.0.40"],
     "test": [
+      "basedpyright>=1.30",  # brings its own node
       "pytest>=8",
       "pytest-xdist>=3.7",
       "hypothesis>=6.100",

@@ -1,4 +1,4 @@
-"""Rules of the house that no reader sees at a glance: who imports whom, what is private, lint."""
+"""Rules of the house that no reader sees at a glance: imports, private names, types, lint."""
 
 import ast
 import graphlib
@@ -91,6 +91,15 @@ def test_public_functions_of_the_spine_are_annotated():
 def test_ruff_finds_nothing():
   done = subprocess.run(
     [sys.executable, "-m", "ruff", "check", "--output-format=concise", "."],
+    cwd=ROOT, capture_output=True, text=True,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("basedpyright"), reason="pip install -e '.[test]'")
+def test_the_type_checker_finds_nothing():
+  done = subprocess.run(
+    [sys.executable, "-m", "basedpyright", "--pythonpath", sys.executable],
     cwd=ROOT, capture_output=True, text=True,
   )  # fmt: skip
   assert done.returncode == 0, done.stdout + done.stderr
