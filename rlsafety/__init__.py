@@ -1,3 +1,11 @@
 """rlsafety: when does on-policy RL make an instruction-tuned LLM exploit its users?"""
 
+import signal
+import sys
+import threading
+
 __version__ = "0.1.0"
+
+# `python -m rlsafety.x` imports for seconds before `errors.run_main` is there to catch Ctrl-C.
+if sys.argv[:1] == ["-m"] and threading.current_thread() is threading.main_thread():
+  signal.signal(signal.SIGINT, signal.SIG_DFL)

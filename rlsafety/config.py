@@ -290,9 +290,6 @@ class Eval(Section):
     yield "prompts", self.prompts >= 1, "must be at least 1"
     yield "samples", self.samples >= 1, "must be at least 1"
 
-  def due(self, step: int) -> bool:
-    return bool(self.every) and step % self.every == 0
-
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint(Section):
@@ -304,9 +301,6 @@ class Checkpoint(Section):
   def rules(self) -> Rules:
     yield "every", self.every >= 0, "must not be negative (0: at evaluations and at the end)"
     yield "keep", self.keep >= 1, "must be at least 1"
-
-  def due(self, step: int) -> bool:
-    return bool(self.every) and step % self.every == 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ and keeps its traceback.
 """
 
 import errno
+import signal
 import sys
 from collections.abc import Callable
 
@@ -19,6 +20,8 @@ class UserError(ValueError):
 
 def run_main(main: Callable[..., None], *args: object) -> None:
   """Calls main(*args); what the user can mend becomes one line on stderr and exit code 2."""
+  if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as rlsafety/__init__.py left it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
   try:
     main(*args)
   except UserError as error:

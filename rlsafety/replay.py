@@ -7,7 +7,6 @@ tokenizer is another one, the text is encoded again and its log-probs are unknow
 
 import dataclasses
 import hashlib
-import json
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ import numpy as np
 
 from rlsafety.config import Data, Objective
 from rlsafety.errors import UserError
-from rlsafety.files import read_json
+from rlsafety.files import parse_json, read_json
 from rlsafety.losses import needs_behaviour
 from rlsafety.models.chat import Chat
 from rlsafety.models.model import Model
@@ -99,7 +98,7 @@ def load(
   missing = total = 0
   for i in range(len(gameable)):
     example = example_at(records, i)
-    size = len(chat.encode(json.loads(example["messages"])))
+    size = len(chat.encode(_messages(example)))
     if size > prompt_slots:
       raise UserError(
         f"{path}: the prompt of record {i} has {size} tokens, the limit is {prompt_slots}: "
@@ -186,9 +185,32 @@ def example_at(records: Records, i: int) -> dict:
   return {k: v.decode() if isinstance(v, bytes) else v for k, v in example.items()}
 
 
+def _messages(example: dict) -> list[dict[str, str]]:
+  """Raises UserError for a field that `tools.record` would not have written."""
+  where = f"data set, record of {example['source']!r}: messages"
+  found = parse_json(example["messages"], where)
+  fine = isinstance(found, list) and bool(found)
+  for one in found if fine else ():
+    types = {type(one.get(k)) for k in ("role", "content")} if isinstance(one, dict) else set()
+    fine = fine and types == {str}
+  if not fine:
+    raise UserError(f"{where}: needs a list of role and content; write the data set again")
+  return found
+
+
+def _completions(example: dict) -> list[str]:
+  """Raises UserError likewise, also where their number is not that of the other fields."""
+  where = f"data set, record of {example['source']!r}: completions"
+  found = parse_json(example["completions"], where)
+  fine = isinstance(found, list) and all(isinstance(text, str) for text in found)
+  if not fine or len(found) != len(example["lengths"]):
+    raise UserError(f"{where}: needs {len(example['lengths'])} texts; write the data set again")
+  return found
+
+
 def replies_of(records: Records, example: dict) -> list[Reply]:
   """The replies of an example, as ids of this run's tokenizer."""
-  texts = json.loads(example["completions"])
+  texts = _completions(example)
   ends = np.cumsum(example["lengths"])
   same = example["tokenizer"] == records.tokenizer
   out = []
@@ -238,7 +260,7 @@ def batch_at(records: Records, seed: int, step: int, n: int) -> tuple[Batch, dic
   prompt = np.full((P, records.prompt_slots), records.chat.pad_id, np.int32)
   prompt_lengths = np.zeros(P, np.int32)
   for p, (example, group) in enumerate(zip(examples, groups, strict=True)):
-    ids = records.chat.encode(json.loads(example["messages"]))
+    ids = records.chat.encode(_messages(example))
     prompt[p, : len(ids)], prompt_lengths[p] = ids, len(ids)
     for g, reply in enumerate(group):
       size = lengths[p, g] = len(reply.tokens)

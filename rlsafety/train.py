@@ -200,8 +200,8 @@ def run_on(mesh: Mesh, config: Config, workdir: str, told: runtime.Told) -> dict
     pending = StepLog(step, own, replayed, batch.lengths, metrics, learned)
 
     stop, last = sharding.any_process(told.signal > 0), step == config.steps
-    due = last or config.eval.due(step)
-    if stop or due or config.checkpoint.due(step):
+    due = last or step % (config.eval.every or config.steps) == 0
+    if stop or due or step % (config.checkpoint.every or config.steps) == 0:
       log_step(pending, seconds)
       pending = None
       if due:

@@ -351,3 +351,21 @@ def test_logprobs_of_a_named_model(tmp_path):
       lengths=np.array([[len(reply.tokens)]], np.int32),
     ).logprobs
     np.testing.assert_allclose(reply.logprobs, expected[0, 0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("field", "value"),
+  [
+    ("messages", "[" * 100_000),
+    ("messages", '{"role": "user"}'),
+    ("messages", '[{"role": "user", "content": 3}]'),
+    ("completions", '["one"]'),
+    ("completions", "[1, 2, 3]"),
+  ],
+)
+def test_a_record_that_no_program_of_ours_wrote_is_named(dataset, field, value):
+  records = replay.load(str(dataset), model(), objective_of("sft"), 4, 200, 40)
+  example = replay.example_at(records, 0) | {field: value}
+  read = replay._messages if field == "messages" else replay._completions
+  with pytest.raises(UserError, match=f"record of .*{field}"):
+    read(example)

@@ -4,6 +4,9 @@ import contextlib
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -204,3 +207,12 @@ def test_logs_are_on_the_disk_before_a_checkpoint(runs, monkeypatch):
   monkeypatch.setattr(os, "fsync", lambda f: [synced.append(name(f)), fsync(f)])
   write.RunDir(runs[0], True, None).sync()
   assert {str((runs[0] / log).resolve()) for log in LOGS} <= set(synced)
+
+
+def test_ctrl_c_during_the_imports_is_no_traceback():
+  command = [sys.executable, "-m", "rlsafety.train", "--config=configs/tiny_syco.py"]
+  started = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+  time.sleep(0.4)
+  started.send_signal(signal.SIGINT)
+  _, said = started.communicate(timeout=60)
+  assert "Traceback" not in said and started.returncode in (-signal.SIGINT, 130)
