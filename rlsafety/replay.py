@@ -18,12 +18,11 @@ from rlsafety.config import Data, Objective
 from rlsafety.errors import UserError
 from rlsafety.files import parse_json, read_json
 from rlsafety.losses import needs_behaviour
+from rlsafety.metrics.gaps import SCORES
 from rlsafety.models.chat import Chat
 from rlsafety.models.model import Model
 from rlsafety.rollout import order
 from rlsafety.types import Batch, Prompts
-
-SCORES = ("reward", "acc", "hex")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,6 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 from urllib.parse import urlsplit
 
 import jax
@@ -73,19 +72,6 @@ def questions(scenario: Scenario) -> dict[str, list[dict]]:
 
 
 # --- The judge ----------------------------------------------------------------------------
-
-
-def read_price(price: Any) -> tuple[float, float]:
-  """Two numbers, or their text from a flag; UserError for anything else."""
-  try:
-    paid, drawn = (float(each) for each in price or (0, 0))
-    if min(paid, drawn) >= 0:
-      return paid, drawn
-  except (TypeError, ValueError):
-    pass
-  raise UserError(
-    f"judge.price={price}: needs two numbers, dollars per million prompt and completion tokens"
-  )
 
 
 def make(

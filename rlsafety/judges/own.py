@@ -17,10 +17,9 @@ import numpy as np
 from rlsafety import sharding
 from rlsafety.environments import Scenario
 from rlsafety.errors import UserError
+from rlsafety.metrics.gaps import SCORES
 from rlsafety.models.chat import Chat
 from rlsafety.types import Replies
-
-SCORES = ("reward", "acc", "hex")
 
 
 def find(name: str) -> Callable:
