@@ -31,13 +31,16 @@ def truncated(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
   if top_k:
     kth = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][..., -1:]
     logits = jnp.where(logits < kth, -jnp.inf, logits)
-  if top_p < 1.0:
-    ordered = jnp.sort(logits, axis=-1)[..., ::-1]
-    probs = jax.nn.softmax(ordered, axis=-1)
-    inside = jnp.cumsum(probs, -1) - probs < top_p
-    least = jnp.min(jnp.where(inside, ordered, jnp.inf), -1, keepdims=True)
-    logits = jnp.where(logits < least, -jnp.inf, logits)
-  return logits
+  return nucleus(logits, top_p) if top_p < 1.0 else logits
+
+
+def nucleus(logits: jax.Array, top_p: jax.Array | float) -> jax.Array:
+  """`truncated` by top_p alone, which is one number or [..., 1]; rows at 1 stay whole."""
+  ordered = jnp.sort(logits, axis=-1)[..., ::-1]
+  probs = jax.nn.softmax(ordered, axis=-1)
+  inside = (jnp.cumsum(probs, -1) - probs < top_p) | (jnp.asarray(top_p) >= 1.0)
+  least = jnp.min(jnp.where(inside, ordered, jnp.inf), -1, keepdims=True)
+  return jnp.where(logits < least, -jnp.inf, logits)
 
 
 BLOCK, SUPERBLOCK = 32, 64  # tokens; blocks: two sizes that divide any shard of a vocabulary

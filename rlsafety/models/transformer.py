@@ -155,7 +155,8 @@ def linear(
 ) -> jax.Array:
   """x [..., in] @ w [in, out] (+ bias) + the adapter's part, in x's dtype.
 
-  ab: {"a" [in, R], "b" [R, out]} of this layer, or None where there is no adapter.
+  ab: {"a" [in, R], "b" [R, out]} of this layer, or None where there is no adapter. With "rows"
+  too, which weighs the ranks row by row: adapters side by side, each row with its own.
   """
   y = int8.matmul(x, w) if isinstance(w, Int8) else x @ w
   if bias is not None:
@@ -167,7 +168,10 @@ def linear(
     key = jax.random.fold_in(dropout.key, TARGETS.index(target))
     keep = jax.random.bernoulli(key, 1.0 - dropout.rate, x.shape)
     h = jnp.where(keep, x / (1.0 - dropout.rate), 0.0).astype(x.dtype)
-  delta = (h @ ab["a"].astype(x.dtype)) @ ab["b"].astype(x.dtype)
+  h = h @ ab["a"].astype(x.dtype)
+  if "rows" in ab:  # [P, 1, 1, R]: which ranks a row uses, where each row has its own adapter
+    h = h * ab["rows"].astype(x.dtype)
+  delta = h @ ab["b"].astype(x.dtype)
   return y + delta * jnp.asarray(scale, x.dtype)
 
 
