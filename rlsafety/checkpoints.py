@@ -177,3 +177,30 @@ def _move_aside(
 def _first_line(error: Exception) -> str:
   text = str(error).strip() or type(error).__name__
   return text.splitlines()[0][:200]
+
+
+def read_part(folder: pathlib.Path, step: int, prefix: str) -> dict[str, np.ndarray]:
+  """{path without prefix: leaf} of the leaves of a step that begin with `prefix`, on the host.
+
+  Only reads: a run may be writing to the folder. Raises UserError naming a step that is not there
+  or damaged.
+  """
+  logging.getLogger("absl").setLevel(logging.ERROR)
+  where, folder = f"{folder}/{step}", pathlib.Path(folder).absolute()
+  try:
+    with ocp.CheckpointManager(
+      folder, options=ocp.CheckpointManagerOptions(read_only=True)
+    ) as manager:
+      meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+      place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+      shapes = {name: (tuple(shape), dtype) for name, (dtype, shape) in meta["shapes"].items()}
+      like = {
+        name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=place)
+        for name, (shape, dtype) in shapes.items()
+      }
+      leaves = _read(manager, step, like)
+  except UserError:
+    raise
+  except Exception as error:  # noqa: BLE001  any reader's error: the step cannot be read
+    raise UserError(f"{where}: cannot be read ({_first_line(error)})") from error
+  return {n.removeprefix(prefix): np.asarray(x) for n, x in leaves.items() if n.startswith(prefix)}
