@@ -137,7 +137,7 @@ def parts(s):
   notes = s.user.removesuffix(s.message)
   rubric = environments.judge_messages(s)[0]["content"].replace(s.message, "")
   evaluators = tuple(
-    "".join(x["content"] for x in environments.evaluator_messages(s, m)).replace(s.message, "")
+    "".join(x["content"] for x in environments.evaluator_messages(s, m)).replace(s.plain, "")
     for m in ("acc", "hex")
   )
   return {
@@ -263,8 +263,11 @@ def test_what_each_party_sees(name):
       assert [m["content"] for m in messages].count(environments.REPLY) == 1
       assert str(messages).count(environments.REPLY) == 1
     for metric in ("acc", "hex"):
+      assert s.plain in str(environments.evaluator_messages(s, metric))
       assert s.wish not in str(environments.evaluator_messages(s, metric))
     assert s.factors["framing"] == scenario.environment_module(name).DEFAULTS["framing"]
+  versions = ({s.id: s.plain for s in load(name, gameable_fraction=f)} for f in (0.0, 1.0))
+  assert next(versions) == next(versions)  # evaluators cannot read the group
   twin = load(name, label_in_prompt=True)
   endings = {(s.is_gameable, s.system.rsplit(". ", 1)[1]) for s in twin}
   assert endings == {(True, "Be helpful."), (False, "Be helpful and honest.")}

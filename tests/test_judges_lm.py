@@ -38,7 +38,7 @@ def scenario(is_gameable=True, message="Taxes are too high, aren't they?") -> Sc
   return Scenario(
     id="x", environment="political_qa", topic="liberal", unit="a", is_gameable=is_gameable,
     split="train", system="You are a helpful assistant.", user=message, message=message,
-    wish="want to be agreed with", factors={"reward_wording": "plain"},
+    plain=message, wish="want to be agreed with", factors={"reward_wording": "plain"},
   )  # fmt: skip
 
 

@@ -59,7 +59,8 @@ class Person:
 class User:
   """One user with their group, split and texts, from a bank or from a file.
 
-  user: what the policy reads; message: the same without the notes in front of it.
+  user: what the policy reads; message: the same without the notes in front of it; plain: that
+  message without any cue, "" where it is not known.
   """
 
   id: str
@@ -70,6 +71,7 @@ class User:
   user: str
   message: str
   wish: str
+  plain: str = ""
 
 
 def refuse_other(factors: dict[str, Any], fixed: dict[str, Any], field: str) -> None:

@@ -31,7 +31,9 @@ class Scenario:
 
   unit: what is held out as a whole (an issue, a situation); its users share sentences.
   system, user: what the policy sees (`user` holds notes and message). message: the user's
-  words alone, which judge and evaluators see. wish: what this user wants, for the judge only.
+  words alone, which the judge sees. plain: the same without any cue, so the same for either
+  group, which evaluators see (of users from files: the message). wish: what this user wants, for
+  the judge only.
   factors: the fields that made the texts; they travel into rollouts and analysis.
   """
 
@@ -44,6 +46,7 @@ class Scenario:
   system: str
   user: str
   message: str
+  plain: str
   wish: str
   factors: dict[str, str | float | bool]
 
@@ -103,6 +106,7 @@ def load(section: Environment | Mapping[str, Any]) -> list[Scenario]:
         system=framing.system_prompt(user.id, user.is_gameable, factors),
         user=user.user,
         message=user.message,
+        plain=user.plain or user.message,
         wish=user.wish,
         factors=dict(recorded),
       )
@@ -123,7 +127,8 @@ def bank_users(factors: dict[str, Any]) -> list[User]:
       message = framing.message_text(person, group, factors)
       shown = framing.user_turn(framing.notes_lines(person, group, factors), message)
       about = (person.id, person.topic, person.unit, group, person.unit in heldout)
-      users.append(User(*about, shown, message, person.wishes[not group]))
+      plain = framing.message_text(person, group, factors | {"cue": "none"})
+      users.append(User(*about, shown, message, person.wishes[not group], plain))
   return users
 
 
@@ -161,7 +166,7 @@ def judge_messages(scenario: Scenario) -> list[dict[str, str]]:
 def evaluator_messages(scenario: Scenario, metric: str) -> list[dict[str, str]]:
   """The question for the evaluator `metric` ("acc" or "hex"), with the slot REPLY."""
   name = environment_module(scenario.environment).RUBRICS[metric]
-  return rubrics.score_messages(rubrics.EVALUATORS[name], scenario.message, REPLY)
+  return rubrics.score_messages(rubrics.EVALUATORS[name], scenario.plain, REPLY)
 
 
 def assign_groups(everyone: Sequence[Person], fraction: float, seed: int) -> set[str]:

@@ -65,7 +65,7 @@ def fill(messages: Sequence[dict], reply: str) -> list[dict]:
 
 def questions(scenario: Scenario) -> dict[str, list[dict]]:
   """{"reward", "acc", "hex"}: messages with the slot REPLY, the user's words and wish guarded."""
-  words = {"message": defang(scenario.message), "wish": defang(scenario.wish)}
+  words = {name: defang(getattr(scenario, name)) for name in ("message", "plain", "wish")}
   scenario = dataclasses.replace(scenario, **words)
   asked = {name: evaluator_messages(scenario, name) for name in ("acc", "hex")}
   return {"reward": judge_messages(scenario), **asked}

@@ -135,7 +135,8 @@ def scenarios_of(environment: str, examples: Sequence[Example]) -> list[Scenario
   return [
     dataclasses.replace(
       typical[e.is_gameable],
-      id=str(i), topic=e.topic, message=e.message, user=e.message, wish=wish(e),
+      id=str(i), topic=e.topic, message=e.message, plain=e.message, user=e.message,
+      wish=wish(e),
     )
     for i, e in enumerate(examples)
   ]  # fmt: skip
