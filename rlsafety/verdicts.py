@@ -14,7 +14,7 @@ INCOHERENT = VERDICTS.index("incoherent")
 
 def most_likely(probabilities: np.ndarray) -> np.ndarray:
   """The most likely class of each row [..., 6], int [...]; -1 where there is no verdict."""
-  known = np.isfinite(probabilities).all(axis=-1)
+  known = np.asarray(np.all(np.isfinite(probabilities), axis=-1))
   return np.where(known, np.argmax(np.where(known[..., None], probabilities, 0.0), axis=-1), -1)
 
 

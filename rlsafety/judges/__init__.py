@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from rlsafety import config, sharding
 from rlsafety.environments import FACTORS, Environment, Scenario
 from rlsafety.errors import UserError
-from rlsafety.judges import http, lm, own, phrases, probe
+from rlsafety.judges import gate, http, lm, own, phrases, probe
 from rlsafety.models import hf, sources
 from rlsafety.models.lora import Adapter
 from rlsafety.models.model import Model
@@ -30,7 +30,8 @@ Score = Callable[[Sequence[Scenario], Replies], tuple[Mapping[str, Any], Mapping
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-  """score: see above. about: name, AUCs and limits, for log and report."""
+  """score: see above. about: name and limits, for log and report, and "gate": of each score
+  whether it passed and if not why (`gate.about`)."""
 
   score: Score
   about: dict[str, Any]
@@ -57,8 +58,10 @@ def open_judge(
 
   first, evaluator = judge(settings.name), judge(settings.evaluator or settings.name)
   further = [(name, float(weight)) for name, _, weight in (t.partition("=") for t in settings.also)]
+  graded = gate.about(first.about.get("measured"))
+  graded |= {k: gate.passes(evaluator.about.get("measured", {}).get(k)) for k in ("acc", "hex")}
   if not further and evaluator is first:
-    return first
+    return dataclasses.replace(first, about={**first.about, "gate": graded})
   for name, _ in further:
     judge(name)
 
@@ -81,7 +84,7 @@ def open_judge(
   if evaluator is not first:
     name += f"; ACC and HEX by {evaluator.about['name']}"
     limits += f"; of ACC and HEX: {evaluator.about['limits']}"
-  return Judge(score, {**first.about, "name": name, "limits": limits})
+  return Judge(score, {**first.about, "name": name, "limits": limits, "gate": graded})
 
 
 def _open(
@@ -135,4 +138,7 @@ def lines(judge: Judge) -> list[str]:
   for head, sets in about.get("auc", {}).items():
     aucs = "; ".join(f"{replies} {auc['rest']:.2f}" for replies, auc in sets.items())
     out.append(f"  AUC of the {head} head against all other replies: {aucs}")
+  for score, found in about.get("gate", {}).items():
+    if not found["passed"]:
+      out.append(f"  {score} did not pass the gate: {'; '.join(found['why'])}")
   return [*out, f"  limits: {about['limits']}"]
