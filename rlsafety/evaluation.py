@@ -1,45 +1,70 @@
 """Held-out evaluation: the same users and sampling keys at every evaluated step."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
 
-from rlsafety import sharding
+from rlsafety import sampler, sharding
 from rlsafety.metrics import gaps
 from rlsafety.models.chat import Chat
 from rlsafety.models.lora import Adapter
 from rlsafety.rollout import Experience, Users
 from rlsafety.rundir import write
 
+# Of one cell: the records of eval/step_N.jsonl, and {score: [P, G]}.
+Answered = tuple[list[dict], dict[str, np.ndarray]]
 
-def evaluate(
-  roll_out: Callable[[Adapter, Users, jax.Array], Experience],
-  adapter: Adapter,
-  users: Users,
-  key: jax.Array,
+
+def ask(
+  roll_out: Callable[[Sequence[Adapter], Sequence[Users], Sequence[jax.Array]], list[Experience]],
+  adapters: Sequence[Adapter],
+  users: Sequence[Users],
+  keys: Sequence[jax.Array],
   step: int,
   *,
   chat: Chat,
   prompts_at_once: int,
-  rubric_of: Mapping[str, str],
-) -> tuple[list[dict], dict]:
-  """Asks all held-out users, `prompts_at_once` in a call.
+) -> list[Answered]:
+  """Asks every cell's held-out users, `prompts_at_once` of each cell in a call.
 
-  roll_out: `rollout.roll_out` with everything bound but these. Returns the records of
-  eval/step_N.jsonl and the line of eval/summary.jsonl.
+  roll_out: `rollout.roll_out` of these cells with everything bound but these. adapters, users,
+  keys: one of each for every cell.
   """
-  rows, pieces = [], []
-  for start in range(0, len(users), prompts_at_once):
-    chosen = np.arange(start, start + prompts_at_once) % len(users)  # static shapes: wrap around
-    real = min(prompts_at_once, len(users) - start)
-    asked = users.take(chosen)
-    experience = roll_out(adapter, asked, jax.random.fold_in(key, start))
-    rollouts, scores = sharding.fetch((experience.rollouts, experience.scores))
-    rollouts, scores = jax.tree.map(lambda x, n=real: x[:n], (rollouts, scores))
-    rows += write.rollout_records(step, start, asked.take(range(real)), chat, rollouts, scores)
-    pieces.append(scores)
-  scores = {name: np.concatenate([p[name] for p in pieces]) for name in pieces[0]}
+  row_keys = [
+    sampler.row_keys(key, np.array(numbers(asked)))
+    for key, asked in zip(keys, users, strict=True)
+  ]
+  rows, pieces = [[] for _ in users], [[] for _ in users]
+  for start in range(0, max(map(len, users)), prompts_at_once):
+    # Static shapes: the last call, and a cell with fewer users, begin again with the first.
+    chosen = [np.arange(start, start + prompts_at_once) % len(asked) for asked in users]
+    asked = [u.take(rows_of) for u, rows_of in zip(users, chosen, strict=True)]
+    own_keys = [k[rows_of] for k, rows_of in zip(row_keys, chosen, strict=True)]
+    for i, got in enumerate(roll_out(adapters, asked, own_keys)):
+      n = max(0, min(prompts_at_once, len(users[i]) - start))
+      found = sharding.fetch((got.rollouts, got.scores))
+      rollouts, scores = jax.tree.map(lambda x, n=n: x[:n], found)
+      rows[i] += write.rollout_records(
+        step, start, asked[i].take(range(n)), chat, rollouts, scores
+      )
+      pieces[i].append(scores)
+  return [
+    (own, {name: np.concatenate([p[name] for p in parts]) for name in parts[0]})
+    for own, parts in zip(rows, pieces, strict=True)
+  ]
+
+
+def numbers(users: Users) -> list[int]:
+  """A number for each user that names its sampling key: the versions of one person share it."""
+  seen: dict[str, int] = {}
+  return [seen.setdefault(s.id, len(seen)) for s in users.scenarios]
+
+
+def summarised(
+  step: int, users: Users, scores: Mapping[str, np.ndarray], rubric_of: Mapping[str, str]
+) -> dict:
+  """The line of eval/summary.jsonl of one evaluation; scores [P, G] by name."""
   summary = {"step": step, "prompts": len(users), "samples": scores["reward"].shape[1]}
   summary |= gaps.group_means(scores, users.is_gameable)
-  return rows, summary | gaps.threshold_rates(scores, users.is_gameable, rubric_of)
+  return summary | gaps.threshold_rates(scores, users.is_gameable, rubric_of)

@@ -21,6 +21,7 @@ from rlsafety.config import Sampler
 from rlsafety.environments import Scenario, policy_messages
 from rlsafety.errors import UserError
 from rlsafety.judges import Judge
+from rlsafety.models import lora
 from rlsafety.models.chat import Chat
 from rlsafety.models.lora import Adapter
 from rlsafety.models.model import Model
@@ -183,38 +184,61 @@ def cleaner(chat: Chat) -> Callable[..., Any]:
 
 def roll_out(
   policy: Model,
-  adapter: Adapter,
-  users: Users,
-  key: jax.Array,
+  adapters: Sequence[Adapter],
+  asked: Sequence[Users],
+  keys: Sequence[jax.Array],
   *,
-  judge: Judge,
+  judges: Sequence[Judge],
   settings: Sampler,
   cache_gib: float,
   mesh: Mesh,
-) -> Experience:
-  """Asks every user once and judges the group of replies.
+) -> list[Experience]:
+  """Asks the users of every cell once, all in one batch, and judges each cell's replies.
 
-  policy: what the sampler reads, the frozen base or a rounded copy of it.
+  policy: what the sampler reads, the frozen base or a rounded copy of it. adapters, asked, keys,
+  judges: one of each for every cell; keys [P] are its users' (`sampler.row_keys`). A cell's share
+  of the seconds is that of its prompts.
   """
-  prompts = sharding.put_prompts(mesh, Prompts(tokens=users.tokens, lengths=users.lengths))
+  sizes = [len(users) for users in asked]
+  tokens, lengths = (
+    np.concatenate([getattr(u, k) for u in asked]) for k in ("tokens", "lengths")
+  )
+  prompts = sharding.put_prompts(mesh, Prompts(tokens=tokens, lengths=lengths))
+  alone = len(adapters) == 1
   began = time.monotonic()
   rollouts = sampler.sample_all(
     policy.params,
-    adapter,
+    adapters[0] if alone else lora.side_by_side(tuple(adapters), tuple(sizes)),
     policy.config,
     prompts,
-    key,
+    keys[0] if alone else jnp.concatenate(keys),
     settings,
     policy.chat.stop_ids,
     mesh,
     cache_gib,
   )
   jax.block_until_ready(rollouts)
-  sampled = time.monotonic()
-  scores, metrics = judge.score(users.scenarios, cleaner(policy.chat)(rollouts))
-  jax.block_until_ready(scores)
-  seconds = {"sample_s": sampled - began, "judge_s": time.monotonic() - sampled}
-  return Experience(users, prompts, rollouts, scores, metrics, seconds)
+  sampled, out, start = time.monotonic() - began, [], 0
+  for users, judge in zip(asked, judges, strict=True):
+    began, own = time.monotonic(), (prompts, rollouts)
+    own, replies = own if alone else part(own, start, len(users))
+    start += len(users)
+    scores, metrics = judge.score(users.scenarios, cleaner(policy.chat)(replies))
+    jax.block_until_ready(scores)
+    seconds = {"sample_s": sampled * len(users) / len(tokens), "judge_s": time.monotonic() - began}
+    out.append(Experience(users, own, replies, scores, metrics, seconds))
+  return out
+
+
+@functools.partial(jax.jit, static_argnames="n")
+def part(tree: Any, start: jax.Array | int, n: int) -> Any:
+  """Rows start to start + n of a batch's arrays [P, ...], laid out as a batch of their own is."""
+
+  def rows(x: jax.Array) -> jax.Array:
+    own = jax.lax.dynamic_slice_in_dim(x, start, n)
+    return sharding.constrain(own, "prompt", *[None] * (x.ndim - 1))
+
+  return jax.tree.map(rows, tree)
 
 
 def as_batch(experience: Experience) -> Batch:

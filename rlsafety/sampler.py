@@ -5,7 +5,6 @@ second engine and nothing to synchronise. Shapes are static, so that one compila
 serves a run; a `while_loop` leaves early when every row has stopped.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ from jax.sharding import Mesh
 
 from rlsafety.config import Sampler
 from rlsafety.errors import UserError
-from rlsafety.models import int8, transformer
+from rlsafety.models import int8, lora, transformer
 from rlsafety.models.architecture import ModelConfig
 from rlsafety.models.int8 import Int8
 from rlsafety.models.lora import Adapter
@@ -120,16 +119,21 @@ def by_layer(cache: transformer.PromptCache) -> transformer.PromptCache:
   return cache.replace(k=split(cache.k), v=split(cache.v))
 
 
-def uniforms(key: jax.Array, rows: jax.Array, G: int, T: int) -> jax.Array:
-  """[T, P, G] numbers in [0, 1), each from the key folded with its (row, sample, slot)."""
+@jax.jit
+def row_keys(key: jax.Array, rows: jax.Array) -> jax.Array:
+  """One key for each of the rows [P], which are numbers; equal numbers get equal keys."""
+  return jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
 
-  def one(slot, row, sample):
-    folded = functools.reduce(jax.random.fold_in, (row, sample, slot), key)
-    return jax.random.uniform(folded)
+
+def uniforms(keys: jax.Array, G: int, T: int) -> jax.Array:
+  """[T, P, G] numbers in [0, 1), each from its row's key [P] folded with (sample, slot)."""
+
+  def one(slot, key, sample):
+    return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, sample), slot))
 
   over_samples = jax.vmap(one, (None, None, 0))
   over_rows = jax.vmap(over_samples, (None, 0, None))
-  return jax.vmap(over_rows, (0, None, None))(jnp.arange(T), rows, jnp.arange(G))
+  return jax.vmap(over_rows, (0, None, None))(jnp.arange(T), keys, jnp.arange(G))
 
 
 def sample(
@@ -137,18 +141,17 @@ def sample(
   adapter: Adapter | None,
   config: ModelConfig,
   prompts: Prompts,
-  key: jax.Array,
+  keys: jax.Array,
   settings: Sampler,
   stop_ids: tuple[int, ...] = (),
-  first_row: jax.Array | int = 0,
 ) -> Rollouts:
   """Draws settings.group completions of every prompt; each of stop_ids ends one, as its part.
 
   top_k and top_p cut the draw off the policy's own distribution: log-probs are reported under
   the full vocabulary all the same.
 
-  Row p draws with `uniforms` of row first_row + p, so that neither the mesh nor cutting a batch
-  into rollout micro-batches changes a single token.
+  Row p draws with numbers of its own key keys[p] (`row_keys`) alone, so that neither the mesh nor
+  who else is in the batch changes a single token.
   """
   P = prompts.tokens.shape[0]
   G, T, temperature = settings.group, settings.max_tokens, settings.temperature
@@ -161,7 +164,7 @@ def sample(
   hidden = transformer.last_hidden(hidden, prompts.lengths)
   hidden = jnp.broadcast_to(hidden[:, None], (P, G, hidden.shape[-1]))
   stops = jnp.asarray(stop_ids, jnp.int32).reshape(-1)
-  numbers = uniforms(key, first_row + jnp.arange(P), G, T)
+  numbers = uniforms(keys, G, T)
 
   def draw(hidden, slot):
     """hidden [P, G, D] -> tokens [P, G] and their full-vocabulary log-probs [P, G]."""
@@ -263,7 +266,7 @@ def sample_all(
   adapter: Adapter | None,
   config: ModelConfig,
   prompts: Prompts,
-  key: jax.Array,
+  keys: jax.Array,
   settings: Sampler,
   stop_ids: tuple[int, ...],
   mesh: Mesh,
@@ -274,7 +277,10 @@ def sample_all(
   dtype = params["embed"].dtype
   size = prompts_at_once(config, P, S, settings, mesh, dtype, cache_gib)
   pieces = []
-  for start in range(0, P, size):
-    piece = prompts if size == P else jax.tree.map(lambda x, i=start: x[i : i + size], prompts)
-    pieces.append(sample_jit(params, adapter, config, piece, key, settings, stop_ids, start))
+  for i in range(0, P, size):
+    own, piece, piece_keys = adapter, prompts, keys
+    if size < P:
+      piece, piece_keys = jax.tree.map(lambda x, i=i: x[i : i + size], (prompts, keys))
+      own = lora.rows_between(adapter, i, i + size)
+    pieces.append(sample_jit(params, own, config, piece, piece_keys, settings, stop_ids))
   return pieces[0] if len(pieces) == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *pieces)

@@ -14,6 +14,7 @@ import sys
 import time
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from rlsafety import (
@@ -28,6 +29,7 @@ from rlsafety import (
   replay,
   rollout,
   runtime,
+  sampler,
   sharding,
 )
 from rlsafety.config import Config
@@ -103,7 +105,7 @@ def run_on(mesh: Mesh, config: Config, workdir: str, told: runtime.Told) -> dict
   if config.memory.sampler_base:
     rounded = jax.jit(int8.quantise_base)(policy.params)
     read_by_sampler = dataclasses.replace(policy, params=rounded)
-  asking = {"judge": judge, "cache_gib": config.memory.cache_gib, "mesh": mesh}
+  asking = {"judges": [judge], "cache_gib": config.memory.cache_gib, "mesh": mesh}
   roll_out = functools.partial(rollout.roll_out, read_by_sampler, **asking)
 
   # --- Learner state ------------------------------------------------------------------
@@ -137,16 +139,16 @@ def run_on(mesh: Mesh, config: Config, workdir: str, told: runtime.Told) -> dict
 
   def evaluate(adapter, step: int) -> None:
     settings = dataclasses.replace(config.sampler, group=config.eval.samples)
-    rows, summary = evaluation.evaluate(
+    [(rows, scores)] = evaluation.ask(
       functools.partial(roll_out, settings=settings),
-      adapter,
-      heldout,
-      jax.random.fold_in(root, 1),
+      [adapter],
+      [heldout],
+      [jax.random.fold_in(root, 1)],
       step,
       chat=chat,
       prompts_at_once=max(P, mesh.shape["data"] * mesh.shape["fsdp"]),
-      rubric_of=rubric_of,
     )
+    summary = evaluation.summarised(step, heldout, scores, rubric_of)
     run.log_evaluation(rows, summary)
     log.info("held-out at step %d: %s", step, gaps.group_line(summary))
     silence.hear(summary)
@@ -180,8 +182,9 @@ def run_on(mesh: Mesh, config: Config, workdir: str, told: runtime.Told) -> dict
     own, replayed, pieces = None, {}, []
     if P > from_records:
       chosen = rollout.order(users.is_gameable, config.seed, step, P - from_records)
-      first_key, asked = jax.random.fold_in(key, 0), users.take(chosen)
-      own = roll_out(state.adapter, asked, first_key, settings=config.sampler)
+      keys = sampler.row_keys(jax.random.fold_in(key, 0), np.arange(len(chosen)))
+      asked = [users.take(chosen)]
+      [own] = roll_out([state.adapter], asked, [keys], settings=config.sampler)
       pieces.append(rollout.as_batch(own))
     began = time.monotonic()
     if records:

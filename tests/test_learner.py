@@ -25,7 +25,8 @@ def make_batch(model, objective, P=4, G=3, T=6, rewards=None):
   config, params, adapter = model
   prompts = make_prompts(config, [6, 3, 7, 5][:P], 7)
   draw = Sampler(group=G, max_tokens=T)
-  r = sampler.sample_jit(params, adapter, config, prompts, jax.random.key(7), draw, STOPS)
+  keys = jax.random.split(jax.random.key(7), P)
+  r = sampler.sample_jit(params, adapter, config, prompts, keys, draw, STOPS)
   if rewards is None:
     rewards = jax.random.uniform(jax.random.key(8), (P, G), minval=1.0, maxval=10.0)
   return Batch(
@@ -179,7 +180,8 @@ def test_learns_a_toy_task_on_policy(model):
   draw = Sampler(group=8, max_tokens=6)
   shares = []
   for i in range(30):
-    r = sampler.sample_jit(params, state.adapter, config, prompts, jax.random.key(i), draw)
+    keys = jax.random.split(jax.random.key(i), 4)
+    r = sampler.sample_jit(params, state.adapter, config, prompts, keys, draw)
     rewards = 1.0 + 9.0 * (r.tokens % 2 == 0).mean(-1)
     shares.append(float((rewards.mean() - 1) / 9))
     batch = Batch(

@@ -144,7 +144,7 @@ def test_samples_are_the_same_on_every_mesh():
   config = CONFIGS["llama"]
   model = make_model(config)
   prompts = make_prompts(config, [6, 3, 7, 5], 7)
-  settings = Sampler(group=3, max_tokens=6)
+  settings, keys = Sampler(group=3, max_tokens=6), jax.random.split(jax.random.key(3), 4)
   out = []
   for sizes in (MESHES[0], MESHES[-1]):
     mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
@@ -153,7 +153,7 @@ def test_samples_are_the_same_on_every_mesh():
       split = sharding.put_prompts(mesh, prompts)
       out.append(
         jax.device_get(
-          sampler.sample_jit(params, adapter, config, split, jax.random.key(3), settings, (1, 2, 3))
+          sampler.sample_jit(params, adapter, config, split, keys, settings, (1, 2, 3))
         )
       )
   np.testing.assert_array_equal(out[0].tokens, out[1].tokens)

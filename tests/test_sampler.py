@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rlsafety import sampler, sharding
 from rlsafety.config import Sampler
 from rlsafety.errors import UserError
-from rlsafety.models import int8, scoring, transformer
+from rlsafety.models import int8, lora, scoring, transformer
 from rlsafety.types import Prompts
 
 
@@ -22,10 +22,14 @@ def model():
   return LLAMA, *make_model(LLAMA)
 
 
+def keys_of(prompts, key=0, first_row=0):
+  return sampler.row_keys(jax.random.key(key), first_row + np.arange(len(prompts.lengths)))
+
+
 def draw(model, prompts, key=0, first_row=0, stop_ids=(), **kwargs):
   config, params, adapter = model
   return sampler.sample_jit(
-    params, adapter, config, prompts, jax.random.key(key), Sampler(**kwargs), stop_ids, first_row
+    params, adapter, config, prompts, keys_of(prompts, key, first_row), Sampler(**kwargs), stop_ids
   )
 
 
@@ -64,6 +68,28 @@ def test_rows_do_not_depend_on_how_the_batch_is_cut(model):
   other = draw(model, whole, key=1, group=3, max_tokens=6)
   assert (other.tokens != r.tokens).any()
   assert (r.tokens[:, 0] != r.tokens[:, 1]).any()  # siblings differ
+
+
+def test_rows_with_adapters_of_their_own_get_what_each_gets_alone(model):
+  config, params, adapter = model
+  own = [jax.tree.map(lambda x, i=i: x * (1 + i), adapter) for i in range(3)]
+  sizes, prompts = (2, 1, 3), make_prompts(LLAMA, [6, 3, 5, 7, 4, 2], 7)
+  keys, drawing = keys_of(prompts), Sampler(group=3, max_tokens=6)
+  mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+  side = lora.side_by_side(tuple(own), sizes)
+  asked = lambda adapter, prompts, keys, gib: sampler.sample_all(  # noqa: E731
+    params, adapter, config, prompts, keys, drawing, (), mesh, gib
+  )
+  two_at_once = 2.1 * sampler.cache_bytes(config, 7, drawing, mesh, jnp.float32) / 2**30
+  whole, cut = asked(side, prompts, keys, 0.0), asked(side, prompts, keys, two_at_once)
+  for start, n, alone in zip((0, 2, 3), sizes, own, strict=True):
+    rows = slice(start, start + n)
+    r = asked(alone, jax.tree.map(lambda x, r=rows: x[r], prompts), keys[rows], 0.0)
+    for together in (whole, cut):
+      np.testing.assert_array_equal(together.tokens[rows], r.tokens)
+      np.testing.assert_allclose(together.logprobs[rows], r.logprobs, atol=1e-5)
+  plain = asked(own[0], prompts, keys, 0.0)
+  assert (plain.tokens[3:] != whole.tokens[3:]).any()  # the adapters do differ
 
 
 def test_greedy_takes_the_most_likely_token(model):

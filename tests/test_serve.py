@@ -143,8 +143,8 @@ def test_greedy_replies_of_every_policy_are_the_samplers_and_a_warm_server_compi
   said = set()
   for name, adapter in served.adapters.items():
     own = sampler.sample_jit(
-      served.model.params, adapter, served.model.config, prompts, jax.random.key(0), settings,
-      chat.stop_ids,
+      served.model.params, adapter, served.model.config, prompts,
+      jax.random.split(jax.random.key(0), 1), settings, chat.stop_ids,
     )  # fmt: skip
     n = int(own.lengths[0, 0]) - bool(own.finished[0, 0])
     choice = answers[name]["choices"][0]

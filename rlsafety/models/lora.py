@@ -5,7 +5,9 @@ zero, so that a fresh adapter leaves the base untouched. rsLoRA (arXiv 2312.0373
 scale = alpha / sqrt(R) in place of alpha / R: the step size then does not shrink with R.
 """
 
+import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +70,45 @@ def per_layer(adapter: Adapter | None, layers: int) -> list[dict]:
   split = jax.tree.map(lambda x: jax.lax.split(x, (1,) * layers), adapter.weights)
   is_split = lambda x: isinstance(x, (list, tuple))  # noqa: E731
   return [jax.tree.map(lambda x, i=i: x[i][0], split, is_leaf=is_split) for i in range(layers)]
+
+
+def by_row(weights: dict, ranks: jax.Array, scale: float = 1.0) -> Adapter:
+  """Adapters side by side as one in which row p weighs rank r by ranks [P, R].
+
+  weights: as an Adapter's, with the ranks of all of them along R.
+  """
+  layers = jax.tree.leaves(weights)[0].shape[0]
+  rows = jnp.broadcast_to(ranks[:, None, None], (layers, ranks.shape[0], 1, 1, ranks.shape[1]))
+  return Adapter({name: {**ab, "rows": rows} for name, ab in weights.items()}, scale)
+
+
+@functools.partial(jax.jit, static_argnames="prompts")
+def side_by_side(adapters: Sequence[Adapter], prompts: tuple[int, ...]) -> Adapter:
+  """Adapters of one shape as one for a batch: the first prompts[0] rows have the first, and so on.
+
+  A row's products with ranks that are not its own are multiplied by 0: each weight of the base is
+  then read once for the rows of all of them.
+  """
+  C, R = len(adapters), jax.tree.leaves(adapters[0].weights)[0].shape[-1]
+  owner = jnp.repeat(jnp.arange(C), jnp.array(prompts), total_repeat_length=sum(prompts))
+  ranks = jnp.repeat(owner[:, None] == jnp.arange(C), R, axis=1).astype(jnp.float32)
+  each = [adapter.weights for adapter in adapters]
+  weights = {
+    name: {
+      "a": jnp.concatenate([w[name]["a"] for w in each], axis=2),
+      "b": jnp.concatenate([w[name]["b"] for w in each], axis=1),
+    }
+    for name in each[0]
+  }
+  return by_row(weights, ranks, adapters[0].scale)
+
+
+def rows_between(adapter: Adapter | None, start: int, stop: int) -> Adapter | None:
+  """The adapter for rows start to stop of its batch: itself, unless rows have their own."""
+  if adapter is None:
+    return None
+  cut = lambda ab: {k: x[:, start:stop] if k == "rows" else x for k, x in ab.items()}  # noqa: E731
+  return Adapter({name: cut(ab) for name, ab in adapter.weights.items()}, adapter.scale)
 
 
 def merged(base: dict, adapter: Adapter) -> dict:

@@ -17,7 +17,7 @@ from flax import struct
 from jax.sharding import Mesh
 
 from rlsafety import sampler, sharding
-from rlsafety.models import architecture, transformer
+from rlsafety.models import architecture, lora, transformer
 from rlsafety.models.architecture import ModelConfig
 from rlsafety.models.lora import Adapter
 from rlsafety.types import Prompts
@@ -155,11 +155,7 @@ def ranks_of(stack: Stack, place: jax.Array) -> jax.Array:
 
 def by_row(stack: Stack | None, ranks: jax.Array | None) -> Adapter | None:
   """All adapters as one whose ranks each row weighs by its own `ranks_of` [P, A * R]."""
-  if stack is None or ranks is None:
-    return None
-  layers = jax.tree.leaves(stack.weights)[0].shape[0]
-  rows = jnp.broadcast_to(ranks[:, None, None], (layers, ranks.shape[0], 1, 1, ranks.shape[1]))
-  return Adapter({name: {**ab, "rows": rows} for name, ab in stack.weights.items()}, scale=1.0)
+  return None if stack is None or ranks is None else lora.by_row(stack.weights, ranks)
 
 
 # --- Prompts ------------------------------------------------------------------------------

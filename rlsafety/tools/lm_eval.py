@@ -197,9 +197,10 @@ class LanguageModel(TemplateLM):
     keep = max(1, self.max_length - max_new)
     filled = [c[-keep:] for c in contexts] + [contexts[-1][-keep:]] * (self.batch - len(contexts))
     settings = Sampler(group=1, max_tokens=max_new, temperature=temperature, top_p=top_p)
+    keys = sampler.row_keys(jax.random.key(0), first_row + np.arange(self.batch))
     rollouts = sampler.sample_jit(
       self.model.params, self.adapter, self.model.config,
-      self._put(Prompts(*pad(filled))), jax.random.key(0), settings, (*chat.stop_ids,), first_row,
+      self._put(Prompts(*pad(filled))), keys, settings, (*chat.stop_ids,),
     )  # fmt: skip
     tokens, lengths = sharding.fetch((rollouts.tokens, rollouts.lengths))
     rows = range(len(contexts))

@@ -147,7 +147,8 @@ def compile_programs(config, policy, judge, target: Device, devices=None) -> dic
     is_copy = lambda x: isinstance(x, int8.Int8)  # noqa: E731
     copies = [x for x in jax.tree.leaves(read, is_leaf=is_copy) if is_copy(x)]
   calls = P // at_once
-  reads = (read, state.adapter, policy, piece, key, settings, stop_ids)
+  keys = place(key.dtype, some)
+  reads = (read, state.adapter, policy, piece, keys, settings, stop_ids)
   add("sampler", calls, sampler.sample_jit, *reads)
   if config.judge.name == "lm":
     suffix = (place(jnp.int32, p, (None, JUDGE_SUFFIX)), place(jnp.int32, p))

@@ -59,8 +59,8 @@ def rows(f, config, params, adapter, prompts, peak, bandwidth, attentions) -> It
   settings = Sampler(group=G, max_tokens=T)
   mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
   sample = functools.partial(
-    sampler.sample_all, params, adapter, config, prompts, jax.random.key(2), settings, (), mesh,
-    f.cache_gib,
+    sampler.sample_all, params, adapter, config, prompts, jax.random.split(jax.random.key(2), P),
+    settings, (), mesh, f.cache_gib,
   )  # fmt: skip
   dtype = jnp.dtype(f.dtype)
   at_once = sampler.prompts_at_once(config, P, S, settings, mesh, dtype, f.cache_gib)

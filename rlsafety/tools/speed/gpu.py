@@ -93,9 +93,9 @@ def decode(f, count, variant, config, params, adapter, peak, bandwidth) -> Itera
   begin = lambda: prefill(base, own, prompts=prompts)  # noqa: E731
   prefill_s = ceilings.median_seconds(begin, repeats=f.repeats)
   settings = Sampler(group=G, max_tokens=T, **fields)
-  key = jax.random.key(2)
-  sample = sampler.sample_jit.lower(base, own, config, prompts, key, settings).compile()
-  sample_s = ceilings.median_seconds(lambda: sample(base, own, prompts, key), repeats=f.repeats)
+  keys = jax.random.split(jax.random.key(2), P)
+  sample = sampler.sample_jit.lower(base, own, config, prompts, keys, settings).compile()
+  sample_s = ceilings.median_seconds(lambda: sample(base, own, prompts, keys), repeats=f.repeats)
   weights = ceilings.weight_bytes(config, f.dtype)
   if variant == "int8 base":  # the output matrix stays as it is
     weights = ceilings.weight_bytes(config, "int8") + config.vocab_size * config.d_model
