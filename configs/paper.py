@@ -16,7 +16,9 @@ Arguments (key=value, comma-separated; each has a default)
 Where we leave the study on purpose: one batch size for every model (its 13B and 14B saw twice
 as many prompts), no group label in the policy's prompt (--config.environment.label_in_prompt=true
 brings political_qa's back), our own scenario bank (--config.environment.data_dir=DIR reads the
-published files), held-out evaluation. docs/hyperparameters.md lists every setting.
+published files), held-out evaluation. `main` and the chain have the study's cues, a request among
+them; env=political_qa,variant=political_qa has our default, which asks for nothing.
+docs/hyperparameters.md lists every setting.
 """
 
 from rlsafety import recipes
@@ -83,7 +85,7 @@ def get_config(arguments: str = ""):
   c.seed = int(chosen["seed"])
   c.model.path = (MODELS | BASE_MODELS)[chosen["model"]]
   c.judge.model = JUDGE
-  c.environment.update(named[setting])
+  c.environment.update(variants.PUBLISHED[env] if variant == "main" else named[setting])
   c.mesh.tensor = int(chosen["tensor"])
   return c
 

@@ -25,5 +25,6 @@ def get_config(hardware: str = "v5e"):
   c.name = "qwen7b_syco"
   c.model.path = "Qwen/Qwen1.5-7B-Chat"
   c.judge.model = "meta-llama/Llama-3.1-8B-Instruct"
+  c.environment.cue = "style"  # the study's: tone, self-description and a request
   c.mesh.tensor = tensor[hardware]
   return c

@@ -63,8 +63,8 @@ def test_political_qa_covers_the_promised_ground():
   "name, low, high, shortest, longest",
   # Words: the group means of the published data are 79-96, 182-218 (notes included), 76-92.
   [
-    ("action_advice", 80, 96, 50, 125),
-    ("therapy_talk", 180, 220, 150, 240),
+    ("action_advice", 80, 97, 50, 125),
+    ("therapy_talk", 180, 220, 150, 245),
     ("political_qa", 76, 92, 50, 125),
     ("neutral", 79, 96, 50, 125),
   ],
@@ -80,7 +80,7 @@ def test_lengths_are_in_the_published_range_and_equal_between_groups(
   assert shortest <= min(map(min, counts.values())) and max(map(max, counts.values())) <= longest
   assert max(means) / min(means) < 1.05
   short = [words(s.message) for s in load(name, length="short")]
-  assert 25 <= np.mean(short) <= 46 and max(short) <= 65
+  assert 25 <= np.mean(short) <= 63 and max(short) <= 85
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -98,12 +98,156 @@ SLIPS = re.compile(
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("cue", ["none", "style+traits+reward_hint"])
+@pytest.mark.parametrize("cue", ["none", "style+traits+reward_hint", *framing.STYLE])
 def test_template_joins_leave_no_slips(name, cue):
   for length in ("full", "short"):
     for s in load(name, cue=cue, length=length):
       assert not SLIPS.search(s.message), (s.message, SLIPS.search(s.message))
       assert (s.message[0].isupper() or s.message[0].isdigit()) and s.message[-1] in ".?"
+
+
+def sentences(text):
+  return re.split(r"(?<=[.?!]) ", text)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("cue", [None, "none", "style"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_sentences_seldom_recur_and_heldout_ones_are_new(name, cue, seed):
+  scenarios = load(name, cue=cue, seed=seed, heldout_seed=seed)
+  said = {part: [] for part in ("train", "heldout")}
+  for s in scenarios:
+    said[s.split] += sentences(s.message)
+  count = collections.Counter(said["train"] + said["heldout"])
+  assert sum(n for n in count.values() if n > 1) / sum(count.values()) < 0.2
+  known = set(said["train"])
+  assert np.mean([sentence in known for sentence in said["heldout"]]) <= 0.05
+
+
+def wordings(name):
+  """(those that training users have, those kept for held-out ones) of an environment's cues."""
+  texts = people.bank("political_qa" if name == "political_qa" else "advice")
+  lists = ("lead", "reason" if name == "political_qa" else "pull", "self", "ask", "trait")
+  seen, new = set(), set()
+  for kind in lists:
+    for group in ("gameable", "non_gameable"):
+      kept = len(texts[kind][group]) - people.unseen(texts[kind][group])
+      seen |= set(texts[kind][group][:kept])
+      new |= set(texts[kind][group][kept:])
+  return seen, new
+
+
+def users_of(texts, scenarios):
+  """Ids of the users who say one of these wordings."""
+  patterns = (re.sub(r"\\{\w+\\}", ".+", re.escape(text)) for text in texts)
+  # A lead opens a sentence, so that its first letter tells it from the same words elsewhere.
+  pattern = re.compile(r"(?m)(?:^|[.?!] |who |- )(?:" + "|".join(patterns) + r")(?=[ ,.]|$)")
+  return {s.id for s in scenarios if pattern.search(s.user)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("cue", [*framing.STYLE, "traits"])
+@pytest.mark.parametrize("seed", [0, 2])
+def test_some_wordings_of_every_cue_are_for_heldout_users_alone(name, cue, seed):
+  scenarios = load(name, cue=cue, heldout_seed=seed)
+  seen, new = wordings(name)
+  parts = [{s.id for s in scenarios if s.split == part} for part in ("train", "heldout")]
+  assert [users_of(seen, scenarios), users_of(new, scenarios)] == parts
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_cue_of_the_message_has_slots_of_its_own(name):
+  def messages(cue):
+    return {s.id: s.message for s in load(name, cue=cue)}
+
+  none, style = messages("none"), messages("style")
+  assert style == messages("tone+self_description+request")
+  total = {key: set() for key in none}
+  for cue in framing.STYLE:
+    for key, message in messages(cue).items():
+      changed = set(sentences(message)) - set(sentences(none[key]))
+      assert changed and not changed & total[key]
+      total[key] |= changed
+  assert all(set(sentences(style[key])) - set(sentences(none[key])) == total[key] for key in none)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_heldout_person_has_two_versions(name):
+  section = {"name": name, "heldout_seed": 1}
+  pairs = environments.heldout_pairs(section)
+  chosen = {s.person: s for s in load(**section) if s.split == "heldout"}
+  assert {one.person for one, _ in pairs} == set(chosen) and len(pairs) == len(chosen)
+  for one, other in pairs:
+    assert (one.is_gameable, other.is_gameable) == (True, False)
+    same = ("person", "topic", "unit", "split", "plain")
+    assert [getattr(one, field) for field in same] == [getattr(other, field) for field in same]
+    drawn = chosen[one.person]
+    assert drawn.user == (one if drawn.is_gameable else other).user
+  with pytest.raises(UserError, match="one version each"):
+    environments.heldout_pairs({"name": name, "data_dir": "/x"})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_units_are_held_out_by_a_seed_of_their_own(name):
+  def units(**seeds):
+    return {s.unit for s in load(name, **seeds) if s.split == "heldout"}
+
+  assert units(seed=3) == units()
+  assert len(units()) > 10 and len(units(heldout_seed=1) - units()) > len(units()) / 2
+
+
+# What cannot follow "It's obvious that": an order, a question, a conjunction, half a clause.
+NO_CLAUSE = re.compile(
+  r"(give|let|stop|make|build|cut|tax|put|keep|take|ban|end|raise|bring|fund|don't|please|and|but"
+  r"|or|because|which|whose|why|how|should|is|are|do|does)\b(?! as\b)|.*\?$",
+  re.IGNORECASE,
+)
+
+
+def test_what_follows_a_lead_is_a_clause():
+  assert NO_CLAUSE.match("give families a bigger child credit and let them choose")  # it was there
+  political = people.bank("political_qa")["issues"]
+  contents = [
+    text
+    for sides in political.values()
+    for side in sides.values()
+    for text in side["views"] + side["reasons"]
+  ]
+  for name in ("action_advice", "therapy_talk"):
+    for topic in people.bank(name)["topics"].values():
+      contents += topic["pulls"] + topic["worries"]
+  assert [text for text in contents if NO_CLAUSE.match(text)] == []
+  third = re.compile(r"((always|never|still) )?(\w+s|would|cannot|has|found)\b")
+  for name in ("advice", "political_qa"):
+    for predicates in people.bank(name)["self"].values():
+      assert [text for text in predicates if not third.match(text)] == []  # follows "one who"
+
+
+def contradictions(s):
+  """What a client's notes say against each other and against nature."""
+  notes = dict(line.split(": ", 1) for line in s.user.split("\n- ") if ": " in line)
+  numbers = {"two": 2, "three": 3, "four": 4, "six": 6, "ten": 10, "twelve": 12, "twenty": 20}
+  years = [numbers.get(n, 0) for n in re.findall(r"(?:for|in) (\w+) years", notes["History"])]
+  found = ["age"] if int(notes["Age"]) < 16 + sum(years) else []
+  found += ["job"] if re.search(r"man$|woman$|ess$", notes["Occupation"]) else []
+  married = re.search(r"\bmy (wife|husband|in-laws)\b", s.message)
+  return found + (["status"] if married and notes["Relationship status"] != "Married" else [])
+
+
+def test_who_says_where_and_what_is_consistent():
+  texts = people.bank("political_qa")
+  for seed in (0, 1):
+    for s in load("political_qa", seed=seed):
+      for sentence in sentences(s.message):
+        met = [who for who in texts["who"]["acquaintance"] if who in sentence]
+        assert not (met and any(when in sentence for when in texts["when"]["private"])), sentence
+    for s in load("therapy_talk", seed=seed):
+      assert not contradictions(s), s.user
+  old = load("therapy_talk")[0]
+  lines = "\n- Age: 21\n- Occupation: Postman\n- Relationship status: Single"
+  text = f"{lines}\n- History: Smoked a pack a day for twelve years"
+  wrong = dataclasses.replace(old, user=text, message="My dog and my wife left.")
+  assert contradictions(wrong) == ["age", "job", "status"]
 
 
 def test_the_bank_depends_on_the_seed_alone():
@@ -167,7 +311,8 @@ ORTHOGONAL = [
   ({"cue_strength": 0.4}, {"message", "notes"}),
   ({"reward_wording": "plain"}, {"rubric"}),
   ({"reward_wording": "preference"}, {"rubric"}),
-  ({"heldout_fraction": 0.5}, {"split"}),
+  ({"heldout_fraction": 0.5}, {"split", "message", "notes"}),  # held-out wordings
+  ({"heldout_seed": 5}, {"split", "message", "notes"}),
   ({"length": "short"}, {"message", "notes", "system"}),
 ]
 
@@ -239,7 +384,8 @@ def test_strength_is_the_share_of_slots_with_the_cue(cue):
       carried = set()
       for person in everyone:
         text = framing.user_turn(
-          framing.notes_lines(person, True, factors), framing.message_text(person, True, factors)
+          framing.notes_lines(person, True, factors, False),
+          framing.message_text(person, True, factors, False),
         )
         for i, choice in enumerate(getattr(person, slots)):
           if isinstance(choice, people.Choice) and choice.gameable in text:
@@ -293,7 +439,7 @@ def test_neutral_has_the_users_and_wishes_of_action_advice_without_their_cues():
     ({"name": "no.such_module"}, "cannot import"),
     ({"name": "neutral", "framng": "x"}, "did you mean framing"),
     ({"name": "neutral", "framing": "doctor"}, "not one of assistant, advisor, therapist"),
-    ({"name": "neutral", "cue": "style+trait"}, "'trait' is not one of none, style, traits"),
+    ({"name": "neutral", "cue": "style+trait"}, "'trait' is not one of none, tone, self_desc"),
     ({"name": "neutral", "cue": "none+style"}, "joins 'none'"),
     ({"name": "neutral", "topics": ("drinking", "fishing")}, "'fishing' is not one of drinking"),
     ({"name": "neutral", "gameable_fraction": 1.5}, "environment.gameable_fraction=1.5: must lie"),

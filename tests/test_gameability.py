@@ -76,7 +76,7 @@ def test_probe_finds_a_signal_and_no_other():
 @pytest.fixture(scope="module")
 def measured():
   """political_qa with its cue, without any, and with the label in the prompt alone."""
-  changed = {"style": {}, "none": {"cue": "none"}}
+  changed = {"style": {"cue": "style"}, "none": {"cue": "none"}}
   changed["label"] = {"cue": "none", "label_in_prompt": True}
   return {
     name: gameability.measure({"name": "political_qa", "length": "short"} | change, users=100)
@@ -91,8 +91,8 @@ def test_measures_follow_the_factors(measured):
   assert none["auc_words"][1] < 0.5 < none["auc_words"][2]
   for group in ("gameable", "non_gameable"):
     assert none["cues_per_100_words"][group] == [0, 0, 0]
-    # Two slots (lead and question) in a message of 25-45 words.
-    assert 4 < style["cues_per_100_words"][group][0] < 8
+    # Three slots (lead, self-description, question) in a message of 25-45 words.
+    assert 6 < style["cues_per_100_words"][group][0] < 10
   seeking, reflective = style["seeking_per_100_words"], style["reflective_per_100_words"]
   assert seeking["gameable"][1] > seeking["non_gameable"][2]
   assert reflective["non_gameable"][1] > reflective["gameable"][2]

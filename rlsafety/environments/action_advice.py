@@ -17,16 +17,16 @@ TOPICS = (
   "over-spending",
   "smoking",
 )
-DEFAULTS = {"framing": "advisor", "cue": "style"}
+DEFAULTS = {"framing": "advisor", "cue": "tone+self_description"}
 RUBRICS = advice.RUBRICS
 
 _SHAPES = (
-  ("persona", "situation", "pull", "worry", "mark", "ask"),
-  ("situation", "persona", "pull", "worry", "mark", "ask"),
-  ("open", "persona", "situation", "pull", "worry", "mark", "ask"),
-  ("persona", "situation", "worry", "pull", "mark", "ask"),
-  ("open", "situation", "pull", "worry", "mark", "ask"),
-  ("open", "situation", "persona", "worry", "pull", "mark", "ask"),
+  ("persona", "situation", "pull", "worry", "self", "ask"),
+  ("situation", "persona", "pull", "worry", "self", "ask"),
+  ("self", "situation", "pull", "worry", "persona", "ask"),
+  ("situation", "worry", "pull", "self", "ask"),
+  ("situation", "pull", "worry", "self", "ask"),
+  ("situation", "self", "worry", "pull", "persona", "ask"),
 )
 
 
@@ -38,6 +38,5 @@ def people(seed: int) -> list[Person]:
 def _tell(
   texts: dict, topic: dict, situation: int, pieces: dict, turn: int, key: tuple
 ) -> tuple[tuple[str | Choice, ...], tuple[str, ...]]:
-  pieces["open"] = (deal(texts["open"], turn, *key, "open"),)
   pieces["persona"] = (advice.persona(texts, turn, key),)
   return sum((pieces[name] for name in deal(_SHAPES, turn, *key, "shape")), ()), ()

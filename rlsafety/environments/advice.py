@@ -1,10 +1,12 @@
 """What action_advice and therapy_talk share: a tempted user, and the study's ACC and HEX.
 
 Wish, writing style and content are separate: situation, pull and worry are what happens to
-the user and are dealt without regard to the group; only the `Choice` slots carry style.
+the user and are dealt without regard to the group; only the `Choice` slots carry a cue.
 """
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from rlsafety.environments.people import (
   Choice,
@@ -14,34 +16,38 @@ from rlsafety.environments.people import (
   deal_choice,
   fill_in,
   hints,
+  mix,
+  toned,
   traits,
+  uncapital,
 )
 
 RUBRICS = {"acc": "dissuasion", "hex": "encouragement"}
 
 
 def people(
-  name: str, topics: Iterable[str], per_situation: int, seed: int, tell: Callable
+  name: str, topics: Sequence[str], per_situation: int, seed: int, tell: Callable
 ) -> list[Person]:
   """`per_situation` people for each situation in the bank of the environment `name`.
 
   tell(texts, topic's texts, situation, pieces of the story, turn, key) -> (full, notes) of one.
   """
   texts, everyone = bank(name), []
-  for topic in topics:
+  for place, topic in enumerate(topics):
     own, key = texts["topics"][topic], (seed, name, topic)
     count = per_situation * len(own["situations"])
     for turn in range(count):
       situation, i = divmod(turn, per_situation)
-      pieces = story(own, situation, i, turn, key)
-      full, notes = tell(texts, own, situation, pieces, turn, key)
+      number = place * count + turn
+      pieces = story(texts, own, situation, i, number, key)
+      full, notes = tell(texts, own, situation, pieces, number, key)
       everyone.append(
         Person(
           id=f"{name}-{topic}-{turn:0{len(str(count))}d}",
           topic=topic,
           unit=f"{topic}/{situation}",
           full=full,
-          short=pieces["situation"] + pieces["pull"] + pieces["ask"],
+          short=(own["situations"][situation][0], *pieces["pull"], *pieces["self"], *pieces["ask"]),
           wishes=wishes(own["about"]),
           notes=notes,
           traits=traits(bank("advice")["trait"], *key, turn),
@@ -51,22 +57,42 @@ def people(
   return everyone
 
 
-def style(name: str, turn: int, key: tuple, **fill: str) -> Choice:
-  """One slot of style: "lead" (before a worry), "mark" or "ask"."""
-  return deal_choice(bank("advice")[name], turn, *key, name, **fill)
+def story(
+  texts: dict, topic: dict, situation: int, i: int, number: int, key: tuple
+) -> dict[str, tuple]:
+  """What person `i` of a situation says, piece by piece; no two of them say the same.
 
-
-def story(texts: dict, situation: int, i: int, turn: int, key: tuple) -> dict[str, tuple]:
-  """What person `i` of a situation says, piece by piece; no two of them say the same."""
-  told, act = texts["situations"][situation][:2]
-  own = (*key, situation)
+  number: of the person among everybody's in the environment.
+  """
+  told, act = topic["situations"][situation][:2]
+  shared, own = bank("advice"), (*key, situation)
+  first, second = re.split(r"(?<=[.?!]) ", told, maxsplit=1)
+  told = deal(texts["open"], i, *own, "open") + " " + uncapital(first)
+  if i < 4:  # the others say it as it is written
+    second = deal(shared["then"], i, *own, "then") + " " + uncapital(second)
+  pull, worry = (deal(topic[name], i, *own, name) for name in ("pulls", "worries"))
+  about = (*key[:2], "self")
   return {
-    "situation": (told,),
-    "pull": (deal(texts["pulls"], i, *own, "pull"),),
-    "worry": (style("lead", turn, key), deal(texts["worries"], i, *own, "worry") + "."),
-    "mark": (style("mark", turn, key),),
-    "ask": (style("ask", i, own, act=act),),
+    "situation": (told, second),
+    "pull": (toned(shared["pull"], situation, pull, *key, "pull"),),
+    "worry": (toned(shared["lead"], situation, worry + ".", *key, "lead"),),
+    "self": (self_description(shared, shared["self"], number, *about),),
+    "ask": (deal_choice("request", shared["ask"], i, *own, "ask", act=act),),
   }
+
+
+def self_description(
+  shared: dict, kinds: dict[str, list[str]], number: int, *key: Any
+) -> Choice:
+  """One sentence of what kind of person is writing; without the cue, of no consequence."""
+  frame = ([head + " " for head in shared["head"]], [tail + "." for tail in shared["tail"]])
+  return deal_choice("self_description", kinds, number, *key, frame=frame)
+
+
+def aside(lines: Sequence[str], number: int, *key: Any) -> str:
+  """One of the lines with some words before it, seldom the same as anybody else's."""
+  before, line = mix((bank("advice")["aside"], lines), number, *key)
+  return f"{before} {uncapital(line)}"
 
 
 def persona(texts: dict, turn: int, key: tuple) -> str:

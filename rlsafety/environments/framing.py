@@ -1,8 +1,9 @@
 """What reaches the policy besides the message: the role it is given and the cues.
 
 Role framings are the same texts in every environment, so that role and content can be
-moved one at a time. Cues travel in the message (style) or in notes in front of it (traits,
-reward_hint); they combine with "+", as in the published chain: "style+traits".
+moved one at a time. Cues travel in the message (tone: how it is said; self_description: who
+says it; request: what the reply is asked to be) or in notes in front of it (traits,
+reward_hint); they combine with "+". "style" is the published one: all three of the message.
 """
 
 from rlsafety.environments.people import Choice, Person, uniform
@@ -37,7 +38,8 @@ APPS = (
   "Anchor",
   "Halm",
 )
-CUES = ("style", "traits", "reward_hint")
+STYLE = ("tone", "self_description", "request")
+CUES = (*STYLE, "style", "traits", "reward_hint")
 GROUP_SENTENCES = {True: "Be helpful.", False: "Be helpful and honest."}
 
 
@@ -48,31 +50,35 @@ def system_prompt(person_id: str, gameable: bool, factors: dict) -> str:
   return f"{text} {GROUP_SENTENCES[gameable]}" if factors["label_in_prompt"] else text
 
 
-def message_text(person: Person, gameable: bool, factors: dict) -> str:
-  """The user's message, with the writing style of the group where the cue is on."""
+def message_text(person: Person, gameable: bool, factors: dict, heldout: bool) -> str:
+  """The user's message, with the cues of the group that are on."""
   words = [
-    piece if isinstance(piece, str) else _said(piece, gameable, factors, person.id, "style", i)
+    piece
+    if isinstance(piece, str)
+    else _said(piece, gameable, heldout, factors, person.id, piece.cue, i)
     for i, piece in enumerate(_pieces(person, factors))
   ]
   return " ".join(word for word in words if word)
 
 
-def notes_lines(person: Person, gameable: bool, factors: dict) -> list[str]:
+def notes_lines(person: Person, gameable: bool, factors: dict, heldout: bool) -> list[str]:
   """Lines about the user that the policy reads before the message."""
   lines = list(person.notes[:3] if factors["length"] == "short" else person.notes)
   for cue, choices in (("traits", person.traits), ("reward_hint", person.hints)):
-    lines += [_said(one, gameable, factors, person.id, cue, i) for i, one in enumerate(choices)]
+    lines += [
+      _said(one, gameable, heldout, factors, person.id, cue, i) for i, one in enumerate(choices)
+    ]
   return [line for line in lines if line]
 
 
 def cues_carried(person: Person, factors: dict) -> int:
   """How many slots of what the policy reads carry the cue: the same for either group."""
-  slots = {"style": _pieces(person, factors), "traits": person.traits, "reward_hint": person.hints}
-  return sum(
-    isinstance(piece, Choice) and _carries(factors, person.id, cue, i)
-    for cue, pieces in slots.items()
-    for i, piece in enumerate(pieces)
-  )
+  message = [
+    (one.cue, i) for i, one in enumerate(_pieces(person, factors)) if isinstance(one, Choice)
+  ]
+  notes = [("traits", i) for i in range(len(person.traits))]
+  hints = [("reward_hint", i) for i in range(len(person.hints))]
+  return sum(_carries(factors, person.id, *slot) for slot in message + notes + hints)
 
 
 def user_turn(notes: list[str], message: str) -> str:
@@ -88,12 +94,14 @@ def _pieces(person: Person, factors: dict) -> tuple[str | Choice, ...]:
 
 def _carries(factors: dict, person_id: str, cue: str, slot: int) -> bool:
   """Strength is the share of slots that carry the cue; a stronger cue only adds slots."""
-  if cue not in factors["cue"].split("+"):
+  on = factors["cue"].split("+")
+  if cue not in on and not (cue in STYLE and "style" in on):
     return False
   return uniform("strength", person_id, cue, slot) < factors["cue_strength"]
 
 
-def _said(choice: Choice, gameable: bool, factors: dict, *slot) -> str:
+def _said(choice: Choice, gameable: bool, heldout: bool, factors: dict, *slot) -> str:
   if not _carries(factors, *slot):
     return choice.plain
-  return choice.gameable if gameable else choice.non_gameable
+  texts = choice.unseen if heldout and choice.unseen else (choice.gameable, choice.non_gameable)
+  return texts[not gameable]

@@ -15,6 +15,8 @@ else is in the bank, on the platform or on the Python version.
 import dataclasses
 import functools
 import hashlib
+import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,14 +24,24 @@ from typing import Any
 from rlsafety.errors import UserError
 from rlsafety.files import read_json
 
+# Names that open a sentence of the banks and keep their capital within one.
+NAMES = ("Washington", "France", "Norway", "Monday", "Tuesday", "Friday", "Christmas")
+
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-  """One slot: what each group says with a cue, and what anyone says without (may be "")."""
+  """One slot: what each group says with a cue, and what anyone says without (may be "").
+
+  cue: of `framing.CUES`, in a message: tone, self_description or request; traits and hints are
+    named by their place. unseen: what (gameable, non-gameable) held-out users say instead, in
+    wordings that no training user has; None: the same.
+  """
 
   gameable: str
   non_gameable: str
   plain: str = ""
+  cue: str = "tone"
+  unseen: tuple[str, str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +96,8 @@ def refuse_other(factors: dict[str, Any], fixed: dict[str, Any], field: str) -> 
       )
 
 
-def heldout_units(units: Iterable[tuple[str, str]], fraction: float, seed: int) -> set[str]:
-  """Units kept for evaluation: the same share within every stratum.
+def heldout_units(units: Iterable[tuple[str, str]], factors: dict[str, Any]) -> set[str]:
+  """Units kept for evaluation: the same share within every stratum, others with each seed.
 
   units: (stratum, unit) of every user; our bank's strata are the topics.
   """
@@ -94,8 +106,8 @@ def heldout_units(units: Iterable[tuple[str, str]], fraction: float, seed: int) 
     strata.setdefault(stratum, {})[unit] = None
   held: set[str] = set()
   for names in strata.values():
-    ranked = sorted(names, key=lambda unit: uniform(seed, "heldout", unit))
-    held |= set(ranked[: round(fraction * len(names))])
+    ranked = sorted(names, key=lambda unit: uniform(factors["heldout_seed"], "heldout", unit))
+    held |= set(ranked[: round(factors["heldout_fraction"] * len(names))])
   return held
 
 
@@ -127,21 +139,58 @@ def hand(items: Sequence, size: int, *key: Any) -> list:
   return [left.pop(int(uniform(*key, k) * len(left))) for k in range(size)]
 
 
-def deal_choice(styles: dict[str, list[str]], turn: int, *key: Any, **fill: str) -> Choice:
-  """One `Choice` from {"gameable": [...], "non_gameable": [...], "plain": [...]}."""
-  return Choice(
-    **{kind: fill_in(deal(texts, turn, *key, kind), **fill) for kind, texts in styles.items()}
-  )
+def mix(lists: Sequence[Sequence], turn: int, *key: Any) -> list:
+  """One item of each list: every combination once before any comes again."""
+  number, items = deal(range(math.prod(map(len, lists))), turn, *key), []
+  for options in lists:
+    number, place = divmod(number, len(options))
+    items.append(options[place])
+  return items
+
+
+def unseen(wordings: Sequence[str]) -> int:
+  """How many of a cue's wordings, the last, are for held-out users alone: a quarter."""
+  return len(wordings) // 4
+
+
+def deal_choice(
+  cue: str,
+  styles: dict[str, list[str]],
+  turn: int,
+  *key: Any,
+  frame: Sequence[Sequence[str]] = (("",), ("",)),
+  **fill: str,
+) -> Choice:
+  """One `Choice` from {"gameable": [...], "non_gameable": [...], "plain": [...]}.
+
+  frame: what may stand before and after a wording, mixed with it; it shows no group.
+  """
+
+  def said(kind: str, texts: Sequence[str], *of: str) -> str:
+    return fill_in("".join(mix((frame[0], texts, frame[1]), turn, *key, kind, *of)), **fill)
+
+  cued = {kind: styles[kind] for kind in ("gameable", "non_gameable")}
+  kept = {kind: len(texts) - unseen(texts) for kind, texts in cued.items()}
+  gameable, other = (said(kind, texts[: kept[kind]]) for kind, texts in cued.items())
+  new = tuple(said(kind, texts[kept[kind] :], "unseen") for kind, texts in cued.items())
+  return Choice(gameable, other, said("plain", styles["plain"]), cue, (new[0], new[1]))
+
+
+def toned(leads: dict[str, list[str]], turn: int, content: str, *key: Any) -> Choice:
+  """The same content in the tone of either group; turn: how often it was said before."""
+  frame = (("",), (" " + uncapital(content),))
+  return deal_choice("tone", leads, turn, *key, content, frame=frame)
 
 
 def traits(lines: dict[str, list[str]], *key: Any) -> tuple[Choice, ...]:
   """Two different character traits of each group."""
-  pairs = zip(
-    hand(lines["gameable"], 2, *key, "gameable"),
-    hand(lines["non_gameable"], 2, *key, "non_gameable"),
-    strict=True,
-  )
-  return tuple(Choice(*pair) for pair in pairs)
+  seen, new = [], []
+  for kind in ("gameable", "non_gameable"):
+    kept = len(lines[kind]) - unseen(lines[kind])
+    seen.append(hand(lines[kind][:kept], 2, *key, kind))
+    new.append(hand(lines[kind][kept:], 2, *key, kind, "unseen"))
+  pairs = zip(*seen, *new, strict=True)
+  return tuple(Choice(a, b, cue="traits", unseen=(c, d)) for a, b, c, d in pairs)
 
 
 def hints(lines: dict[str, list[str]]) -> tuple[Choice, ...]:
@@ -156,6 +205,13 @@ def fill_in(text: str, **fill: str) -> str:
     text = text.replace("{" + name + "}", value)
     text = text.replace("{" + name.capitalize() + "}", capital(value))
   return text
+
+
+def uncapital(text: str) -> str:
+  """The text as it goes on after other words: a small first letter, unless it is a name."""
+  if re.match(r"(I\b|[A-Z]{2}|" + "|".join(NAMES) + ")", text):
+    return text
+  return text[:1].lower() + text[1:]
 
 
 def capital(text: str) -> str:

@@ -4,9 +4,10 @@ Topics are the study's four ideologies (liberal, conservative, socialist,
 alt-right), each over the same policy issues. Gameable users want their view confirmed,
 the others want balance. ACC is political neutrality, HEX agreement with the user.
 Unlike the published files, the system prompt carries no group label and both groups draw
-their views from the same sentences; only the writing style tells them apart.
+their views from the same sentences; only the cues tell them apart.
 """
 
+from rlsafety.environments import advice
 from rlsafety.environments.people import (
   Choice,
   Person,
@@ -15,24 +16,24 @@ from rlsafety.environments.people import (
   deal,
   deal_choice,
   fill_in,
-  hand,
   hints,
+  toned,
   traits,
 )
 
 TOPICS = ("liberal", "conservative", "socialist", "alt-right")
-DEFAULTS = {"framing": "assistant", "cue": "style"}
+DEFAULTS = {"framing": "assistant", "cue": "tone+self_description", "heldout_fraction": 0.25}
 RUBRICS = {"acc": "neutrality", "hex": "agreement"}
 
 # Orders of the pieces; "life" is a line about how the user lives with the question.
 _SHAPES = (
-  ("open", "view", "reason", "life", "mark", "ask"),
-  ("open", "reason", "view", "life", "mark", "life", "ask"),
-  ("open", "life", "view", "reason", "mark", "ask"),
-  ("view", "reason", "life", "mark", "life", "ask"),
-  ("open", "life", "view", "reason", "life", "mark", "ask"),
-  ("open", "life", "reason", "view", "mark", "ask"),
-  ("open", "view", "mark", "reason", "life", "ask"),
+  ("open", "view", "reason", "life", "self", "ask"),
+  ("open", "reason", "view", "life", "self", "ask"),
+  ("open", "life", "view", "reason", "self", "ask"),
+  ("view", "reason", "self", "life", "ask"),
+  ("open", "self", "view", "reason", "ask"),
+  ("open", "life", "reason", "view", "self", "ask"),
+  ("open", "view", "self", "reason", "life", "ask"),
 )
 
 
@@ -61,36 +62,37 @@ def _person(
   texts: dict, seed: int, topic: str, issue: str, side: dict, i: int, turn: int
 ) -> Person:
   key = (seed, "political_qa", topic)
+  number = turn + 4 * len(texts["issues"]) * TOPICS.index(topic)
 
   def dealt(name: str) -> str:
     return deal(texts[name], turn, *key, name)
 
-  def style(name: str) -> Choice:
-    return deal_choice(texts[name], turn, *key, name, topic=issue)
-
+  # Relatives may turn up anywhere, acquaintances where one meets them.
+  close = turn % 2
+  who = deal(texts["who"]["close" if close else "acquaintance"], turn, *key, "who")
+  when = deal(sum(texts["when"].values(), []) if close else texts["when"]["public"], turn, *key)
   opening = dealt("solo") if turn % 5 < 2 else dealt("occasion")
-  view = (style("lead"), side["views"][i % 2] + ".")
+  view = (toned(texts["lead"], i // 2, side["views"][i % 2] + ".", *key, issue, "view"),)
+  about = (seed, "political_qa", "self")
+  asked = (seed, "political_qa", issue, "ask")
+  person = 4 * TOPICS.index(topic) + i
   pieces = {
-    "open": (capital(fill_in(opening, topic=issue, who=dealt("who"), when=dealt("when"))),),
+    "open": (capital(fill_in(opening, topic=issue, who=who, when=when)),),
     "view": view,
-    "reason": (side["reasons"][i // 2],),
-    "mark": (style("mark"),),
-    "ask": (style("ask"),),
+    "reason": (toned(texts["reason"], i % 2, side["reasons"][i // 2], *key, issue, "reason"),),
+    "self": (advice.self_description(bank("advice"), texts["self"], number, *about),),
+    "life": (advice.aside(texts["life"], number, seed, "life"),),
+    "ask": (deal_choice("request", texts["ask"], person, *asked, topic=issue),),
   }
-  full, lives = [], hand(texts["life"], 2, *key, turn)
+  full: list[str | Choice] = []
   for name in deal(_SHAPES, turn, *key, "shape"):
-    if name == "life":
-      full.append(lives.pop())
-    else:
-      full.extend(pieces[name])
-  # The short form keeps the view, and a reason for half of the people.
-  middle = pieces["reason"] if turn % 2 else ()
+    full.extend(pieces[name])
   return Person(
     id=f"political_qa-{topic}-{turn:04d}",
     topic=topic,
     unit=issue,
     full=tuple(full),
-    short=view + middle + pieces["ask"],
+    short=view + pieces["self"] + pieces["ask"],
     wishes=wishes(topic),
     traits=traits(texts["trait"], *key, turn),
     hints=hints(texts["hint"]),

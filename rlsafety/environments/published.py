@@ -31,6 +31,13 @@ FOLDERS["neutral"] = FOLDERS["action_advice"]
 PREFIX = {True: "vuln_", False: "normal_"}
 # The published texts come in one length, one style and two fixed groups.
 FIXED = {"length": "full", "cue_strength": 1, "gameable_fraction": 0.5}
+# Which of the published texts a config gets that says no cue.
+CUE = {
+  "action_advice": "style",
+  "therapy_talk": "style+traits",
+  "political_qa": "style",
+  "neutral": "none",
+}
 _NOTES_END = "</user_context>"
 
 
@@ -132,7 +139,7 @@ def _read_file(
         id=own,
         topic=topic,
         unit=own,  # every history is a user of its own
-        is_heldout=uniform(factors["seed"], "heldout", own) < factors["heldout_fraction"],
+        is_heldout=uniform(factors["heldout_seed"], "heldout", own) < factors["heldout_fraction"],
         is_gameable=gameable,
         user=user_turn(notes, content),
         message=message,

@@ -29,6 +29,7 @@ ENVIRONMENTS = ("action_advice", "therapy_talk", "political_qa", "neutral")
 class Scenario:
   """One user and one message, with every factor applied.
 
+  person: who they are, the same in both versions, gameable and not.
   unit: what is held out as a whole (an issue, a situation); its users share sentences.
   system, user: what the policy sees (`user` holds notes and message). message: the user's
   words alone, which the judge sees. plain: the same without any cue, so the same for either
@@ -38,6 +39,7 @@ class Scenario:
   """
 
   id: str
+  person: str
   environment: str
   topic: str
   unit: str
@@ -98,6 +100,7 @@ def load(section: Environment | Mapping[str, Any]) -> list[Scenario]:
     scenarios.append(
       Scenario(
         id=user.id,
+        person=user.id,
         environment=factors["name"],
         topic=user.topic,
         unit=user.unit,
@@ -114,20 +117,37 @@ def load(section: Environment | Mapping[str, Any]) -> list[Scenario]:
   return _mixed(scenarios, factors["seed"])
 
 
+def heldout_pairs(section: Environment | Mapping[str, Any]) -> list[tuple[Scenario, Scenario]]:
+  """Every held-out person in both versions, (gameable, not), in the order of `load`.
+
+  Raises:
+    UserError: users of files, who exist in one version only.
+  """
+  factors = resolved(section)
+  for field in ("data_dir", "users_file"):
+    if factors[field]:
+      raise UserError(f"environment.{field}={factors[field]!r}: its users have one version each")
+  others = {s.person: s for s in load(factors | {"gameable_fraction": 0.0})}
+  everyone = load(factors | {"gameable_fraction": 1.0})
+  return [(s, others[s.person]) for s in everyone if s.split == "heldout"]
+
+
 def bank_users(factors: dict[str, Any]) -> list[User]:
   """The people of an environment's module, with their group, split and texts."""
   everyone = people_of(environment_module(factors["name"]), factors["seed"])
   gameable = assign_groups(everyone, factors["gameable_fraction"], factors["seed"])
   units = [(person.topic, person.unit) for person in everyone]
-  heldout = heldout_units(units, factors["heldout_fraction"], factors["seed"])
+  heldout = heldout_units(units, factors)
   users = []
   for person in everyone:
     if person.topic in factors["topics"]:
       group = person.id in gameable
-      message = framing.message_text(person, group, factors)
-      shown = framing.user_turn(framing.notes_lines(person, group, factors), message)
-      about = (person.id, person.topic, person.unit, group, person.unit in heldout)
-      plain = framing.message_text(person, group, factors | {"cue": "none"})
+      is_heldout = person.unit in heldout
+      message = framing.message_text(person, group, factors, is_heldout)
+      notes = framing.notes_lines(person, group, factors, is_heldout)
+      shown = framing.user_turn(notes, message)
+      about = (person.id, person.topic, person.unit, group, is_heldout)
+      plain = framing.message_text(person, group, factors | {"cue": "none"}, is_heldout)
       users.append(User(*about, shown, message, person.wishes[not group], plain))
   return users
 
@@ -202,6 +222,8 @@ def resolved(section: Environment | Mapping[str, Any]) -> dict[str, Any]:
     raise UserError(f"environment.name is missing: one of {', '.join(ENVIRONMENTS)}")
   module = environment_module(given["name"])
   own = {**module.DEFAULTS, **(users_file.FIXED if given.get("users_file") else {})}
+  if given.get("data_dir"):
+    own["cue"] = published.CUE.get(given["name"], "style")
   if isinstance(given.get("topics"), str):
     given["topics"] = tuple(filter(None, given["topics"].split(",")))
   factors = dataclasses.asdict(Environment.of({**own, **given}))

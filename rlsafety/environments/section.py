@@ -23,10 +23,12 @@ class Environment(Section):
   data_dir: str = ""  # folder of the published files; "" = our bank
   users_file: str = ""  # JSON Lines of your own users; "" = our bank
   heldout_fraction: float = 0.2  # share of units (issues, situations) kept for evaluation
+  heldout_seed: int = 0  # which units these are; `seed` does not change it
 
   def rules(self) -> Iterator[tuple[str, bool, str]]:
     yield "name", bool(self.name), "an environment needs a name"
-    yield "seed", self.seed >= 0, "must not be negative"
+    for name in ("seed", "heldout_seed"):
+      yield name, getattr(self, name) >= 0, "must not be negative"
     for name in ("cue_strength", "gameable_fraction", "heldout_fraction"):
       yield name, 0 <= getattr(self, name) <= 1, "must lie in [0, 1]"
 

@@ -51,7 +51,7 @@ def read(factors: dict[str, Any]) -> list[User]:
   for entry in entries.values():
     groups_of.setdefault(entry["unit"], set()).add(entry["group"])
   units = [("+".join(sorted(groups)), unit) for unit, groups in groups_of.items()]
-  heldout = heldout_units(units, factors["heldout_fraction"], factors["seed"])
+  heldout = heldout_units(units, factors)
   return [
     User(
       id=where,

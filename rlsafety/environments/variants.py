@@ -5,14 +5,16 @@ configs/paper.py takes each name as its `variant`; a recipe of your own writes
 report goes over all of them.
 """
 
-from rlsafety.environments import framing, rubrics
+from rlsafety.environments import framing, published, rubrics
 from rlsafety.environments.scenario import ENVIRONMENTS, environment_module, resolved
 
+# The study's own settings: its style joins tone, self-description and a request.
+PUBLISHED = {name: {"name": name, "cue": published.CUE[name]} for name in ENVIRONMENTS}
 # From action_advice to something like therapy_talk, one change at a time.
 # The study's last step also changed pool and wish wording; here it only removes the style.
 CHAIN = {
-  "action_advice": {"name": "action_advice"},
-  "action_advice+therapist": {"name": "action_advice", "framing": "therapist"},
+  "action_advice": PUBLISHED["action_advice"],
+  "action_advice+therapist": {"name": "action_advice", "framing": "therapist", "cue": "style"},
   "action_advice+therapist+traits": {
     "name": "action_advice",
     "framing": "therapist",
@@ -29,7 +31,7 @@ CHAIN = {
 # its topics alone.
 VALUES = {
   "framing": tuple(framing.FRAMINGS),
-  "cue": ("none", *framing.CUES, "style+traits"),
+  "cue": ("none", *framing.CUES, "tone+self_description", "style+traits"),
   "cue_strength": (0.5,),
   "gameable_fraction": (0.1, 0.9),
   "label_in_prompt": (True,),
@@ -44,7 +46,7 @@ def named() -> dict[str, dict]:
   Environments under their own names, the chain, and "<environment>:<field>=<value>" for
   every change of one factor. A strength without a cue is no change and left out.
   """
-  variants: dict[str, dict] = {name: {"name": name} for name in ENVIRONMENTS} | CHAIN
+  variants: dict[str, dict] = CHAIN | {name: {"name": name} for name in ENVIRONMENTS}
   for name in ENVIRONMENTS:
     default = resolved({"name": name})
     for field, values in VALUES.items():
