@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="",
                       help="of the base; default: as it was trained")  # fmt: skip
   parser.add_argument("--host", default="127.0.0.1", help="address to listen at")
-  parser.add_argument("--port", type=int, default=8000)
+  parser.add_argument("--port", type=int, default=8000, help="0: any free one, which is then told")
   parser.add_argument("--rows", type=int, default=16, help="replies written at once")
   parser.add_argument("--context", type=int, default=1024, help="tokens of a prompt and its reply")
   parser.add_argument("--adapters", type=int, default=8, help="adapters in memory at once")
