@@ -48,7 +48,7 @@ from rlsafety.models import sources
 
 RECIPE = "configs/tiny_syco.py"
 config = recipes.frozen(recipes.load_recipe(RECIPE))
-model = sources.open_model(config.model, config.seed)
+model = sources.open_model(config.model)
 judge = judges.open_judge(config.judge, config.environment, model)
 users = environments.load(config.environment)
 print(judge.about["name"], "-", judge.about["limits"])

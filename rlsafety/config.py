@@ -32,11 +32,13 @@ class Model(Section):
 
   path: str = ""  # folder, .gguf file, package:<name> or hub name; "" = random weights
   preset: str = ""  # a name of models.presets: shapes for random weights
+  seed: int = 0  # of random weights
   dtype: str = "bfloat16"  # of the frozen base; adapters are always float32
   adapter: str = ""  # PEFT folder to start from; "" = a fresh adapter
 
   def rules(self) -> Rules:
     yield one_of("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+    yield "seed", self.seed >= 0, "must not be negative"
     either = bool(self.path) != bool(self.preset)
     yield "path", either, "give either model.path (weights) or model.preset (random weights)"
 

@@ -56,7 +56,7 @@ def runs(tmp_path_factory):
   folder = tmp_path_factory.mktemp("runs")
   recipe = recipes.load_recipe("configs/tiny_syco.py")
   with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
-    model = sources.open_model(config.Model(preset="tiny", dtype="float32"), recipe.seed)
+    model = sources.open_model(config.Model(preset="tiny", dtype="float32"))
     known = {"base": None}
     for number, (name, lora) in enumerate(LORAS.items()):
       run = folder / name
@@ -396,7 +396,7 @@ values = st.recursive(
 )  # fmt: skip
 @hypothesis.settings(deadline=None, max_examples=300)
 def test_whatever_a_body_holds_is_wanted_or_refused_with_reason(body, good, is_chat):
-  found = adapters.Catalogue(config.Model(preset="tiny"), 0, {}, {})
+  found = adapters.Catalogue(config.Model(preset="tiny"), {}, {})
   try:
     wanted = protocol.read({**good, **body}, found, CHAT, 128, is_chat)
   except protocol.Refusal as refusal:
@@ -529,7 +529,7 @@ def test_our_http_judge_reads_the_expected_rating_from_this_server():
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   engine = Engine(model, mesh, Size(4, 2048, (2048,), 1, 1), load=None)
   engine.start(warm=False)
-  found = adapters.Catalogue(config.Model(preset="tiny"), 0, {}, {})
+  found = adapters.Catalogue(config.Model(preset="tiny"), {}, {})
   url, _, stop = serve(engine, found)
   score = http.make(f"{url}/v1", "base", model.chat)
   scenarios = load(config.Environment.of({"name": "political_qa"}))[:2]

@@ -100,8 +100,8 @@ def random_model(
   return Model(config, params, chat, source)
 
 
-def open_model(settings: config.Model, seed: int, mesh: Mesh | None = None) -> Model:
-  """The model that a config names: weights, or with a preset random ones drawn with `seed`."""
+def open_model(settings: config.Model, mesh: Mesh | None = None) -> Model:
+  """The model that a config names: weights, or with a preset random ones."""
 
   def shardings(found: ModelConfig) -> dict:
     # The sizes are known and nothing is in memory yet: the time to refuse them.
@@ -112,7 +112,7 @@ def open_model(settings: config.Model, seed: int, mesh: Mesh | None = None) -> M
   target, dtype = None if mesh is None else shardings, jnp.dtype(settings.dtype)
   if settings.path:
     return load_model(settings.path, dtype, target)
-  return random_model(presets.preset(settings.preset), seed, dtype, target)
+  return random_model(presets.preset(settings.preset), settings.seed, dtype, target)
 
 
 def check_vocabulary(config: ModelConfig, chat: Chat, where: str) -> None:

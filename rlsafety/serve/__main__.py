@@ -110,7 +110,7 @@ def open_engine(
 ) -> Engine:
   """The base of a catalogue in memory, behind an engine that is not started."""
   settings = config.Model(**{**found.section.__dict__, "adapter": ""})
-  model = sources.open_model(settings, found.seed, mesh)
+  model = sources.open_model(settings, mesh)
   context = min(context, model.config.max_positions)
   return Engine(
     model, mesh, Size.of(rows, context, places), rank=found.rank, targets=found.targets,

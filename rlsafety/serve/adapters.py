@@ -43,10 +43,9 @@ class Policy:
 @dataclasses.dataclass(frozen=True)
 class Catalogue:
   """The policies of one base. runs {name: directory}; loras {name: what its adapters are like};
-  section: the base as a config names it, drawn with `seed` where its weights are random."""
+  section: the base as a config names it."""
 
   section: config.Model
-  seed: int
   runs: dict[str, pathlib.Path]
   loras: dict[str, config.Lora]
 
@@ -132,20 +131,20 @@ def catalogue(model: str = "", runs: Sequence[str] = (), dtype: str = "") -> Cat
     own = recipes.frozen({**stored, "environment": {"name": "neutral"}})  # imports no other
     name = path.as_posix().rstrip("/")
     found[name], loras[name] = path.resolve(), own.lora
-    seed = own.seed if own.model.preset else 0  # a preset's weights are drawn with it
-    bases[name] = dataclasses.replace(own.model, adapter=""), seed
+    bases[name] = dataclasses.replace(own.model, adapter="")
   if model:
-    section, seed = config.Model(path=model, dtype=dtype or "float32"), 0
+    section = config.Model(path=model, dtype=dtype or "float32")
   elif bases:
-    section, seed = next(iter(bases.values()))
+    section = next(iter(bases.values()))
   else:
     raise UserError("nothing to serve: give --model=PATH, or --runs with run directories")
-  for name, (own, drawn) in bases.items():
-    if (own.path, own.preset, drawn) != (section.path, section.preset, seed):
+  called = lambda m: m.path or f"{m.preset} drawn with seed {m.seed}"  # noqa: E731
+  for name, own in bases.items():
+    if called(own) != called(section):
       raise UserError(
-        f"{name} was trained from {own.path or f'{own.preset} drawn with seed {drawn}'}, not from "
-        f"{section.path or f'{section.preset} drawn with seed {seed}'}: one server has one base"
+        f"{name} was trained from {called(own)}, not from {called(section)}: one server has one "
+        "base"
       )
   section = dataclasses.replace(section, dtype=dtype or section.dtype)
-  return Catalogue(section, seed, found, loras)
+  return Catalogue(section, found, loras)
 

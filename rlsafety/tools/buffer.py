@@ -55,9 +55,8 @@ def run(config: Config, workdir: str) -> dict:
   if config.data.path or config.steps < 2:
     raise UserError("the buffer experiment makes its own records: data.path is empty, steps >= 2")
   folder = pathlib.Path(workdir)
-  changes = {"steps": config.steps * 3 // 2}
-  if config.model.path:  # (random weights are drawn with the seed)
-    changes["seed"] = config.seed + 1  # or the on-policy arm would be its first part
+  # With the same seed the on-policy arm would be the exploiter's first part.
+  changes = {"steps": config.steps * 3 // 2, "seed": config.seed + 1}
   exploiter = arm_config(config, "exploiter", changes)
   finish(exploiter, folder, "exploiter")
 
@@ -72,7 +71,7 @@ def run(config: Config, workdir: str) -> dict:
   for arm, own in arm_configs(config, str(records), float(np.nanmedian(rewards))).items():
     finish(own, folder, arm)
 
-  model = sources.open_model(config.model, config.seed)
+  model = sources.open_model(config.model)
   result = {
     "config": to_json(config),
     **write.provenance(),

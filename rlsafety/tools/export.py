@@ -40,7 +40,7 @@ def export(run: pathlib.Path, form: str, out: pathlib.Path, dtype: str = "float3
     model = sources.load_model(section["path"], jnp.dtype(dtype))
   else:
     shape = presets.preset(section["preset"])
-    model = sources.random_model(shape, config["seed"], jnp.dtype(dtype))
+    model = sources.random_model(shape, config["model"]["seed"], jnp.dtype(dtype))
   adapter, lora = hf.load_peft(run / "adapter", model.config)
   if form == "peft":
     hf.save_peft(out, adapter, model, lora)

@@ -281,12 +281,12 @@ def main(argv: Sequence[str]) -> None:
     raise UserError(f"--batch={args.batch} must be at least 1, --limit={args.limit} at least 0")
   mesh = sharding.make_mesh()
   with jax.set_mesh(mesh):
-    section, seed = Model(path=args.model, dtype=args.dtype), 0
+    section = Model(path=args.model, dtype=args.dtype)
     if args.run:
       stored = read.load_run(args.run).config
-      config = recipes.frozen({**stored, "environment": {"name": "neutral"}})  # imports no other
-      section, seed = config.model, config.seed
-    model = sources.open_model(section, seed, mesh)
+      neutral = {"environment": {"name": "neutral"}}  # imports no other
+      section = recipes.frozen({**stored, **neutral}).model
+    model = sources.open_model(section, mesh)
     states = {"base": None}
     if args.run:
       states["trained"] = hf.load_peft(args.run / "adapter", model.config)[0]

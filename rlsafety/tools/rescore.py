@@ -239,12 +239,11 @@ def main(argv: Sequence[str]) -> None:
       config = judge_config(
         run, args.judge, args.judge_model, args.judge_url, args.price, args.environment
       )
-      random_weights = run.config["model"].get("preset")  # they are drawn with the seed
       about = [run.config["model"], run.config["environment"]["name"], to_json(config)["judge"]]
-      key = json.dumps([*about, run.info["seed"] if random_weights else 0])
+      key = json.dumps(about)
       if key not in loaded:
         loaded.clear()  # one model at a time
-        model = sources.open_model(config.model, config.seed, mesh)
+        model = sources.open_model(config.model, mesh)
         opened = judges.open_judge(config.judge, config.environment, model, mesh)
         loaded[key] = opened, model.chat
       records = select(run, args.source, args.every, args.per_step, args.seed)

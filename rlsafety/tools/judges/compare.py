@@ -39,7 +39,7 @@ def judge_flags(parser: argparse.ArgumentParser) -> None:
 def build(args: argparse.Namespace, names: Sequence[str]) -> tuple[Model, dict[str, Judge]]:
   """The model and {name: judge} that the parsed `judge_flags` describe."""
   environment = Environment.of(environments.resolved({"name": args.environment}))
-  model = sources.open_model(config.Model(path=args.model, dtype="float32"), 0)
+  model = sources.open_model(config.Model(path=args.model, dtype="float32"))
   opened = {}
   for name in names:
     models = {"lm": args.judge_model, "http": args.judge_model, "probe": args.probe}
