@@ -109,10 +109,20 @@ def _named(manager: ocp.CheckpointManager, step: int | None) -> Iterator[None]:
     ) from error
 
 
+def forget_after(manager: ocp.CheckpointManager, step: int) -> None:
+  """Deletes the steps after `step`: they are made again."""
+  for later in [s for s in manager.all_steps() if s > step]:
+    manager.delete(later)
+
+
 def restore(
-  manager: ocp.CheckpointManager, like: Any, warn: Callable[[str], None] = print
+  manager: ocp.CheckpointManager,
+  like: Any,
+  warn: Callable[[str], None] = print,
+  upto: int | None = None,
 ) -> tuple[Any, int]:
-  """Newest readable step as (state, step), or (None, -1) where there is none.
+  """Newest readable step, of those up to `upto`, as (state, step), or (None, -1) where there is
+  none.
 
   like: a pytree of arrays or ShapeDtypeStructs with shardings, the wanted layout; it may
   differ from the mesh that wrote the checkpoint. Newer steps that cannot be read are named
@@ -120,7 +130,8 @@ def restore(
   Raises UserError if a step is whole but belongs to another model or adapter.
   """
   wanted, found, broken = _leaves(like), (None, -1), []
-  for step in sorted(manager.all_steps(), reverse=True):
+  steps = [s for s in manager.all_steps() if upto is None or s <= upto]
+  for step in sorted(steps, reverse=True):
     try:
       leaves = _read(manager, step, wanted)
     except UserError:

@@ -5,8 +5,10 @@ the end, so that the cut changes nothing but memory. Gradients are taken with re
 the adapter only; the base is an argument, never a closure, and is not donated.
 """
 
+import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -83,6 +85,34 @@ def state_axes(state: TrainState, adapter_axes: dict) -> TrainState:
     return adapter_axes[target][keys[-1]] if target else (None,) * x.ndim
 
   return jax.tree_util.tree_map_with_path(axes_of, state)
+
+
+class Programs(NamedTuple):
+  """`complete` and `update`, compiled, with all bound but arrays."""
+
+  complete: Callable[[dict, Sequence[Batch]], Batch]
+  update: Callable[[TrainState, dict, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
+
+
+@functools.lru_cache
+def programs(
+  config: ModelConfig,
+  objective: Objective,
+  settings: Learner,
+  optimizer: Optimizer,
+  temperature: float,
+  dropout: float,
+) -> Programs:
+  """The two programs of a run; cells that are alike here share them. The update donates its state:
+  memory for one adapter and its moments, not two."""
+  common = {
+    "config": config,
+    "objective": objective,
+    "settings": settings,
+    "temperature": temperature,
+  }
+  steps = functools.partial(update, **common, optimizer=make_optimizer(optimizer), dropout=dropout)
+  return Programs(jax.jit(functools.partial(complete, **common)), jax.jit(steps, donate_argnums=0))
 
 
 def complete(

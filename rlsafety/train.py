@@ -5,6 +5,10 @@
   -> a batch with advantages (learner.complete) -> an update of the adapter (learner.update),
 with every random key derived from (seed, step): a killed run, started again with the same
 command, ends in the same bits.
+
+Several runs of one base train together as *cells* (`run_together`, `rlsafety.study.run`): their
+users are asked in one batch, so that each weight is read once for all of them; updates follow one
+by one. A run by itself is one cell, through the same loop.
 """
 
 import dataclasses
@@ -12,19 +16,17 @@ import functools
 import signal
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from rlsafety import (
-  checkpoints,
-  environments,
+  cells,
   errors,
   evaluation,
   flags,
-  judges,
-  learner,
   recipes,
   replay,
   rollout,
@@ -32,16 +34,14 @@ from rlsafety import (
   sampler,
   sharding,
 )
+from rlsafety.cells import Cell
 from rlsafety.config import Config
-from rlsafety.environments import scenario
 from rlsafety.errors import UserError
 from rlsafety.metrics import gaps
-from rlsafety.models import architecture, hf, int8, sources
-from rlsafety.models.lora import Adapter
+from rlsafety.models import architecture, int8, sources
 from rlsafety.models.model import Model
-from rlsafety.report import summary as summaries
-from rlsafety.rundir import write
-from rlsafety.rundir.write import RunDir, StepLog
+from rlsafety.rollout import Experience
+from rlsafety.rundir.write import StepLog
 
 
 def run(config: Config, workdir: str) -> dict:
@@ -50,190 +50,178 @@ def run(config: Config, workdir: str) -> dict:
   Raises UserError for what the user can mend. After SIGTERM it saves and exits with
   runtime.PREEMPTED.
   """
-  runtime.check_platform(config.platform)
-  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+  return run_together({"": config}, {"": workdir})[""]
+
+
+def run_together(
+  configs: Mapping[str, Config],
+  folders: Mapping[str, str],
+  show: Callable[[], None] = lambda: None,
+) -> dict[str, dict]:
+  """`run` of several cells by name, in one program. show: called when there is news on disk.
+
+  A cell whose update is not finite stops and is named at the end; the others go on.
+  """
+  common = cells.check_shared(configs)
+  runtime.check_platform(common.platform)
+  mesh = sharding.make_mesh(common.mesh.data, common.mesh.fsdp, common.mesh.tensor)
   # The caller's own mesh and signal handlers, if any, are back afterwards.
   with jax.set_mesh(mesh), runtime.stop_signals() as told:
-    return run_on(mesh, config, workdir, told)
+    return run_on(mesh, common, configs, folders, told, show)
 
 
-def run_on(mesh: Mesh, config: Config, workdir: str, told: runtime.Told) -> dict:
-  """`run` on the mesh in use: the whole program."""
-  # --- Run directory ------------------------------------------------------------------
+def run_on(
+  mesh: Mesh,
+  common: Config,
+  configs: Mapping[str, Config],
+  folders: Mapping[str, str],
+  told: runtime.Told,
+  show: Callable[[], None],
+) -> dict[str, dict]:
+  """`run_together` on the mesh in use: the whole program. common: what the configs share."""
+  # --- Run directories; a base, and of each cell users, judge and learner state ----------
   log = runtime.progress()
-  run = write.open_run(workdir, config)
-  done, lost = run.complete(config)
-  if done and not lost:
-    log.info("run is complete: %s", run.path)
-    print(done["table"])
-    log.info("report: %s", run.path / "report.html")
-    run.close()
-    return done
-  if lost:
-    log.info("run is complete but lost %s: written again", ", ".join(lost))
-  log.info("workdir %s; mesh %s of %s", run.path, dict(mesh.shape), jax.devices()[0].device_kind)
+  runs, summary_of, stopped = cells.open_runs(configs, folders)
+  P = common.prompts_per_step
+  sharding.check_batch(mesh, P, common.learner.microbatches)
+  live: list[Cell] = []
+  if runs:
+    policy = sources.open_model(common.model, mesh)
+    parameters = architecture.params_count(policy.config)
+    log.info("model %s: %.1f M parameters", policy.source, parameters / 1e6)
+    tokens = P * (common.max_prompt_tokens + common.sampler.group * common.sampler.max_tokens)
+    runtime.warn_of_cpu(parameters, len(runs) * tokens, common.steps)
+    read_by_sampler = policy
+    if common.memory.sampler_base:
+      rounded = jax.jit(int8.quantise_base)(policy.params)
+      read_by_sampler = dataclasses.replace(policy, params=rounded)
+    roll_out = functools.partial(
+      rollout.roll_out, read_by_sampler, cache_gib=common.memory.cache_gib, mesh=mesh
+    )
+    models: dict[str, Model] = {}  # of judges, loaded once for all cells
+    live = [cells.open_cell(n, configs[n], run, policy, mesh, models) for n, run in runs.items()]
+    cells.resume(live)
 
-  # --- Policy, users, judge -----------------------------------------------------------
-  P = config.prompts_per_step
-  sharding.check_batch(mesh, P, config.learner.microbatches)
-  policy = sources.open_model(config.model, config.seed, mesh)
-  chat, parameters = policy.chat, architecture.params_count(policy.config)
-  log.info("model %s: %.1f M parameters", policy.source, parameters / 1e6)
-  tokens = P * (config.max_prompt_tokens + config.sampler.group * config.sampler.max_tokens)
-  runtime.warn_of_cpu(parameters, tokens, config.steps)
-  everyone = environments.load(config.environment)
-  rubric_of = scenario.environment_module(config.environment.name).RUBRICS
-  training = [s for s in everyone if s.split == "train"]
-  users = rollout.users_of(training, chat, config.max_prompt_tokens)
-  asked = rollout.held_out(everyone, config.eval.prompts)
-  heldout = rollout.users_of(asked, chat, config.max_prompt_tokens)
-  log.info("environment %s: %d training prompts", config.environment.name, len(users))
-  from_records = replay.prompts_per_batch(config.data, config.objective, P)
-  records, data = None, None
-  if from_records:
-    slots = config.sampler.group, config.max_prompt_tokens, config.sampler.max_tokens
-    data = {"path": config.data.path, "sha256": replay.digest(config.data.path)}
-    run.same_data(data["sha256"])
-    records = replay.load(config.data.path, policy, config.objective, *slots, config.epochs)
-    log.info("records %s: %d of %d per batch", config.data.path, from_records, P)
-  judge = judges.open_judge(
-    config.judge, config.environment, policy, mesh, config.learner.chunk_tokens
-  )
-  for line in judges.lines(judge):
-    log.info("%s", line)
-  read_by_sampler = policy
-  if config.memory.sampler_base:
-    rounded = jax.jit(int8.quantise_base)(policy.params)
-    read_by_sampler = dataclasses.replace(policy, params=rounded)
-  asking = {"judges": [judge], "cache_gib": config.memory.cache_gib, "mesh": mesh}
-  roll_out = functools.partial(rollout.roll_out, read_by_sampler, **asking)
-
-  # --- Learner state ------------------------------------------------------------------
-  root = jax.random.key(config.seed)
-  optimizer = learner.make_optimizer(config.optimizer)
-  state = learner.starting_state(
-    config.lora, policy.config, optimizer, jax.random.fold_in(root, 0), config.model.adapter
-  )
-  common = {
-    "config": policy.config,
-    "objective": config.objective,
-    "settings": config.learner,
-    "temperature": config.sampler.temperature or 1.0,
-  }
-  complete = jax.jit(functools.partial(learner.complete, **common))
-  update = jax.jit(
-    functools.partial(learner.update, **common, optimizer=optimizer, dropout=config.lora.dropout),
-    donate_argnums=0,
-  )
-
-  # --- Resume -------------------------------------------------------------------------
-  manager = checkpoints.open_manager(run.path / "checkpoints", config.checkpoint.keep)
-  restored, step = checkpoints.restore(manager, state, warn=log.info)
-  if restored is not None:
-    state = restored
-    log.info("resuming after step %d", step)
-  about = {"model": {**policy.source, "parameters": parameters}, "judge": judge.about}
-  again = run.start(config, step, about | {"data": data}, len(heldout) * config.eval.samples)
-  write_events = write.event_writer(run)
-  silence = gaps.Silence(str(run.path / "checkpoints"))
-
-  def evaluate(adapter, step: int) -> None:
-    settings = dataclasses.replace(config.sampler, group=config.eval.samples)
-    [(rows, scores)] = evaluation.ask(
-      functools.partial(roll_out, settings=settings),
-      [adapter],
-      [heldout],
-      [jax.random.fold_in(root, 1)],
-      step,
-      chat=chat,
+  def evaluate(asked: Sequence[Cell]) -> None:
+    answered = evaluation.ask(
+      functools.partial(
+        roll_out,
+        judges=[cell.judge for cell in asked],
+        settings=dataclasses.replace(common.sampler, group=common.eval.samples),
+      ),
+      [cell.state.adapter for cell in asked],
+      [cell.heldout for cell in asked],
+      [jax.random.fold_in(cell.root, 1) for cell in asked],
+      asked[0].step,
+      chat=policy.chat,
       prompts_at_once=max(P, mesh.shape["data"] * mesh.shape["fsdp"]),
     )
-    summary = evaluation.summarised(step, heldout, scores, rubric_of)
-    run.log_evaluation(rows, summary)
-    log.info("held-out at step %d: %s", step, gaps.group_line(summary))
-    silence.hear(summary)
-
-  def log_step(pending: StepLog, seconds: list[float]) -> None:
-    if pending.metrics["nonfinite"]:
-      raise UserError(
-        f"step {pending.step}: the gradient or the step is not finite (loss "
-        f"{pending.metrics['loss']}); the adapter of the step before is in "
-        f"{run.path / 'checkpoints'}; lower optimizer.learning_rate"
-      )
-    row, timing = run.log_step(pending, rubric_of, chat)
-    write_events(pending.step, {**row, **timing})
-    seconds.append(timing["seconds"])
-    log.info("%s", gaps.step_line(row, timing, config.steps, seconds))
-    silence.hear(row)
+    for cell, (rows, scores) in zip(asked, answered, strict=True):
+      summary = evaluation.summarised(cell.step, cell.heldout, scores, cell.rubric_of)
+      cell.run.log_evaluation(rows, summary)
+      log.info("%sheld-out at step %d: %s", cell.title, cell.step, gaps.group_line(summary))
+      cell.silence.hear(summary)
 
   # --- The loop -----------------------------------------------------------------------
-  if step < 0:
-    step = 0
-    evaluate(state.adapter, step)
-    run.sync()
-    checkpoints.save(manager, step, state)
-  elif again:
-    log.info("the evaluation at step %d was lost: made again", step)
-    evaluate(state.adapter, step)
-  seconds: list[float] = []  # of each step
-  pending = None  # the step before, written while the device works on this one
-  while step < config.steps:
-    key = jax.random.fold_in(jax.random.fold_in(root, 2), step)
-    own, replayed, pieces = None, {}, []
-    if P > from_records:
-      chosen = rollout.order(users.is_gameable, config.seed, step, P - from_records)
-      keys = sampler.row_keys(jax.random.fold_in(key, 0), np.arange(len(chosen)))
-      asked = [users.take(chosen)]
-      [own] = roll_out([state.adapter], asked, [keys], settings=config.sampler)
-      pieces.append(rollout.as_batch(own))
-    began = time.monotonic()
-    if records:
-      recorded, replayed = replay.batch_at(records, config.seed, step, from_records)
-      pieces.append(sharding.put_prompts(mesh, recorded))
-    batch = complete(policy.params, pieces)
-    for epoch in range(config.epochs):
-      if epoch:
-        batch = batch.replace(staleness=batch.staleness + 1)
-      state, metrics = update(state, policy.params, batch, jax.random.fold_in(key, 1 + epoch))
-    if pending:
-      log_step(pending, seconds)
-    jax.block_until_ready(metrics)
-    step += 1
-    learned = {"learn_s": time.monotonic() - began}
-    pending = StepLog(step, own, replayed, batch.lengths, metrics, learned)
+  if new := [cell for cell in live if cell.step < 0]:
+    for cell in new:
+      cell.step = 0
+    evaluate(new)
+    cells.save(new, wait=False)
+    show()
+  for cell in live:
+    if cell.again:
+      log.info("%sthe evaluation at step %d was lost: made again", cell.title, cell.step)
+      evaluate([cell])
+  while going := [cell for cell in live if not cell.is_last]:
+    # All of them, unless a lost checkpoint left some behind.
+    now = [cell for cell in going if cell.step == min(c.step for c in going)]
+    own = experience(now, roll_out, common)
+    well, rows, failed = [], [], []
+    for cell in now:
+      made = learn(cell, own.get(cell.name), policy, mesh)
+      if made.metrics["nonfinite"]:
+        failed.append((cell, made))
+      else:
+        cell.step = made.step
+        well.append(cell)
+        rows.append(cells.log_step(cell, made, policy))
+    if well:
+      log.info("%s", cells.step_line(well, rows))
 
-    stop, last = sharding.any_process(told.signal > 0), step == config.steps
-    due = last or step % (config.eval.every or config.steps) == 0
-    if stop or due or step % (config.checkpoint.every or config.steps) == 0:
-      log_step(pending, seconds)
-      pending = None
+    stop, step = sharding.any_process(told.signal > 0), made.step
+    ended = [cell for cell in live if cell.is_last]
+    due = [c for c in well if c.is_last or common.eval.every and step % common.eval.every == 0]
+    saving = common.checkpoint.every and step % common.checkpoint.every == 0
+    if stop or failed or ended or due or saving:
       if due:
-        evaluate(state.adapter, step)
-      run.sync()
-      runtime.barrier(f"checkpoint {step}")  # a host that is gone is named, not waited for
-      checkpoints.save(manager, step, state, wait=stop or last)
-    if stop and not last:
-      manager.close()
+        evaluate(due)
+      cells.save(well, wait=bool(stop or failed or ended))
+    for cell, made in failed:
+      stopped[cell.name] = cells.stop(cell, made)
+      log.info("%sstopped: %s", cell.title, stopped[cell.name])
+    live = [cell for cell in live if cell.name not in stopped]
+    if stop and len(ended) < len(live):
+      for cell in live:
+        cell.manager.close()
       what = signal.Signals(told.signal or signal.SIGTERM).name
       log.info("%s: saved step %d; the same command continues", what, step)
       sys.exit(told.exit_code)
-  checkpoints.finish(manager)
-  return finish(run, sharding.fetch(state.adapter), policy, config)
+    for cell in ended:
+      summary_of[cell.name] = cells.finish(cell, policy)
+      live.remove(cell)
+    if due or failed:
+      show()
+  for cell in live:  # with no update left to make
+    summary_of[cell.name] = cells.finish(cell, policy)
+  show()
+  if stopped:
+    raise UserError("; ".join(f"{name}: {why}" if name else why for name, why in stopped.items()))
+  return summary_of
 
 
 # --- Pieces of `run_on` -----------------------------------------------------------------
 
 
-def finish(run: RunDir, adapter: Adapter, policy: Model, config: Config) -> dict:
-  """Adapter, report and summary of a run whose last update is made."""
-  summary = {}
-  if run.writes:
-    hf.save_peft(run.path / "adapter", adapter, policy, config.lora)
-    summary = summaries.finish(run.path)
-    run.finish(summary)
-  run.close()
-  runtime.barrier("complete")  # jax's own shutdown gives up sooner than a long report takes
-  return run.summary() or summary if run.writes else {}
+def experience(
+  now: Sequence[Cell], roll_out: Callable[..., list[Experience]], common: Config
+) -> dict[str, Experience]:
+  """The own replies of each cell's next update by its name, asked in one batch."""
+  asking = [cell for cell in now if cell.own_prompts]
+  if not asking:
+    return {}
+  asked, keys = [], []
+  for cell in asking:
+    n, config = cell.own_prompts, cell.config
+    asked.append(cell.users.take(rollout.order(cell.users.is_gameable, config.seed, cell.step, n)))
+    keys.append(sampler.row_keys(jax.random.fold_in(cell.step_key, 0), np.arange(n)))
+  got = roll_out(
+    [cell.state.adapter for cell in asking],
+    asked,
+    keys,
+    judges=[cell.judge for cell in asking],
+    settings=common.sampler,
+  )
+  return {cell.name: own for cell, own in zip(asking, got, strict=True)}
+
+
+def learn(cell: Cell, own: Experience | None, policy: Model, mesh: Mesh) -> StepLog:
+  """One update of a cell from its own replies, if any, and its records, if any."""
+  began, config = time.monotonic(), cell.config
+  pieces, replayed = [rollout.as_batch(own)] if own else [], {}
+  if cell.records:
+    recorded, replayed = replay.batch_at(cell.records, config.seed, cell.step, cell.from_records)
+    pieces.append(sharding.put_prompts(mesh, recorded))
+  batch = cell.programs.complete(policy.params, pieces)
+  state, metrics = cell.state, {}
+  for epoch in range(config.epochs):
+    if epoch:
+      batch = batch.replace(staleness=batch.staleness + 1)
+    key = jax.random.fold_in(cell.step_key, 1 + epoch)
+    state, metrics = cell.programs.update(state, policy.params, batch, key)
+  cell.state = jax.block_until_ready(state)
+  seconds = {"learn_s": time.monotonic() - began}
+  return StepLog(cell.step + 1, own, replayed, batch.lengths, metrics, seconds)
 
 
 def main(argv: list[str]) -> None:

@@ -51,7 +51,7 @@ def test_the_second_ctrl_c_stops_at_once(cache, tmp_path):
   for _ in range(2):
     process.send_signal(signal.SIGINT)
     with contextlib.suppress(Exception):
-      process.wait(0.3)
+      process.wait(0.05)  # within one step
   code, said = finish(process)
   assert code == 130 and "Traceback" not in said, said
   assert "stopped by the second Ctrl-C" in said or "SIGINT: saved step" in said

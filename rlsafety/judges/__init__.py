@@ -43,17 +43,20 @@ def open_judge(
   policy: Model,
   mesh: Mesh | None = None,
   chunk_tokens: int = 2048,
+  models: dict[str, Model] | None = None,
 ) -> Judge:
   """The judge that a config names, with its evaluator and further rewards if it names any.
 
   policy: its frozen base judges too, unless settings.model names another model. chunk_tokens:
-  tokens whose logits exist at once. Raises UserError for what cannot be used.
+  tokens whose logits exist at once. models: judges' own models by path, added to: what several
+  judges share is loaded once. Raises UserError for what cannot be used.
   """
   opened: dict[str, Judge] = {}
+  known = {} if models is None else models
 
   def judge(name: str) -> Judge:  # once, however often it is named
     if name not in opened:
-      opened[name] = _open(name, settings, environment, policy, mesh, chunk_tokens)
+      opened[name] = _open(name, settings, environment, policy, mesh, chunk_tokens, known)
     return opened[name]
 
   first, evaluator = judge(settings.name), judge(settings.evaluator or settings.name)
@@ -94,6 +97,7 @@ def _open(
   policy: Model,
   mesh: Mesh | None,
   chunk_tokens: int,
+  models: dict[str, Model],
 ) -> Judge:
   wording, default = environment.reward_wording, FACTORS["reward_wording"]
   if name in ("probe", "phrases") and wording != default:
@@ -108,7 +112,9 @@ def _open(
   if name == "phrases":
     return Judge(phrases.make(policy.chat, environment.name, unusable), phrases.describe())
   if name == "lm":
-    model = other_model(s.model, policy, mesh) if s.model else policy
+    if s.model and s.model not in models:
+      models[s.model] = other_model(s.model, policy, mesh)
+    model = models[s.model] if s.model else policy
     adapter = read_adapter(s.adapter, model, mesh) if s.adapter else None
     score = lm.make(model, policy.chat, mesh, unusable, adapter)
     return Judge(score, lm.describe(model, s.adapter))
@@ -122,7 +128,7 @@ def _open(
 def other_model(path: str, policy: Model, mesh: Mesh | None) -> Model:
   """A judge's own model, in the dtype and layout of the policy's."""
   dtype = str(policy.params["embed"].dtype)
-  return sources.open_model(config.Model(path=path, dtype=dtype), 0, mesh)
+  return sources.open_model(config.Model(path=path, dtype=dtype), mesh)
 
 
 def read_adapter(path: str, model: Model, mesh: Mesh | None) -> Adapter:

@@ -304,7 +304,10 @@ def rollout_records(
   return records
 
 
-def event_writer(run: RunDir) -> Callable[[int, Mapping[str, Any]], None]:
+EventWriter = Callable[[int, Mapping[str, Any]], None]
+
+
+def event_writer(run: RunDir) -> EventWriter:
   """write(step, row) to TensorBoard through clu, where the `tensorboard` extra is there."""
   found = [importlib.util.find_spec(name) for name in ("tensorflow", "tensorboard")]
   if not run.writes or not all(found):

@@ -1,0 +1,282 @@
+"""Cells: the runs that one program trains together, on one base, each in its own run directory.
+
+A run by itself is one cell. Cells may differ in seed, environment, judge, objective, optimiser,
+records and number of updates; what shapes the batch is common to all (`SHARED`). All of them are at
+the same step, so that a batch has the same rows after a kill as without it; a cell that lost its
+checkpoint catches up first.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+
+from rlsafety import checkpoints, environments, learner, replay, rollout, runtime, sharding
+from rlsafety.config import Config, differences, to_json
+from rlsafety.environments import scenario
+from rlsafety.errors import UserError
+from rlsafety.files import read_json, write_json
+from rlsafety.judges import Judge, open_judge
+from rlsafety.judges import lines as judge_lines
+from rlsafety.metrics import gaps
+from rlsafety.models import architecture, hf
+from rlsafety.models.model import Model
+from rlsafety.replay import Records
+from rlsafety.report import summary as summaries
+from rlsafety.rollout import Users
+from rlsafety.rundir import write
+from rlsafety.rundir.write import RunDir, StepLog
+from rlsafety.types import TrainState
+
+SHARED = (
+  "model", "lora", "sampler", "memory", "learner", "eval", "checkpoint", "mesh", "platform",
+  "prompts_per_step", "max_prompt_tokens", "epochs",
+)  # fmt: skip
+STOPPED = "stopped.json"  # of a run that cannot go on: {"step", "why"}
+
+
+@dataclasses.dataclass
+class Cell:
+  """One run on its way. name: "" where it is alone. state, step: after its newest update.
+
+  root: the key of all its randomness. from_records: prompts of a batch that come from `records`.
+  seconds: of each step of this process. again: the evaluation at `step` was lost.
+  """
+
+  name: str
+  config: Config
+  run: RunDir
+  root: jax.Array
+  users: Users
+  heldout: Users
+  rubric_of: Mapping[str, str]
+  judge: Judge
+  records: Records | None
+  from_records: int
+  programs: learner.Programs
+  state: TrainState
+  manager: ocp.CheckpointManager
+  about: dict
+  step: int = -1
+  again: bool = False
+  seconds: list[float] = dataclasses.field(default_factory=list)
+  silence: gaps.Silence = dataclasses.field(default_factory=lambda: gaps.Silence(""))
+  write_events: write.EventWriter = lambda step, row: None
+
+  @property
+  def is_last(self) -> bool:
+    return self.step >= self.config.steps
+
+  @property
+  def title(self) -> str:
+    """What a line about this cell begins with."""
+    return f"{self.name}: " if self.name else ""
+
+  @property
+  def own_prompts(self) -> int:
+    return self.config.prompts_per_step - self.from_records
+
+  @property
+  def step_key(self) -> jax.Array:
+    """The key of the next update."""
+    return jax.random.fold_in(jax.random.fold_in(self.root, 2), self.step)
+
+
+def check_shared(configs: Mapping[str, Config]) -> Config:
+  """Any of the configs, for what is common to all. Raises UserError naming what is not."""
+  (first, one), *others = configs.items()
+
+  def common(config: Config) -> dict:
+    values = {name: value for name, value in to_json(config).items() if name in SHARED}
+    values["model"] = values["model"] | {"adapter": None}
+    return values
+
+  for name, config in others:
+    changed = differences(common(one), common(config))
+    if changed:
+      raise UserError(
+        f"cells {first} and {name} cannot train together: {'; '.join(changed[:4])}; common to all "
+        f"are {', '.join(SHARED)} (but model.adapter)"
+      )
+  return one
+
+
+def open_runs(
+  configs: Mapping[str, Config], folders: Mapping[str, str]
+) -> tuple[dict[str, RunDir], dict[str, dict], dict[str, str]]:
+  """The run directories by cell: those to go on with, the summaries of those that are complete,
+  and why those that stopped did."""
+  log = runtime.progress()
+  runs, summary_of, stopped = {}, {}, {}
+  for name, config in configs.items():
+    run = write.open_run(folders[name], config)
+    done, lost = run.complete(config)
+    if (run.path / STOPPED).exists():
+      why = read_json(run.path / STOPPED)["why"]
+      stopped[name] = f"{why} (to try again, delete {run.path / STOPPED})"
+      run.close()
+    elif done and not lost:
+      log.info("run is complete: %s", run.path)
+      print(done["table"])
+      log.info("report: %s", run.path / "report.html")
+      summary_of[name] = done
+      run.close()
+    else:
+      if lost:
+        log.info("run is complete but lost %s: written again", ", ".join(lost))
+      log.info("workdir %s; device %s", run.path, jax.devices()[0].device_kind)
+      runs[name] = run
+  return runs, summary_of, stopped
+
+
+def open_cell(
+  name: str, config: Config, run: RunDir, policy: Model, mesh: Mesh, models: dict[str, Model]
+) -> Cell:
+  """Users, judge, records and a fresh learner state. models: of judges that are open, by path."""
+  log, called = runtime.progress(), f"{name}: " if name else ""
+  P, chat = config.prompts_per_step, policy.chat
+  everyone = environments.load(config.environment)
+  training = [s for s in everyone if s.split == "train"]
+  users = rollout.users_of(training, chat, config.max_prompt_tokens)
+  asked = rollout.held_out(everyone, config.eval.prompts)
+  heldout = rollout.users_of(asked, chat, config.max_prompt_tokens)
+  log.info("%senvironment %s: %d training prompts", called, config.environment.name, len(users))
+  from_records = replay.prompts_per_batch(config.data, config.objective, P)
+  records, data = None, None
+  if from_records:
+    slots = config.sampler.group, config.max_prompt_tokens, config.sampler.max_tokens
+    data = {"path": config.data.path, "sha256": replay.digest(config.data.path)}
+    run.same_data(data["sha256"])
+    records = replay.load(config.data.path, policy, config.objective, *slots, config.epochs)
+    log.info("%srecords %s: %d of %d per batch", called, config.data.path, from_records, P)
+  judge = open_judge(
+    config.judge, config.environment, policy, mesh, config.learner.chunk_tokens, models
+  )
+  for line in judge_lines(judge):
+    log.info("%s%s", called, line)
+  root = jax.random.key(config.seed)
+  start_key = jax.random.fold_in(root, 0)
+  optimizer = learner.make_optimizer(config.optimizer)
+  state = learner.starting_state(
+    config.lora, policy.config, optimizer, start_key, config.model.adapter
+  )
+  folder = run.path / "checkpoints"
+  return Cell(
+    name=name,
+    config=config,
+    run=run,
+    root=root,
+    users=users,
+    heldout=heldout,
+    rubric_of=scenario.environment_module(config.environment.name).RUBRICS,
+    judge=judge,
+    records=records,
+    from_records=from_records,
+    programs=learner.programs(
+      policy.config,
+      config.objective,
+      config.learner,
+      config.optimizer,
+      config.sampler.temperature or 1.0,
+      config.lora.dropout,
+    ),
+    state=state,
+    # A common step must be there until all cells have a newer one.
+    manager=checkpoints.open_manager(folder, config.checkpoint.keep + bool(name)),
+    about={
+      "model": {**policy.source, "parameters": architecture.params_count(policy.config)},
+      "judge": judge.about,
+      "data": data,
+    },
+    silence=gaps.Silence(str(folder)),
+  )
+
+
+def resume(cells: Sequence[Cell]) -> None:
+  """Brings every cell to the newest step that all of them have; its logs follow."""
+  log = runtime.progress()
+  newest = {id(c): c.manager.latest_step() for c in cells}
+  going = [s for c in cells if (s := newest[id(c)]) is not None and s < c.config.steps]
+  for cell in cells:
+    common = None if newest[id(cell)] == cell.config.steps else min(going, default=None)
+    restored, step = checkpoints.restore(cell.manager, cell.state, warn=log.info, upto=common)
+    if restored is None and common is not None:
+      restored, step = checkpoints.restore(cell.manager, cell.state, warn=log.info)
+    if restored is not None:
+      checkpoints.forget_after(cell.manager, step)
+      cell.state, cell.step = restored, step
+      log.info("%sresuming after step %d", cell.title, step)
+    replies = len(cell.heldout) * cell.config.eval.samples
+    cell.again = cell.run.start(cell.config, step, cell.about, replies)
+    cell.write_events = write.event_writer(cell.run)
+
+
+def save(cells: Sequence[Cell], wait: bool) -> None:
+  """Checkpoints of all cells at one step; those of the step before are on the disk first."""
+  for cell in cells:
+    cell.run.sync()
+    checkpoints.finish(cell.manager)
+  if cells:
+    runtime.barrier(f"checkpoint {cells[0].step}")  # a host that is gone is named, not waited for
+  for cell in cells:
+    checkpoints.save(cell.manager, cell.step, cell.state)
+  for cell in cells if wait else ():
+    checkpoints.finish(cell.manager)
+
+
+def log_step(cell: Cell, made: StepLog, policy: Model) -> dict:
+  """Writes one step; returns its rows of metrics.jsonl and timing.jsonl as one."""
+  row, timing = cell.run.log_step(made, cell.rubric_of, policy.chat)
+  cell.write_events(made.step, {**row, **timing})
+  cell.seconds.append(timing["seconds"])
+  cell.silence.hear(row)
+  return {**row, **timing}
+
+
+def step_line(cells: Sequence[Cell], rows: Sequence[dict]) -> str:
+  """Progress of one step of all cells that made it. rows: `log_step` of each."""
+  if len(cells) == 1:
+    cell, row = cells[0], rows[0]
+    return cell.title + gaps.step_line(row, row, cell.config.steps, cell.seconds)
+  steps, step = max(c.config.steps for c in cells), rows[0]["step"]
+  seconds = sum(float(np.median(c.seconds[-20:])) for c in cells)
+  parts = []
+  for name in ("reward", "hex_gap", "acc_gap"):
+    values = [row[name] for row in rows if name in row and np.isfinite(row[name])]
+    if values:
+      parts.append(f"{name} {min(values):.2f} to {max(values):.2f}")
+  return (
+    f"step {step}/{steps}  {len(cells)} cells: {', '.join(parts)}  "
+    f"{sum(row['seconds'] for row in rows):.1f} s  left {(steps - step) * seconds / 60:.1f} min"
+  )
+
+
+def stop(cell: Cell, made: StepLog) -> str:
+  """Ends a cell whose update was not finite: written once every other cell is saved, so that a
+  resumed program leaves it out at the same step. Returns why."""
+  loss = float(sharding.fetch(made.metrics["loss"]))
+  why = (
+    f"step {made.step}: the gradient or the step is not finite (loss {loss}); the adapter of the "
+    f"step before is in {cell.run.path / 'checkpoints'}; lower optimizer.learning_rate"
+  )
+  if cell.run.writes:
+    write_json(cell.run.path / STOPPED, {"step": made.step, "why": why})
+  cell.manager.close()
+  cell.run.close()
+  return why
+
+
+def finish(cell: Cell, policy: Model) -> dict:
+  """Adapter, report and summary of a cell whose last update is made."""
+  checkpoints.finish(cell.manager)
+  run, adapter, summary = cell.run, sharding.fetch(cell.state.adapter), {}
+  if run.writes:
+    hf.save_peft(run.path / "adapter", adapter, policy, cell.config.lora)
+    summary = summaries.finish(run.path)
+    run.finish(summary)
+  run.close()
+  runtime.barrier(f"complete {cell.name}")  # jax's shutdown gives up sooner than a report takes
+  return run.summary() or summary if run.writes else {}
