@@ -58,7 +58,7 @@ def ask(
 def numbers(users: Users) -> list[int]:
   """A number for each user that names its sampling key: the versions of one person share it."""
   seen: dict[str, int] = {}
-  return [seen.setdefault(s.id, len(seen)) for s in users.scenarios]
+  return [seen.setdefault(s.person, len(seen)) for s in users.scenarios]
 
 
 def summarised(
