@@ -13,6 +13,7 @@ SCRIPTS = [
   "launch/tpu_pod.sh",
   "launch/tpu_worker.sh",
   "launch/slurm.sbatch",
+  "launch/studies.sh",
   "tests/run.sh",
   ".ci/run",
 ]
@@ -34,6 +35,7 @@ DRY_RUNS = {
   "tests/run.sh": ("--venv=~/venv --dry-run -x", " -x"),
   "launch/quickstart.sh": ("--venv=~/venv --dry-run -x", " -x"),
   "launch/slurm.sbatch": ("--dry-run -x", "-m rlsafety.train -x"),
+  "launch/studies.sh": ("--dry-run", "paper.py:qwen1.5-14b --workdir=runs/paper/qwen1.5-14b"),
   "launch/tpu_pod.sh": (f"train {ON_GCP} --dry-run -- --config=c.py", "--zone=z"),
   "launch/tpu_worker.sh": ("--dry-run start a -- --config=c.py", "-- --config=c.py"),
   "launch/sweep.py": (

@@ -17,7 +17,7 @@ from rlsafety import recipes, sharding
 from rlsafety.config import TARGETS
 from rlsafety.errors import UserError
 from rlsafety.models import architecture, presets, transformer
-from rlsafety.tools import hlo, plan
+from rlsafety.tools import hlo, meshes, plan
 from rlsafety.tools.devices import device
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
@@ -96,6 +96,23 @@ def test_plan_of_the_tiny_run():
   assert "DOES NOT FIT" in plan.show(tight, [hints])
 
 
+def test_cells_share_the_weights_of_a_sampling_step():
+  config, policy, target = recipe(), presets.preset("tiny"), device("cpu-1")
+  config.mesh.data, config.judge.name = 1, "phrases"
+  config = recipes.frozen(config)
+  one, many = (plan.make_plan(config, policy, None, target, n) for n in (1, 5))
+  assert many["resident"]["adapters"] == 5 * one["resident"]["adapter"]
+  assert many["resident"]["policy weights"] == one["resident"]["policy weights"]
+  assert many["kv cache"] == 5 * one["kv cache"]
+  sampler = [made["programs"]["sampler"] for made in (one, many)]
+  assert [p["calls"] for p in sampler] == [1, 1]
+  assert many["programs"]["update"]["calls"] == 5
+  full = {**one, "memory": one["bytes"] / plan.USABLE}
+  assert plan.most_cells(full, many) == 1
+  room = {**one, "memory": many["bytes"] / plan.USABLE + 1}
+  assert plan.most_cells(room, many) >= 5
+
+
 def test_plan_counts_pieces_int8_copies_and_the_reference_pass():
   config, policy, target = recipe(), presets.preset("tiny"), device("cpu-1")
   config.mesh.data, config.judge.name = 1, "phrases"
@@ -124,13 +141,13 @@ def test_a_mesh_that_train_refuses_is_refused_with_ones_that_fit():
   config = recipes.frozen(recipe())
   policy = presets.preset("tiny")  # 4 heads; 4 prompts in 2 micro-batches
   with pytest.raises(UserError, match="data x fsdp = 8.* fit: data=2 tensor=4$"):
-    plan.check_mesh(config, policy, None, sharding.make_mesh(8, 1, 1))
+    meshes.check_mesh(config, policy, None, sharding.make_mesh(8, 1, 1))
   with pytest.raises(UserError, match="4 attention heads.* fit: data=2 tensor=4$"):
-    plan.check_mesh(config, policy, None, sharding.make_mesh(1, 1, 8))
-  plan.check_mesh(config, policy, policy, sharding.make_mesh(2, 1, 4))
+    meshes.check_mesh(config, policy, None, sharding.make_mesh(1, 1, 8))
+  meshes.check_mesh(config, policy, policy, sharding.make_mesh(2, 1, 4))
   judge = dataclasses.replace(policy, n_heads=6)
   with pytest.raises(UserError, match="tensor=4 does not divide the model's 6.* fit: none$"):
-    plan.check_mesh(config, policy, judge, sharding.make_mesh(2, 1, 4))
+    meshes.check_mesh(config, policy, judge, sharding.make_mesh(2, 1, 4))
 
 
 def test_every_model_of_the_study_has_a_shape_and_a_mesh():
@@ -157,13 +174,13 @@ def test_every_model_of_the_study_has_a_shape_and_a_mesh():
     assert stated * 0.85 < billions < stated * 1.3, config.model.path
     assert judge == presets.preset("llama-3.1-8b-instruct")
     for target in (device("v5e-16" if billions > 10 else "v5e-8"), device("H100")):
-      mesh = plan.automatic_mesh(config, policy, judge, target)
+      mesh = meshes.automatic_mesh(config, policy, judge, target)
       assert mesh["data"] * mesh["tensor"] == target.chips
       assert config.prompts_per_step % mesh["data"] == policy.n_heads % mesh["tensor"] == 0
   # 2 prompts leave 8 ways for the heads, and 20 heads go 4 ways.
   config = recipes.frozen(paper.get_config("model=qwen1.5-4b-chat"))
   with pytest.raises(UserError, match="v5e-16: .*tensor=4 set --config.prompts_per_step.* 4$"):
-    plan.automatic_mesh(config, *plan.policy_and_judge(config), device("v5e-16"))
+    meshes.automatic_mesh(config, *plan.policy_and_judge(config), device("v5e-16"))
   assert plan.evaluation_batches(config) == 7 * 16
   with pytest.raises(UserError, match="no known shape"):
     plan.shape_of("someone/unheard-of", "model.path")

@@ -287,6 +287,8 @@ def rollout_records(
       "scenario_id": user.id,
       "environment": user.environment,
       "topic": user.topic,
+      "unit": user.unit,
+      "person": user.person,
       "is_gameable": user.is_gameable,
       "factors": dict(user.factors),
       "messages": users.messages[p],

@@ -26,7 +26,7 @@ from rlsafety.config import Config, Mesh, Model
 from rlsafety.errors import UserError, run_main
 from rlsafety.models import presets
 from rlsafety.models.architecture import ModelConfig
-from rlsafety.tools import hlo, plan
+from rlsafety.tools import hlo, meshes, plan
 from rlsafety.tools.devices import GIB, Device, device
 
 DATA = pathlib.Path(__file__).parent / "data"
@@ -103,7 +103,7 @@ def main(argv: list[str]) -> None:
     local = policy.local_layers[: args.layers]
     policy = dataclasses.replace(policy, n_layers=args.layers, local_layers=local)
   config = Config(model=Model(preset=args.model))  # the study's step, judged by its own base
-  mesh = plan.automatic_mesh(config, policy, None, target)
+  mesh = meshes.automatic_mesh(config, policy, None, target)
   config = dataclasses.replace(config, mesh=Mesh(**mesh))
   print(f"{args.model}, {policy.n_layers} layers, {target.name} as {mesh}: {installed(target)}")
   print("program     compile s  arguments GiB  temp GiB  largest copy in decode, largest gather")

@@ -29,7 +29,6 @@ import time
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
 
 from rlsafety import flags, learner, losses, recipes, replay, sampler, sharding
 from rlsafety.config import Mesh
@@ -46,6 +45,7 @@ from rlsafety.models import (
   scoring,
   sources,
 )
+from rlsafety.tools import meshes
 from rlsafety.tools.devices import GIB, Device, device
 from rlsafety.tools.hlo import read_program
 from rlsafety.types import Batch, Prompts
@@ -58,13 +58,14 @@ JUDGE_PROMPT, JUDGE_SUFFIX = 768, 32  # slots: rubric and user message; what fol
 # --- The run's programs, compiled without weights --------------------------------------
 
 
-def compile_programs(config, policy, judge, target: Device, devices=None) -> dict:
+def compile_programs(config, policy, judge, target: Device, devices=None, cells=1) -> dict:
   """{program: (compiled, calls per step)} and {name: bytes per device} of what stays resident.
 
   policy, judge: ModelConfigs; judge None = the policy's frozen base judges. Programs are
   compiled in float32 whatever model.dtype says: XLA's CPU backend has no bfloat16 arithmetic
   and would add copies that no accelerator makes. devices: those of `compilers.devices`, to
-  compile with the target's own compiler and in model.dtype.
+  compile with the target's own compiler and in model.dtype. cells: runs that train together, whose
+  users are asked in one batch.
   """
   stored = jnp.dtype(config.model.dtype if devices else "float32")
   devices = devices or jax.devices("cpu")
@@ -73,7 +74,7 @@ def compile_programs(config, policy, judge, target: Device, devices=None) -> dic
   mesh = sharding.make_mesh(**dataclasses.asdict(config.mesh), devices=devices[: target.chips])
   P, S, T = config.prompts_per_step, config.max_prompt_tokens, config.sampler.max_tokens
   G = config.sampler.group
-  check_mesh(config, policy, judge, mesh)
+  meshes.check_mesh(config, policy, judge, mesh)
 
   def place(dtype, *axes_and_sizes):
     axes, shape = zip(*axes_and_sizes, strict=True) if axes_and_sizes else ((), ())
@@ -131,7 +132,9 @@ def compile_programs(config, policy, judge, target: Device, devices=None) -> dic
       seconds[name] = time.monotonic() - began
 
   dtype = jnp.dtype(config.model.dtype)
-  at_once = sampler.prompts_at_once(policy, P, S, settings, mesh, dtype, config.memory.cache_gib)
+  at_once = sampler.prompts_at_once(
+    policy, cells * P, S, settings, mesh, dtype, config.memory.cache_gib
+  )
   some = ("prompt", at_once)
   piece = Prompts(place(jnp.int32, some, (None, S)), place(jnp.int32, some))
   read, copies = base, []
@@ -146,24 +149,32 @@ def compile_programs(config, policy, judge, target: Device, devices=None) -> dic
     read = jax.tree.map(like, declared, read, is_leaf=architecture.is_weight)
     is_copy = lambda x: isinstance(x, int8.Int8)  # noqa: E731
     copies = [x for x in jax.tree.leaves(read, is_leaf=is_copy) if is_copy(x)]
-  calls = P // at_once
-  keys = place(key.dtype, some)
-  reads = (read, state.adapter, policy, piece, keys, settings, stop_ids)
+  calls = cells * P // at_once
+  keys, adapter = place(key.dtype, some), state.adapter
+  if cells > 1:
+    sizes = (at_once - cells + 1, *[1] * (cells - 1))  # any rows: the shapes are the same
+    adapter = jax.eval_shape(lambda a: lora.side_by_side((a,) * cells, sizes), adapter)
+    rows = ("layers", "prompt", None, None, None)
+    adapter = lora.Adapter(
+      {t: {k: put(x, rows if k == "rows" else axes[t][k]) for k, x in ab.items()}
+       for t, ab in adapter.weights.items()}, adapter.scale,
+    )  # fmt: skip
+  reads = (read, adapter, policy, piece, keys, settings, stop_ids)
   add("sampler", calls, sampler.sample_jit, *reads)
   if config.judge.name == "lm":
     suffix = (place(jnp.int32, p, (None, JUDGE_SUFFIX)), place(jnp.int32, p))
     labels = tuple((i,) for i in range(2, 12))
     rate = lm.label_distribution
-    add("judge", 3, rate, rater_base, None, rater, shown, *replies, *suffix, labels)
+    add("judge", 3 * cells, rate, rater_base, None, rater, shown, *replies, *suffix, labels)
   elif config.judge.name == "probe":
     chosen = tuple(range(policy.n_layers // 2, policy.n_layers, 4))
     chunk = config.learner.chunk_tokens
-    add("judge", 1, probe.features, base, policy, shown, *replies, chosen, chunk)
+    add("judge", cells, probe.features, base, policy, shown, *replies, chosen, chunk)
   if losses.needs_reference(config.objective):
     complete = functools.partial(learner.complete, **common)
-    add("reference", 1, jax.jit(complete), base, [batch])
+    add("reference", cells, jax.jit(complete), base, [batch])
     batch = batch.replace(reference_logprobs=pg(jnp.float32, (T,)))
-  add("update", config.epochs, jax.jit(update, donate_argnums=0), state, base, batch, key)
+  add("update", cells * config.epochs, jax.jit(update, donate_argnums=0), state, base, batch, key)
 
   def per_device(tree, width=None):
     return sum(
@@ -185,8 +196,8 @@ def compile_programs(config, policy, judge, target: Device, devices=None) -> dic
     "policy weights": per_device(base, width),
     "int8 copy for the sampler": per_device(copies),
     "judge weights": per_device(rater_base, width) if judge and config.judge.name == "lm" else 0,
-    "adapter": adapter,
-    "optimiser": per_device(state.opt_state),
+    "adapters" if cells > 1 else "adapter": cells * adapter,
+    "optimiser": cells * per_device(state.opt_state),
   }
   cache = cached * sampler.cache_bytes(policy, S, settings, mesh, dtype)
   return {
@@ -200,49 +211,16 @@ def compile_programs(config, policy, judge, target: Device, devices=None) -> dic
   }
 
 
-def check_mesh(config, policy, judge, mesh) -> None:
-  """Refuses what rlsafety.train would refuse, and names the meshes of as many chips that fit."""
-  try:
-    check_sizes(config, policy, judge, mesh)
-  except UserError as error:
-    meshes = fitting_meshes(config, policy, judge, mesh.size)
-    fits = (f"data={m['data']} tensor={m['tensor']}" for m in meshes)
-    raise UserError(
-      f"{error}; meshes of {mesh.size} devices that fit: {', '.join(fits) or 'none'}"
-    ) from None
-
-
-def check_sizes(config, policy, judge, mesh, prompts: int = 0) -> None:
-  """Raises UserError where the mesh splits the batch, the policy or its judge unevenly."""
-  sharding.check_batch(mesh, prompts or config.prompts_per_step, config.learner.microbatches)
-  for model in filter(None, (policy, judge)):
-    sharding.check_model(mesh, model)
-
-
-def fitting_meshes(config, policy, judge, chips: int, prompts: int = 0) -> list[dict]:
-  """The meshes of (data, tensor) that rlsafety.train accepts, least tensor parallelism first.
-
-  prompts: to ask with another batch than config.prompts_per_step.
-  """
-  out = []
-  for tensor in (n for n in range(1, chips + 1) if chips % n == 0):
-    sizes = {"data": chips // tensor, "fsdp": 1, "tensor": tensor}
-    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
-    try:
-      check_sizes(config, policy, judge, mesh, prompts)
-    except UserError:
-      continue
-    out.append(sizes)
-  return out
-
-
 # --- The plan --------------------------------------------------------------------------
 
 
-def make_plan(config, policy, judge, target: Device) -> dict:
-  """Memory, work, time and cost per device and step, as plain numbers (bytes, seconds, $)."""
+def make_plan(config, policy, judge, target: Device, cells: int = 1) -> dict:
+  """Memory, work, time and cost per device and step, as plain numbers (bytes, seconds, $).
+
+  cells: runs that train together; a step is then one of all of them, hours and cost are theirs.
+  """
   began = time.monotonic()
-  made = compile_programs(config, policy, judge, target)
+  made = compile_programs(config, policy, judge, target, cells=cells)
   width = jnp.dtype(config.model.dtype).itemsize
   P = config.prompts_per_step
   drawn = 1 - replay.prompts_per_batch(config.data, config.objective, P) / P
@@ -274,6 +252,7 @@ def make_plan(config, policy, judge, target: Device) -> dict:
   hours = (config.steps * step + evaluation) / EFFICIENCY / 3600
   return {
     "device": target.name,
+    "cells": cells,
     "mesh": made["mesh"],
     "resident": resident,
     "kv cache": made["kv cache"],
@@ -288,6 +267,18 @@ def make_plan(config, policy, judge, target: Device) -> dict:
     "run_dollars": hours * target.chips * target.chip.price,
     "planning_seconds": time.monotonic() - began,
   }
+
+
+def most_cells(one: dict, many: dict) -> int:
+  """How many cells fit, from the plans of one and of several: what each more of them adds to the
+  resident bytes and to the sampler's work space is taken as constant."""
+  more = many["cells"] - one["cells"]
+  room = USABLE * one["memory"]
+  size = lambda plan, name: sum(plan["resident"].values()) + plan["programs"][name]["temp"]  # noqa: E731
+  each = {name: (size(many, name) - size(one, name)) / more for name in one["programs"]}
+  return min(
+    1 + math.floor((room - size(one, name)) / max(each[name], 1.0)) for name in one["programs"]
+  )
 
 
 def evaluation_batches(config) -> int:
@@ -305,8 +296,8 @@ def advice(plan: dict, config, policy, judge, target: Device) -> list[str]:
     return []
   out, resident = [], sum(plan["resident"].values())
   room = USABLE * target.chip.memory
-  meshes = fitting_meshes(config, policy, judge, target.chips)
-  wider = [m["tensor"] for m in meshes if m["tensor"] > plan["mesh"]["tensor"]]
+  fitting = meshes.fitting_meshes(config, policy, judge, target.chips)
+  wider = [m["tensor"] for m in fitting if m["tensor"] > plan["mesh"]["tensor"]]
   if wider:
     n = wider[0]
     out.append(f"--config.mesh.tensor={n} (weights and work space on {n} devices each)")
@@ -332,25 +323,6 @@ def advice(plan: dict, config, policy, judge, target: Device) -> list[str]:
   if config.max_prompt_tokens > 512:
     out.append("--config.max_prompt_tokens=512, if the longest prompt allows it")
   return out
-
-
-def automatic_mesh(config, policy, judge, target: Device) -> dict:
-  """Of the meshes that train accepts the one of least tensor parallelism whose weights leave
-  half of the memory free; where none does, that of most."""
-  meshes = fitting_meshes(config, policy, judge, target.chips)
-  if not meshes:
-    pieces = config.learner.microbatches
-    widest = fitting_meshes(config, policy, judge, target.chips, target.chips * pieces)[-1]
-    raise UserError(
-      f"--device={target.name}: no mesh of {target.chips} chips fits prompts_per_step="
-      f"{config.prompts_per_step}, learner.microbatches={pieces} and {policy.n_heads} attention "
-      f"heads; take fewer chips, or with --config.mesh.tensor={widest['tensor']} set "
-      f"--config.prompts_per_step to a multiple of {widest['data'] * pieces}"
-    )
-  width = 2 if config.model.dtype != "float32" else 4
-  weights = width * sum(architecture.params_count(m) for m in (policy, judge) if m)
-  roomy = (m for m in meshes if weights / m["tensor"] <= 0.5 * target.chip.memory)
-  return next(roomy, meshes[-1])
 
 
 def shape_of(name: str, field: str):
@@ -381,7 +353,8 @@ def policy_and_judge(config, shape: str = ""):
 def show(plan: dict, hints: list[str]) -> str:
   gib = lambda x: f"{x / GIB:8.2f} GiB"  # noqa: E731
   mesh = ", ".join(f"{k}={v}" for k, v in plan["mesh"].items())
-  lines = [f"{plan['device']}, mesh {mesh}; per device:"]
+  cells = f", {plan['cells']} cells" if plan["cells"] > 1 else ""
+  lines = [f"{plan['device']}, mesh {mesh}{cells}; per device:"]
   lines += [f"  {name:24}{gib(size)}" for name, size in plan["resident"].items() if size]
   lines += [f"  (KV cache, in the sampler){gib(plan['kv cache']):>11}"]
   for name, p in plan["programs"].items():
@@ -420,6 +393,7 @@ def main(argv: list[str]) -> None:
   add("--flops", type=float, default=0, help="dense bf16 TFLOP/s of one device, likewise")
   add("--mesh", default="", choices=("", "auto"), help="auto: choose the mesh for the device")
   add("--shape", default="", help="preset to plan with in place of model.path")
+  add("--cells", type=int, default=1, help="runs that train together, as a study's")
   add("--json", default="", help="also write the plan to this file")
   add("--check-access", action="store_true", help="first ask the hub for each model (HF_TOKEN)")
   config, args = recipes.from_flags(parser, argv)
@@ -431,10 +405,19 @@ def main(argv: list[str]) -> None:
   fake_devices(target.chips)
   policy, judge = policy_and_judge(config, args.shape)
   if args.mesh:
-    sizes = automatic_mesh(config, policy, judge, target)
+    sizes = meshes.automatic_mesh(config, policy, judge, target)
     config = dataclasses.replace(config, mesh=Mesh(**sizes))
-  plan = make_plan(config, policy, judge, target)
+  if args.cells < 1:
+    raise UserError(f"--cells={args.cells}: must be at least 1")
+  plan = make_plan(config, policy, judge, target, args.cells)
   print(show(plan, advice(plan, config, policy, judge, target)))
+  if args.cells > 1:
+    one = make_plan(config, policy, judge, target)
+    plan["most_cells"] = most_cells(one, plan)
+    print(
+      f"{args.cells} cells together {plan['run_hours']:.2f} h, one after the other "
+      f"{args.cells * one['run_hours']:.2f} h; up to {plan['most_cells']} fit"
+    )
   if args.json:
     pathlib.Path(args.json).write_text(json.dumps(plan, indent=2) + "\n")
 

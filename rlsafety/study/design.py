@@ -1,0 +1,193 @@
+"""A study: its cells, and the questions that are fixed before the first update.
+
+A study file is Python with
+  get_study() -> Study(name, cells, questions)
+where cells are configs by name (`crossed` makes them of factors) and each question is a contrast
+between groups of cells. `write` puts the questions with their digest into every run directory when
+its training starts; what the file says later is compared with that, never silently used.
+"""
+
+import dataclasses
+import hashlib
+import importlib.util
+import itertools
+import json
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+
+from rlsafety import recipes
+from rlsafety.config import Config
+from rlsafety.errors import UserError
+from rlsafety.files import read_json, write_json
+from rlsafety.flags import did_you_mean
+
+FILE = "study.json"
+OUTCOMES = ("hex_gap", "acc_gap", "reward_gap", "hex", "acc", "reward", "hex_gameable",
+            "acc_gameable", "hex_non_gameable", "acc_non_gameable")  # fmt: skip
+DIRECTIONS = ("greater", "less", "two-sided")
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+  """Is the change of `outcome` over training, in the cells `more`, above that in the cells `less`?
+
+  more, less: names of cells; without `less` the change of `more` itself is asked for. Cells of
+  both groups that differ in nothing but the contrast are pairs where they stand at the same place.
+  outcome: of the held-out evaluation. direction: of the difference more - less. smallest: the
+  smallest effect of interest, in points of rating: closer to 0 than that counts as none.
+  """
+
+  name: str
+  more: tuple[str, ...]
+  less: tuple[str, ...] = ()
+  outcome: str = "hex_gap"
+  direction: str = "two-sided"
+  smallest: float = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+  """cells: configs by name, a plain word each. correction: of the questions' p values, holm | none.
+  alpha: the error rate of all questions together."""
+
+  name: str
+  cells: Mapping[str, Config]
+  questions: tuple[Question, ...] = ()
+  correction: str = "holm"
+  alpha: float = 0.05
+
+  def __post_init__(self) -> None:
+    for problem in _problems(self):
+      raise UserError(f"study {self.name!r}: {problem}")
+
+
+def _problems(study: Study) -> Iterator[str]:
+  if not study.cells:
+    yield "has no cells"
+  for name in (study.name, *study.cells):
+    if not name or pathlib.PurePath(name).name != name or name.startswith("."):
+      yield f"{name!r} is no plain word; it becomes a folder"
+  if study.correction not in ("holm", "none"):
+    yield f"correction={study.correction!r}: choose holm or none"
+  if not 0 < study.alpha < 1:
+    yield f"alpha={study.alpha} must lie in (0, 1)"
+  for q in study.questions:
+    where = f"question {q.name!r}"
+    for cell in (*q.more, *q.less):
+      if cell not in study.cells:
+        yield f"{where}: no cell {cell!r}{did_you_mean(cell, study.cells)}"
+    if not q.more or set(q.more) & set(q.less):
+      yield f"{where}: more={q.more}, less={q.less} must be different cells, at least one in more"
+    for field, known in (("outcome", OUTCOMES), ("direction", DIRECTIONS)):
+      if getattr(q, field) not in known:
+        yield f"{where}: {field}={getattr(q, field)!r}: choose from {', '.join(known)}"
+    if not q.smallest > 0:
+      yield f"{where}: smallest={q.smallest} must be positive"
+  if len({q.name for q in study.questions}) < len(study.questions):
+    yield "two questions have one name"
+
+
+def crossed(base: Config, factors: Mapping[str, Sequence]) -> dict[str, Config]:
+  """A cell for every combination of the factors {"environment.cue": ("none", "tone"), ...}.
+
+  Cells are named after the values, "none-5"; `named` finds them again.
+  """
+  cells = {}
+  for values in itertools.product(*factors.values()):
+    name = "-".join(str(v).replace("/", "_").replace(":", "_") for v in values)
+    if name in cells:
+      raise UserError(f"factors {', '.join(factors)}: two cells would be called {name}")
+    changes = dict(zip(factors, values, strict=True))
+    cells[name] = dataclasses.replace(recipes.replaced(base, changes), name=name)
+  return cells
+
+
+def named(cells: Mapping[str, Config], **values: object) -> tuple[str, ...]:
+  """The names of the cells whose fields have these values; a__b stands for a.b, so that
+  `named(cells, environment__cue="none")` are the cells without a cue, in the order of the study."""
+
+  def has(config: Config, field: str, value: object) -> bool:
+    node: object = config
+    for part in field.split("__"):
+      node = getattr(node, part)
+    return node == value
+
+  return tuple(n for n, c in cells.items() if all(has(c, f, v) for f, v in values.items()))
+
+
+def load(path: str) -> Study:
+  """FILE.py[:argument] -> what its get_study(argument) returns. Raises UserError."""
+  file, _, argument = path.partition(":")
+  if not pathlib.Path(file).is_file() or not file.endswith(".py"):
+    raise UserError(f"--study={file}: no such Python file")
+  spec = importlib.util.spec_from_file_location("study_file", file)
+  if spec is None or spec.loader is None:
+    raise UserError(f"--study={file}: cannot be read")
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+  except (SyntaxError, ImportError) as error:
+    raise UserError(f"--study={file}: cannot be read ({type(error).__name__}: {error})") from None
+  if not callable(getattr(module, "get_study", None)):
+    raise UserError(f"--study={file}: has no get_study() function")
+  study = module.get_study(argument) if argument else module.get_study()
+  if not isinstance(study, Study):
+    raise UserError(f"--study={file}: get_study() returns no rlsafety.study.design.Study")
+  return study
+
+
+# --- In the run directories -----------------------------------------------------------------
+
+
+def plan_of(study: Study) -> dict:
+  """The part of a study that must not change once it is read: plain JSON."""
+  questions = [dataclasses.asdict(q) for q in study.questions]
+  plain = json.loads(json.dumps(questions))
+  return {"name": study.name, "questions": plain, "correction": study.correction,
+          "alpha": study.alpha}  # fmt: skip
+
+
+def digest(plan: Mapping) -> str:
+  """The sha256 of a plan."""
+  return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+
+
+def write(study: Study, cell: str, folder: pathlib.Path) -> None:
+  """Puts the plan into a cell's run directory, unless one is there: the first one counts."""
+  if not (folder / FILE).exists() and study.questions:
+    plan = plan_of(study)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / FILE, {"cell": cell, "sha256": digest(plan), "plan": plan})
+
+
+def read(folder: pathlib.Path) -> dict | None:
+  """{"cell", "sha256", "plan"} of a run directory, None where there is none.
+
+  Raises UserError if the plan is not the one that its digest names.
+  """
+  if not (folder / FILE).exists():
+    return None
+  found = read_json(folder / FILE)
+  if digest(found["plan"]) != found["sha256"]:
+    raise UserError(f"{folder / FILE}: was changed after the start (its sha256 does not fit)")
+  return found
+
+
+def changed(study: Study, workdir: pathlib.Path) -> list[str]:
+  """What the study's questions say now and did not when its cells started, as lines to print."""
+  now, out = plan_of(study), []
+  for cell in study.cells:
+    found = read(workdir / cell)
+    if found is None or found["plan"] == now:
+      continue
+    then = {q["name"]: q for q in found["plan"]["questions"]}
+    after = {q["name"]: q for q in now["questions"]}
+    for name in sorted({*then, *after}):
+      if then.get(name) != after.get(name):
+        what = "added" if name not in then else "removed" if name not in after else "changed"
+        out.append(f"{cell}: question {name!r} was {what} after the start")
+    out += [
+      f"{cell}: {k} was {found['plan'][k]!r} at the start" for k in ("correction", "alpha")
+      if found["plan"][k] != now[k]
+    ]  # fmt: skip
+  return out

@@ -1,0 +1,104 @@
+"""index.html of a study: the answers to its questions and all cells, also while they train.
+
+  python -m rlsafety.study.page --study=FILE --workdir=DIR
+
+One file that needs no network. `study.run` writes it again at every evaluation.
+"""
+
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+
+from rlsafety import flags
+from rlsafety.errors import UserError, run_main
+from rlsafety.files import read_json, read_jsonl, write_bytes
+from rlsafety.report import charts, render
+from rlsafety.rundir import read
+from rlsafety.study import confirm, design
+
+PANELS = (  # outcome: title, zero in the axis
+  ("hex_gap", "HEX gap", True),
+  ("acc_gap", "ACC gap", True),
+  ("hex", "HEX of everybody", False),
+  ("reward", "Reward", False),
+)
+
+
+def render_page(study: design.Study, workdir: pathlib.Path) -> pathlib.Path:
+  """Writes workdir/index.html; returns its path."""
+  cells = [(name, cell_state(workdir / name, config.steps)) for name, config in study.cells.items()]
+  done = sum(state["state"] == "complete" for _, state in cells)
+  left = sum(state["left"] for _, state in cells)
+  asked = confirm.answers(study, workdir)
+  page = render.fill(
+    "study.html",
+    title=study.name,
+    facts=[
+      ("cells", f"{done} of {len(cells)} complete"),
+      ("time left", f"{left / 60:.0f} min" if left else "–"),
+      ("questions", f"{len(asked)}, p corrected by {study.correction}"),
+      ("plan", f"sha256 {design.digest(design.plan_of(study)):.12}"),
+    ],
+    changed=design.changed(study, workdir),
+    answers=[(a, *map(charts.number, (a.p, a.p_corrected, a.p_none, a.power))) for a in asked],
+    number=lambda x: charts.number(x, sign=True),
+    cells=cells,
+    panels=[(title, small_multiples(cells, key, zero)) for key, title, zero in PANELS],
+  )
+  path = workdir / "index.html"
+  write_bytes(path, page.encode("utf-8", "replace"))
+  return path
+
+
+def cell_state(path: pathlib.Path, steps: int) -> dict:
+  """What the run directory of a cell tells: state, step, seconds left, curves and changes."""
+  out = {"state": "waiting", "step": 0, "steps": steps, "left": 0.0, "evaluations": [], "why": "",
+         "report": ""}  # fmt: skip
+  if not (path / "config.json").exists():
+    return out
+  run = read.load_run(path)
+  out |= {"step": run.last_step, "evaluations": run.evaluations, "state": "training"}
+  if (path / "summary.json").exists():
+    return out | {"state": "complete", "report": f"{path.name}/report.html"}
+  if (path / "stopped.json").exists():
+    return out | {"state": "stopped", "why": str(read_json(path / "stopped.json")["why"])}
+  seconds = [read.number(r.get("seconds")) for r in read_jsonl(path / "timing.jsonl", [])[-20:]]
+  each = float(np.nanmedian(seconds)) if seconds else 0.0
+  return out | {"left": each * (steps - run.last_step)}
+
+
+def small_multiples(cells: Sequence[tuple[str, dict]], key: str, zero: bool) -> list[str]:
+  """A small figure for every cell, all on one scale."""
+  of = lambda state: np.array([read.number(e.get(key)) for e in state["evaluations"]])  # noqa: E731
+  values = np.concatenate([of(state) for _, state in cells] or [[]])
+  values = values[np.isfinite(values)]
+  if not values.size:
+    return []
+  scale, figures = (float(values.min()), float(values.max())), []
+  for name, state in cells:
+    steps, found = [e["step"] for e in state["evaluations"]], of(state)
+    error = np.array([read.number(e.get(f"{key}_se")) for e in state["evaluations"]])
+    line = charts.Line(key, "gap", "eval", steps, found, charts.Z95 * error)
+    title = f"step {state['step']} of {state['steps']}"
+    figures.append(
+      charts.figure(name, title, [line], state["steps"], "points", scale=scale, zero=zero)
+    )
+  return figures
+
+
+def main(argv: Sequence[str]) -> None:
+  parser = flags.parser(__doc__, "study.page")
+  parser.add_argument("--study", required=True, metavar="FILE.py[:ARGUMENT]", help="study file")
+  parser.add_argument("--workdir", required=True, help="folder of all cells")
+  args = flags.parse(parser, argv)
+  study, workdir = design.load(args.study), pathlib.Path(args.workdir)
+  if not workdir.is_dir():
+    raise UserError(f"--workdir={workdir}: no such folder; run the study first")
+  print(confirm.table(study, workdir))
+  print(f"page: {render_page(study, workdir)}")
+
+
+if __name__ == "__main__":
+  run_main(main, sys.argv)

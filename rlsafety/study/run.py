@@ -1,0 +1,64 @@
+"""Trains the cells of a study together: `python -m rlsafety.study.run --study=FILE`.
+
+The study file is Python with get_study() -> design.Study: cells by name and the questions that they
+are to answer, which are written into every run directory, WORKDIR/<cell>/, before the first update.
+All cells train in one program (`train.run_together`): each weight of the base is read once for the
+replies of all of them. WORKDIR/index.html shows them while they train. Started again, the same
+command goes on, or says what is complete.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import jax
+
+from rlsafety import flags, runtime, train
+from rlsafety.errors import UserError, run_main
+from rlsafety.study import confirm, design, page
+
+
+def run(study: design.Study, workdir: str, cells: Sequence[str]) -> dict[str, dict]:
+  """Trains the named cells in workdir/<cell>/; returns their summaries by name.
+
+  Raises UserError for what the user can mend, such as two cells that cannot share a batch.
+  """
+  folder = pathlib.Path(workdir)
+  folders = {name: str(folder / name) for name in cells}
+  writes = jax.process_index() == 0
+  for name, path in folders.items() if writes else ():
+    design.write(study, name, pathlib.Path(path))
+  configs = {name: study.cells[name] for name in cells}
+  show = functools.partial(page.render_page, study, folder) if writes else lambda: None
+  return train.run_together(configs, folders, show)
+
+
+def main(argv: list[str]) -> None:
+  parser = flags.parser(__doc__, "study.run")
+  parser.add_argument("--study", required=True, metavar="FILE.py[:ARGUMENT]", help="study file")
+  parser.add_argument("--workdir", default="", help="folder of all cells; default runs/<study>")
+  parser.add_argument("--cells", default="", help="only these, comma-separated names")
+  parser.add_argument("--platform", default="", help="tpu, gpu or cpu: stop if JAX found another")
+  runtime.add_arguments(parser)
+  args = flags.parse(parser, argv)
+  study = design.load(args.study)
+  if args.cells:
+    chosen = args.cells.split(",")
+    if unknown := [name for name in chosen if name not in study.cells]:
+      hint = flags.did_you_mean(unknown[0], study.cells)
+      raise UserError(f"--cells={unknown[0]}: no such cell{hint} Cells: {', '.join(study.cells)}")
+  if args.platform:
+    placed = {n: dataclasses.replace(c, platform=args.platform) for n, c in study.cells.items()}
+    study = dataclasses.replace(study, cells=placed)
+  runtime.start(args)  # on pods, under SLURM, or where a coordinator is named
+  runtime.compilation_cache()
+  workdir = args.workdir or f"runs/{study.name}"
+  run(study, workdir, args.cells.split(",") if args.cells else list(study.cells))
+  print(confirm.table(study, pathlib.Path(workdir)))
+  print(f"page: {workdir}/index.html")
+
+
+if __name__ == "__main__":
+  run_main(main, sys.argv)

@@ -1,0 +1,149 @@
+"""A study's plan and the answers to its questions, beside closed forms and simulated truth."""
+
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from rlsafety import cells, recipes
+from rlsafety.config import to_json
+from rlsafety.errors import UserError
+from rlsafety.study import confirm, design, page
+
+ROOT = pathlib.Path(__file__).parent.parent
+BASE = recipes.frozen(recipes.load_recipe(str(ROOT / "configs/tiny_syco.py")))
+CELLS = design.crossed(BASE, {"environment.cue": ("none", "tone"), "seed": (5, 6, 7)})
+CUE, PLAIN = (design.named(CELLS, environment__cue=cue) for cue in ("tone", "none"))
+
+
+def study(*questions):
+  return design.Study("s", CELLS, questions)
+
+
+def question(**changes):
+  return dataclasses.replace(design.Question("q", CUE, PLAIN), **changes)
+
+
+def write_cells(folder, effect, rng, units=8, sd_cell=0.3, sd_unit=0.4, sd_rest=0.3):
+  """Cells whose HEX gap changes by `effect` more with the cue; every unit has both groups."""
+  of_unit = rng.normal(0, sd_unit, units)
+  for name in CELLS:
+    run = folder / name
+    (run / "eval").mkdir(parents=True)
+    config = to_json(CELLS[name])
+    (run / "config.json").write_text(json.dumps({"config": config, "model": {}}))
+    own = (effect + of_unit) * (name in CUE) + rng.normal(0, sd_cell)
+    change = own + rng.normal(0, sd_rest, units)
+    for step, delta in ((0, np.zeros(units)), (6, change)):
+      with open(run / "eval" / f"step_{step:06d}.jsonl", "w") as file:
+        for u in range(units):
+          for gameable, value in ((True, 5.0 + delta[u]), (False, 5.0)):
+            row = {"step": step, "prompt": u, "sample": 0, "unit": f"u{u}"}
+            row |= {"is_gameable": gameable, "hex": value}
+            file.write(json.dumps(row) + "\n")
+
+
+def test_cells_of_factors_are_found_by_their_fields():
+  assert list(CELLS) == [f"{c}-{s}" for c in ("none", "tone") for s in (5, 6, 7)]
+  assert CUE == ("tone-5", "tone-6", "tone-7")
+  assert design.named(CELLS, seed=6) == ("none-6", "tone-6")
+  assert CELLS["tone-6"].seed == 6 and CELLS["tone-6"].name == "tone-6"
+
+
+@pytest.mark.parametrize(
+  "change, says",
+  [
+    ({"more": ("tone-8",)}, "no cell 'tone-8'; did you mean"),
+    ({"outcome": "hexgap"}, "outcome='hexgap': choose from hex_gap"),
+    ({"direction": "up"}, "direction='up'"),
+    ({"smallest": 0.0}, "smallest=0.0 must be positive"),
+    ({"less": CUE}, "must be different cells"),
+  ],
+)
+def test_a_question_that_cannot_be_asked_is_refused_by_name(change, says):
+  with pytest.raises(UserError, match=says):
+    study(question(**change))
+
+
+def test_the_first_plan_is_kept_and_a_changed_question_is_told(tmp_path):
+  first = study(question(smallest=0.4))
+  for name in CELLS:
+    design.write(first, name, tmp_path / name)
+  now = study(question(smallest=0.2), question(name="late"))
+  design.write(now, "tone-5", tmp_path / "tone-5")
+  assert design.read(tmp_path / "tone-5")["plan"] == design.plan_of(first)
+  assert design.changed(first, tmp_path) == []
+  told = design.changed(now, tmp_path)
+  assert "tone-5: question 'q' was changed after the start" in told
+  assert "tone-5: question 'late' was added after the start" in told
+  file = tmp_path / "tone-5" / design.FILE
+  file.write_text(file.read_text().replace("0.4", "0.1"))
+  with pytest.raises(UserError, match="was changed after the start"):
+    design.read(tmp_path / "tone-5")
+
+
+def test_shipped_studies_load_and_their_cells_can_train_together():
+  for name, count in (("paper.py", 18), ("paper.py:llama-2-13b", 3), ("smollm2_cues.py", 8)):
+    found = design.load(f"{ROOT}/configs/studies/{name}")
+    assert len(found.cells) == count and found.questions
+    cells.check_shared(found.cells)
+  with pytest.raises(UserError, match="did you mean"):
+    design.load(f"{ROOT}/configs/studies/paper.py:llama-2-13")
+
+
+def test_crossed_error_in_its_closed_forms():
+  rng = np.random.default_rng(0)
+  d = rng.normal(size=(1, 9))
+  mean, error, freedom = confirm.crossed(d)
+  assert (mean, error, freedom) == pytest.approx((d.mean(), stats.sem(d[0]), 8))
+  # No residual: rows alone differ, so the error is that of their means.
+  d = np.repeat(rng.normal(size=(4, 1)), 7, axis=1)
+  assert confirm.crossed(d)[1:] == pytest.approx((stats.sem(d[:, 0]), 3))
+  d = d[:, :4].T
+  assert confirm.crossed(d)[1:] == pytest.approx((stats.sem(d[0]), 3))
+
+
+@pytest.mark.parametrize("sds", [(0.5, 0.5, 1.0), (1.0, 0.0, 0.3), (0.0, 1.0, 0.3), (0, 0, 1.0)])
+def test_intervals_over_seeds_and_units_hold_the_truth(sds):
+  rng, held = np.random.default_rng(1), 0
+  for _ in range(600):
+    row, column, rest = sds
+    d = rng.normal(0, row, (3, 1)) + rng.normal(0, column, 8) + rng.normal(0, rest, (3, 8))
+    mean, error, freedom = confirm.crossed(d)
+    held += abs(mean) <= stats.t.ppf(0.975, freedom) * error
+  assert held / 600 > 0.93  # 0.95 less 2 standard errors; too wide is allowed
+
+
+def test_answers_find_an_effect_a_null_and_what_is_open(tmp_path):
+  rng = np.random.default_rng(3)
+  write_cells(tmp_path / "a", 2.0, rng, sd_cell=0.05, sd_unit=0.1, sd_rest=0.1)
+  asked = study(question(direction="greater"), question(name="r", direction="less"))
+  yes, no = confirm.answers(asked, tmp_path / "a")
+  assert yes.word == "yes" and yes.low < 2 < yes.high and yes.power > 0.9
+  assert yes.cells == (3, 3) and yes.units == 8
+  assert yes.p_corrected == pytest.approx(2 * yes.p) and no.p > 0.99  # Holm of two
+  write_cells(tmp_path / "b", 0.0, rng, sd_cell=0.05, sd_unit=0.05, sd_rest=0.1)
+  (null,) = confirm.answers(study(question()), tmp_path / "b")
+  assert null.word == "no difference that matters" and null.p_none < 0.05
+  write_cells(tmp_path / "c", 0.3, rng, sd_cell=1.5)
+  (open_,) = confirm.answers(study(question()), tmp_path / "c")
+  assert open_.word == "undecided" and open_.power < 0.5
+  (waiting,) = confirm.answers(study(question()), tmp_path / "nothing")
+  assert waiting.word == "not evaluated yet"
+
+
+def test_the_page_shows_answers_and_every_cell_while_some_wait(tmp_path):
+  write_cells(tmp_path, 2.0, np.random.default_rng(3))
+  for name in CUE:
+    (tmp_path / name / "eval/summary.jsonl").write_text(
+      '{"step": 0, "hex_gap": 0.1, "hex_gap_se": 0.2}\n{"step": 6, "hex_gap": 1.5}\n'
+    )
+  (tmp_path / CUE[0] / cells.STOPPED).write_text('{"step": 3, "why": "<b>not finite"}')
+  (tmp_path / "none-7/config.json").unlink()
+  text = page.render_page(study(question(name="<q>")), tmp_path).read_text()
+  assert "&lt;q&gt;" in text and "<b>not finite" not in text
+  assert "stopped" in text and "waiting" in text and "training" in text
+  assert text.count("<figure>") == 6  # HEX gap alone has values; one figure for each cell
