@@ -35,10 +35,12 @@ FLAGS = {
 }  # fmt: skip
 SHOWN = {
   "cells": ("model", "environment", "variant", "n_seeds", "seeds", "steps", "max_hex_gap",
-            "max_hex_gap_sd", "max_hex_gap_full", "step_of_max_hex_gap", "max_acc_gap",
-            "max_acc_gap_sd", "step_of_max_acc_gap", "hex_gap_auc_normalised",
+            "max_hex_gap_sd", "max_hex_gap_null95", "max_hex_gap_full", "step_of_max_hex_gap",
+            "max_acc_gap",
+            "max_acc_gap_sd", "max_acc_gap_null95", "step_of_max_acc_gap", "hex_gap_auc_normalised",
             "hex_gap_auc_normalised_sd", "acc_gap_auc_normalised", "acc_gap_auc_normalised_sd",
-            "hms", "hms_sd", "hms_windowed", "hms_windowed_sd", "heldout_hex_gap",
+            "hms", "hms_sd", "hms_null95", "hms_signed", "hms_signed_null95", "hms_windowed",
+            "hms_windowed_sd", "heldout_hex_gap",
             "heldout_hex_gap_sd", "heldout_acc_gap", "heldout_acc_gap_sd", "max_reward", "runs"),
   "correlations": ("outcome", "environment", "variant", "benchmark", "method", "n", "seeds", "r",
                    "low95", "high95", "p", "p_holm", "p_bh", "p_t", "loo_min", "loo_max",
@@ -120,6 +122,7 @@ def _captions(made: dict[str, DataFrame], cells: Cells) -> dict[str, str]:
             else len(made[k]) for k in ("correlations", "partial")}  # fmt: skip
   return {
     "cells": "Per cell: scalars of the seed-mean smoothed curves; _sd over the seeds' own scalars; "
+    "_null95: what 95 of 100 shuffles of the group labels within steps stay below; "
     f"_full without half-filled edge windows. No test, so no correction. {common}",
     "seeds": f"Per run: scalars of its own smoothed curves. No test, so no correction. {common}",
     "correlations": "Across models. p: two-sided, exact or from permutations; p_t: t "

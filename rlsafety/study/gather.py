@@ -21,7 +21,7 @@ from pandas import DataFrame, Series
 from rlsafety.errors import UserError
 from rlsafety.metrics import curves, gaps
 from rlsafety.rundir import read
-from rlsafety.study import scalars
+from rlsafety.study import nulls, scalars
 
 # Fields that tell seeds, machines and models apart, but not treatments. A run that starts from
 # an adapter is another treatment than one that starts fresh.
@@ -289,13 +289,13 @@ def _add_curves(
     "last_step": last,
     "window": window,
   }
-  return summary["scalars"]
+  return summary["scalars"] | ({} if compat else nulls.bands(found, steps, window))
 
 
 def rollout_scores(
   run: read.Run, scores: str = "", compat: bool = False, notes: list[str] | None = None
 ) -> DataFrame:
-  """A run's training rollouts, one row each: step, is_gameable, reward, acc, hex.
+  """A run's training rollouts, one row each: step, prompt, is_gameable, reward, acc, hex.
 
   scores: of a re-scoring whose ACC and HEX replace the run's own (rollouts that it left out
   are left out here). compat: one rollout per step, drawn with a fixed seed, missing
@@ -310,7 +310,7 @@ def rollout_scores(
       by_step.setdefault(record["step"], []).append(record)
     records = [rng.choice(group) for _, group in sorted(by_step.items())]
   found = DataFrame(
-    {"step": [r["step"] for r in records], "is_gameable": [bool(r["is_gameable"]) for r in records]}
+    {name: [r[name] for r in records] for name in ("step", "prompt", "is_gameable")}
     | {name: [read.number(r.get(name)) for r in records] for name in gaps.SCORES}
   )
   return found.fillna(scalars.PUBLISHED_FILL) if compat else found

@@ -77,7 +77,8 @@ def curve_scalars(curves: DataFrame) -> dict[str, float]:
   For every gap: max_<s>_gap, step_of_max_<s>_gap, <s>_gap_auc, <s>_gap_auc_normalised;
   for the curves the study names, max_hex (gameable), max_acc (non-gameable) and
   max_reward (both groups' mean). hms: definition A of the study, 0.5 |ACC_gap AUC| +
-  0.5 |HEX_gap AUC|, both divided by the step range.
+  0.5 |HEX_gap AUC|, both divided by the step range; hms_signed: the same without the bars, so
+  that noise averages out.
   """
   found = {}
 
@@ -94,6 +95,7 @@ def curve_scalars(curves: DataFrame) -> dict[str, float]:
     if column in curves:
       maximum(name, curves[column])
   areas = [found[f"{score}_gap_auc_normalised"] for score in ("acc", "hex")]
+  found["hms_signed"] = 0.5 * areas[0] + 0.5 * areas[1]
   return found | {"hms": 0.5 * abs(areas[0]) + 0.5 * abs(areas[1])}
 
 

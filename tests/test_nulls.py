@@ -1,0 +1,60 @@
+"""Shuffled labels: bands that noise exceeds at its level, and a real gap by far."""
+
+import numpy as np
+import pandas as pd
+
+from rlsafety.study import nulls, scalars
+
+STEPS = np.arange(1, 31)
+
+
+def rollouts(rng, gap=0.0, people=0.7):
+  """30 steps of 8 prompts x 2 replies, prompts unlike each other, half of them gameable."""
+  n = len(STEPS) * 8
+  prompt, gameable = np.arange(n), np.tile([True, False], n // 2)
+  rows = np.repeat(np.stack([np.repeat(STEPS, 8), prompt, gameable]), 2, axis=1)
+  frame = pd.DataFrame(rows.T, columns=["step", "prompt", "is_gameable"])
+  frame["is_gameable"] = frame["is_gameable"].astype(bool)
+  for name in ("reward", "acc", "hex"):
+    noise = np.repeat(rng.normal(0, people, n), 2) + rng.normal(0, 1, 2 * n)
+    frame[name] = 5 + noise + gap * frame["is_gameable"] * (1 if name == "hex" else -1)
+  return frame
+
+
+def of(found, window=5):
+  means = {seed: scalars.step_means(frame, STEPS) for seed, frame in found.items()}
+  return scalars.seed_summary(means, window)["scalars"]
+
+
+def test_unbiased_runs_are_within_the_bands_at_their_level_and_a_gap_is_not():
+  """200 sweeps of nothing: each scalar is beyond its band in about 5 % of them."""
+  rng = np.random.default_rng(0)
+  beyond = dict.fromkeys(
+    ("max_hex_gap", "max_acc_gap", "hex_gap_auc_normalised", "hms", "hms_signed"), 0
+  )
+  for i in range(200):
+    found = {0: rollouts(rng)}
+    own, band = of(found), nulls.bands(found, STEPS, 5, draws=100, seed=i)
+    for name in beyond:
+      beyond[name] += abs(own[name]) > band[f"{name}_null95"]
+      assert band[f"{name}_null95"] > 0  # noise alone: the published HMS is never 0
+  assert all(1 <= count <= 18 for count in beyond.values()), beyond  # 10 +- 2.6 standard errors
+  found = {0: rollouts(rng, gap=1.5), 1: rollouts(rng, gap=1.5)}
+  own, band = of(found), nulls.bands(found, STEPS, 5)
+  assert all(own[name] > 1.2 * band[f"{name}_null95"] for name in beyond)
+
+
+def test_two_seeds_narrow_the_bands_and_one_group_has_none():
+  rng = np.random.default_rng(1)
+  one = {0: rollouts(rng)}
+  two = one | {1: rollouts(rng)}
+  ratio = nulls.bands(two, STEPS, 5)["hms_null95"] / nulls.bands(one, STEPS, 5)["hms_null95"]
+  assert 0.55 < ratio < 0.9  # about 1 / sqrt(2)
+  alone = {0: one[0][one[0]["is_gameable"]]}
+  assert all(np.isnan(v) for v in nulls.bands(alone, STEPS, 5).values())
+
+
+def test_signed_hms_lets_opposite_areas_cancel():
+  curves = pd.DataFrame({"hex_gap": [-2.0, -2.0], "acc_gap": [1.0, 1.0]})
+  found = scalars.curve_scalars(curves)
+  assert found["hms"] == 1.5 and found["hms_signed"] == -0.5
