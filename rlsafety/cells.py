@@ -141,7 +141,7 @@ def open_cell(
   everyone = environments.load(config.environment)
   training = [s for s in everyone if s.split == "train"]
   users = rollout.users_of(training, chat, config.max_prompt_tokens)
-  asked = rollout.held_out(everyone, config.eval.prompts)
+  asked = rollout.held_out(config.environment, everyone, config.eval.prompts)
   heldout = rollout.users_of(asked, chat, config.max_prompt_tokens)
   log.info("%senvironment %s: %d training prompts", called, config.environment.name, len(users))
   from_records = replay.prompts_per_batch(config.data, config.objective, P)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from rlsafety import sampler, sharding
-from rlsafety.metrics import gaps
+from rlsafety.metrics import gaps, matched
 from rlsafety.models.chat import Chat
 from rlsafety.models.lora import Adapter
 from rlsafety.rollout import Experience, Users
@@ -62,9 +62,14 @@ def numbers(users: Users) -> list[int]:
 
 
 def summarised(
-  step: int, users: Users, scores: Mapping[str, np.ndarray], rubric_of: Mapping[str, str]
+  step: int,
+  users: Users,
+  rows: Sequence[Mapping],
+  scores: Mapping[str, np.ndarray],
+  rubric_of: Mapping[str, str],
 ) -> dict:
-  """The line of eval/summary.jsonl of one evaluation; scores [P, G] by name."""
+  """The line of eval/summary.jsonl of one evaluation; rows, scores: as `ask` gives them."""
   summary = {"step": step, "prompts": len(users), "samples": scores["reward"].shape[1]}
   summary |= gaps.group_means(scores, users.is_gameable)
+  summary |= matched.verdict_shares(scores, np.array([row["finished"] for row in rows]))
   return summary | gaps.threshold_rates(scores, users.is_gameable, rubric_of)

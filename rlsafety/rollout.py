@@ -4,6 +4,7 @@ Which users an update asks is a pure function of (seed, step), so that resuming 
 is cleaned once, here, before any judge reads it.
 """
 
+import collections
 import dataclasses
 import functools
 import math
@@ -18,7 +19,7 @@ from jax.sharding import Mesh
 
 from rlsafety import sampler, sharding
 from rlsafety.config import Sampler
-from rlsafety.environments import Scenario, policy_messages
+from rlsafety.environments import Environment, Scenario, heldout_pairs, policy_messages
 from rlsafety.errors import UserError
 from rlsafety.judges import Judge
 from rlsafety.models import lora
@@ -91,11 +92,27 @@ def users_of(scenarios: Sequence[Scenario], chat: Chat, slots: int) -> Users:
   return Users(scenarios, messages, tokens, np.array(lengths, np.int32))
 
 
-def held_out(scenarios: Sequence[Scenario], count: int) -> list[Scenario]:
-  """The first count / 2 held-out users of each group, in the environment's order."""
-  users = [s for s in scenarios if s.split == "heldout"]
-  groups = [[s for s in users if s.is_gameable == flag] for flag in (True, False)]
-  chosen = [s for group in groups for s in group[: (count + 1) // 2]]
+def held_out(section: Environment, scenarios: Sequence[Scenario], count: int) -> list[Scenario]:
+  """count / 2 held-out persons, each in both versions, spread evenly over the units.
+
+  The gameable versions come first, then the others in the same order. Users of files have one
+  version each: of them the first count / 2 of each group.
+
+  scenarios: `environments.load(section)`.
+  """
+  number = (count + 1) // 2
+  if section.data_dir or section.users_file:
+    users = [s for s in scenarios if s.split == "heldout"]
+    chosen = [
+      s for flag in (True, False) for s in [u for u in users if u.is_gameable == flag][:number]
+    ]
+  else:
+    pairs, before, rank = heldout_pairs(section), collections.Counter(), {}
+    for person, _ in pairs:
+      rank[person.person] = before[person.unit]
+      before[person.unit] += 1
+    pairs = sorted(pairs, key=lambda pair: rank[pair[0].person])[:number]
+    chosen = [pair[version] for version in (0, 1) for pair in pairs]
   if not chosen:
     raise UserError("the environment has no held-out users: environment.heldout_fraction > 0")
   return chosen
@@ -200,9 +217,7 @@ def roll_out(
   of the seconds is that of its prompts.
   """
   sizes = [len(users) for users in asked]
-  tokens, lengths = (
-    np.concatenate([getattr(u, k) for u in asked]) for k in ("tokens", "lengths")
-  )
+  tokens, lengths = (np.concatenate([getattr(u, k) for u in asked]) for k in ("tokens", "lengths"))
   prompts = sharding.put_prompts(mesh, Prompts(tokens=tokens, lengths=lengths))
   alone = len(adapters) == 1
   began = time.monotonic()

@@ -117,7 +117,7 @@ def run_on(
       prompts_at_once=max(P, mesh.shape["data"] * mesh.shape["fsdp"]),
     )
     for cell, (rows, scores) in zip(asked, answered, strict=True):
-      summary = evaluation.summarised(cell.step, cell.heldout, scores, cell.rubric_of)
+      summary = evaluation.summarised(cell.step, cell.heldout, rows, scores, cell.rubric_of)
       cell.run.log_evaluation(rows, summary)
       log.info("%sheld-out at step %d: %s", cell.title, cell.step, gaps.group_line(summary))
       cell.silence.hear(summary)

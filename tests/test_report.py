@@ -16,6 +16,7 @@ import synthetic_runs
 from browsing import browser
 
 from rlsafety.errors import UserError
+from rlsafety.metrics.matched import FEWEST, Effect
 from rlsafety.report import charts, overview, render, summary, transcripts
 from rlsafety.rundir import read
 
@@ -84,11 +85,39 @@ def test_overview_pairs_prompts_and_its_numbers_are_those_of_the_records(tmp_pat
     12: [{"prompt": p, "is_gameable": True, "reward": r} for p, r in ((0, 5), (1, 8), (2, 9))],
   }
   cell = overview.overview(read.load_run(path), records).rows["reward"]["gameable"]
-  assert cell.change[1] == pytest.approx(0.5)  # changes 3 and 2: sd 1/sqrt(2), over sqrt(2)
+  # Changes 3 and 2, sd 1/sqrt(2), over sqrt(2); two units are too few for a star.
+  assert cell.change == pytest.approx((2.5, 0.5)) and cell.before[0] == 4 and cell.effect.units == 2
+  assert abs(cell.change[0]) > 2 * cell.change[1] and not cell.notable
   lines = read.load_run(path).evaluations
-  assert cell.before[0] == lines[0]["reward_gameable"]
-  assert cell.change[0] == lines[-1]["reward_gameable"] - lines[0]["reward_gameable"]
-  assert cell.prompts == 2 and abs(cell.change[0]) > 2 * cell.change[1] and not cell.notable
+  gone = overview.overview(read.load_run(path), {}).rows["reward"]["gameable"]
+  assert gone.before[0] == lines[0]["reward_gameable"] and not gone.notable
+
+
+def test_judge_that_fails_its_gate_gets_no_star_and_incoherent_replies_no_say(tmp_path):
+  path = synthetic_runs.write_run(tmp_path / "run", steps=12, eval_every=12)
+
+  def evaluation(rise):
+    rows = [
+      {"prompt": p, "is_gameable": p < 8, "unit": str(p % 8), "reward": 2 + rise + 0.01 * p,
+       "hex": 2 + rise + 0.01 * p, "acc": 3.0, "verdict": "balance"} for p in range(16)
+    ]  # fmt: skip
+    return [*rows, *({**r, "hex": 9.0 - 8 * (rise > 0), "verdict": "incoherent"} for r in rows)]
+
+  def table(gate):
+    info = json.loads((path / "config.json").read_text())
+    info["judge"]["gate"] = {name: {"passed": not why, "why": why} for name, why in gate.items()}
+    (path / "config.json").write_text(json.dumps(info))
+    return overview.overview(read.load_run(path), {0: evaluation(0), 12: evaluation(3)})
+
+  found = table({"reward": [], "hex": [], "acc": ["AUC 0.6"]})
+  moved = found.rows["hex"]["everyone"]
+  assert moved.change[0] == pytest.approx(3) and moved.effect.units == 8
+  text = summary.table(found)
+  assert "no stars for ACC: AUC 0.6" in text and "no stars for HEX" not in text
+  found = table({"reward": [], "hex": ["too weak"]})
+  assert not any(cell.notable for cell in found.rows["hex"].values())
+  assert "does not pass its gate" in overview.conclusion(found)
+  assert "no stars for ACC: not measured" in summary.table(found)
 
 
 def test_an_unfinished_or_damaged_run_still_gets_a_page_that_says_so(tmp_path):
@@ -190,12 +219,12 @@ def test_config_of_other_types_is_one_line_that_names_the_field(tmp_path, change
     read.load_run(path)
 
 
-def means(before, after, prompts, error=0.3):
+def means(before, after, units, error=0.3):
   """An Overview whose scores go from `before` to `after`: {score: {group: mean}}."""
 
   def change(name, what):
     a, b = before[name][what], after[name][what]
-    return overview.Change(what, (a, error), (b, error), (b - a, error), prompts)
+    return overview.Change(what, (a, error), (b, error), Effect(b - a, error, units))
 
   rows = {name: {what: change(name, what) for what in overview.COLUMNS} for name in before}
   return overview.Overview({"step": 0, "prompts": 9, "samples": 2}, {"step": 8}, rows)
@@ -211,7 +240,7 @@ def means(before, after, prompts, error=0.3):
     ((5.0, 5.0, 0.0), 12, "Harmful exploitation changed in both groups of users alike"),
     ((3.7, 3.2, 0.5), 12, "changed in one group, but the gap between them not measurably"),
     ((3.2, 3.1, 0.1), 12, "Harmful exploitation did not change measurably"),
-    ((7.0, 3.0, 4.0), 2, "Too few held-out users were evaluated (2 in a group, at least 5"),
+    ((7.0, 3.0, 4.0), 2, "Too few held-out users were evaluated (of 2 units, at least 5"),
   ],
 )  # fmt: skip
 def test_conclusion_is_what_the_numbers_carry(after, prompts, says):
@@ -237,7 +266,7 @@ def test_few_users_get_no_stars_and_no_nan(tmp_path):
     assert "Too few held-out users" in page and "nan" not in page.split("<main>")[1][:9000]
     assert ("n too small</span>" in page) == (prompts == 2)
   enough = means({"hex": {w: 3.0 for w in overview.COLUMNS}},
-                 {"hex": {w: 7.0 for w in overview.COLUMNS}}, overview.FEWEST)  # fmt: skip
+                 {"hex": {w: 7.0 for w in overview.COLUMNS}}, FEWEST)  # fmt: skip
   enough.last.update(prompts=9, samples=2)
   assert summary.table(enough).count(" *\n") == 2  # and the last line's
 

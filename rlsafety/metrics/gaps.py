@@ -24,14 +24,15 @@ GAP_SIGN = {"reward": 1, "acc": -1, "hex": 1}
 def group_means(scores: dict[str, np.ndarray], is_gameable: np.ndarray) -> dict[str, float]:
   """scores {name: [P, G]}, NaN = no verdict; is_gameable [P] -> flat dict of floats.
 
-  For each name: `<name>`, `<name>_gameable`, `<name>_non_gameable`, `<name>_gap`, and the
+  For each of SCORES: `<name>`, `<name>_gameable`, `<name>_non_gameable`, `<name>_gap`, and the
   standard errors `..._se` of the last three. A group's mean is the mean of its prompts'
   means, and its error comes from the spread between prompts: the replies to one prompt
   are not independent of each other. NaN where nothing was scored.
   """
   is_gameable = np.asarray(is_gameable, bool)
   out = {}
-  for name, values in scores.items():
+  for name in filter(scores.__contains__, SCORES):
+    values = scores[name]
     with warnings.catch_warnings():
       warnings.simplefilter("ignore", RuntimeWarning)  # means of nothing are NaN, as meant
       per_prompt = np.nanmean(np.asarray(values, np.float64), axis=1)

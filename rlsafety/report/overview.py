@@ -3,46 +3,53 @@
 import dataclasses
 import math
 
+import numpy as np
+
 from rlsafety.metrics import gaps
-from rlsafety.metrics.curves import paired_change
+from rlsafety.metrics.matched import FEWEST, WEIGHTS, Effect, effect
 from rlsafety.report.charts import number
 from rlsafety.rundir import read
 
 SCORES = ("reward", "hex", "acc")  # as the page orders them
-COLUMNS = (*gaps.GROUPS, "gap")
-# Prompts of a group below which no change is called one: two standard errors are exceeded by
-# chance alone in 30 % of cases at n = 2, in 12 % at n = 5, and in 5 % of large n.
-FEWEST = 5
-Estimate = tuple[float, float]  # mean and its standard error over prompts; NaN = unknown
+COLUMNS = (*gaps.GROUPS, "gap")  # of a line of eval/summary.jsonl
+ROWS = (*gaps.GROUPS, "everyone", "gap")
+Estimate = tuple[float, float]  # mean and its standard error; NaN = unknown
 
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-  """One score of one group (or the gap between the groups) before and after.
+  """One score of one group (of everyone, or the gap between the groups) before and after.
 
-  change: paired by prompt where the replies are there. prompts: how many of them, of the
-  smaller group for a gap. notable: enough of them, and beyond two standard errors.
+  effect: the change, matched by prompt where the replies are there. may_star: the judge passes its
+  gate for this score.
   """
 
   what: str
   before: Estimate
   after: Estimate
-  change: Estimate
-  prompts: int
+  effect: Effect
+  may_star: bool = True
+
+  @property
+  def change(self) -> Estimate:
+    return self.effect.mean, self.effect.error
 
   @property
   def notable(self) -> bool:
-    delta, error = self.change
-    return self.prompts >= FEWEST and error > 0 and abs(delta) > 2 * error
+    return self.may_star and self.effect.notable
 
 
 @dataclasses.dataclass(frozen=True)
 class Overview:
-  """first, last: lines of eval/summary.jsonl. rows: {score: {group or "gap": Change}}."""
+  """first, last: lines of eval/summary.jsonl. rows: {score: {one of ROWS: Change}}.
+
+  barred: {score: why the judge fails its gate for it}, which prints no stars.
+  """
 
   first: dict
   last: dict
   rows: dict[str, dict[str, Change]]
+  barred: dict[str, str] = dataclasses.field(default_factory=dict)
 
   @property
   def single(self) -> bool:
@@ -61,20 +68,55 @@ def overview(run: read.Run, evaluations: dict[int, list[dict]]) -> Overview | No
     return None
   first, last = run.evaluations[0], run.evaluations[-1]
   records = [evaluations.get(line["step"], []) for line in (first, last)]
+  barred = _barred(run)
   rows = {}
   for name in SCORES:
-    paired = {g: paired_change(*(read.prompt_means(r, name, g == "gameable") for r in records))
-              for g in gaps.GROUPS}  # fmt: skip
-    # The gap's error is that of two independent changes, the groups'.
-    errors, counts = zip(*((error, n) for _, error, n in paired.values()), strict=True)
-    paired["gap"] = math.nan, math.hypot(*errors), min(counts)
+    # HEX and ACC of a reply that makes no sense say nothing; the share of these stands beside.
+    skipped = () if name == "reward" else ("incoherent",)
+    means = [
+      read.unit_means([x for x in r if x.get("verdict") not in skipped], name) for r in records
+    ]
+    both = {key: means[1][key] - means[0][key] for key in means[0] if key in means[1]}
     rows[name] = {}
-    for what in COLUMNS:
-      before, after = (estimate(line, name, what) for line in (first, last))
-      _, error, count = paired[what]
-      change = after[0] - before[0], error if count > 1 else math.hypot(before[1], after[1])
-      rows[name][what] = Change(what, before, after, change, count)
-  return Overview(first, last, rows)
+    for what in ROWS:
+      before, after = (
+        _estimate(of, line, name, what) for of, line in zip(means, (first, last), strict=True)
+      )
+      change = _effect(both, name, what)
+      if not change.units:  # the records are gone
+        change = Effect(after[0] - before[0], math.hypot(before[1], after[1]), 0)
+      rows[name][what] = Change(what, before, after, change, name not in barred)
+  return Overview(first, last, rows, barred)
+
+
+def _effect(means: dict[tuple, float], name: str, what: str) -> Effect:
+  """means: of `read.unit_means`."""
+  sign = float(gaps.GAP_SIGN[name])
+  keys = list(means)
+  return effect(
+    np.array([means[key] for key in keys]),
+    np.array([key[2] for key in keys], bool),
+    [key[3] for key in keys],
+    WEIGHTS.get(what, (sign, -sign)),
+  )
+
+
+def _estimate(means: dict[tuple, float], line: dict, name: str, what: str) -> Estimate:
+  found = _effect(means, name, what)
+  return (found.mean, found.error) if found.units else estimate(line, name, what)
+
+
+def _barred(run: read.Run) -> dict[str, str]:
+  """{score: why} of the scores for which the run's judge does not pass its gate."""
+  judge = run.info.get("judge")
+  gate = judge.get("gate", {}) if isinstance(judge, dict) else {}
+  out = {}
+  for name in SCORES:
+    found = gate.get(name) or {"passed": False, "why": ["not measured"]}
+    if not found["passed"]:
+      first, *more = found["why"] or ["not measured"]
+      out[name] = first + (f" (and {len(more)} more)" if more else "")
+  return out
 
 
 def conclusion(found: Overview | None) -> str:
@@ -85,13 +127,16 @@ def conclusion(found: Overview | None) -> str:
     return f"Only step {found.first['step']} was evaluated, so there is no change to conclude on."
   where = f"from step {found.first['step']} to step {found.last['step']}"
   hexes = found.rows["hex"]
-  if hexes["gap"].prompts < FEWEST:
+  units = hexes["gap"].effect.units
+  if units < FEWEST:
     return (
-      f"Too few held-out users were evaluated ({hexes['gap'].prompts} in a group, at least "
-      f"{FEWEST} are needed) to conclude anything on the change {where}."
+      f"Too few held-out users were evaluated (of {units} units, at least {FEWEST} are needed) "
+      f"to conclude anything on the change {where}."
     )
   others, gap = hexes["non_gameable"], hexes["gap"]
-  if gap.notable:
+  if "hex" in found.barred:
+    lead = "The judge's HEX does not pass its gate, so nothing is concluded from its numbers"
+  elif gap.notable:
     rose = gap.change[0] > 0
     lead = f"Gameable users came to fare {'worse' if rose else 'better'} compared with the others"
   elif hexes["gameable"].notable and others.notable:
@@ -117,3 +162,17 @@ def plus_minus(value: Estimate, sign: bool = False) -> str:
     return "–"
   said = f"± {number(error)}" if math.isfinite(error) else "n too small"
   return f"{number(mean, sign=sign)} {said}"
+
+
+def span(interval: tuple[float, float]) -> str:
+  """Such as "[+0.07, +0.70]"; "n too small" where there is none."""
+  low, high = (number(end, sign=True) for end in interval)
+  return f"[{low}, {high}]" if math.isfinite(interval[0]) else "n too small"
+
+
+def shares(first: dict, last: dict) -> list[str]:
+  """What the replies are, before and after, and the scores of the coherent ones."""
+  names = [k for k in last if k.startswith("share_") or k.endswith("_coherent")]
+  said = [f"{k.removeprefix('share_').replace('_', ' ')} {number(first.get(k, math.nan))} -> "
+          f"{number(last[k])}" for k in names if last[k] is not None]  # fmt: skip
+  return ["replies: " + ", ".join(said)] if said else []

@@ -41,7 +41,8 @@ GAP_WORDS = {
   "hex": "gameable − non-gameable",
   "acc": "non-gameable − gameable",
 }
-GROUP_WORDS = {"gameable": "gameable users", "non_gameable": "non-gameable users", "gap": "gap"}
+GROUP_WORDS = {"gameable": "gameable users", "non_gameable": "non-gameable users",
+               "everyone": "all users", "gap": "gap"}  # fmt: skip
 HEALTH = {  # metric: (what it is, unit)
   "kl": ("KL to the base model, per token", "nats"),
   "entropy": ("entropy of the policy, per token", "nats"),
@@ -109,6 +110,7 @@ def write_report(run_dir: str | pathlib.Path, max_rollouts: int = MAX_ROLLOUTS) 
     facts=_facts(run, data),
     judge=judge_block(run.info.get("judge") or {}),
     overview=found,
+    shares=overview.shares(found.first, found.last) if found else [],
     table=[
       (line["step"], [overview.estimate(line, s, w) for s in labels for w in overview.COLUMNS])
       for line in run.evaluations
@@ -118,6 +120,7 @@ def write_report(run_dir: str | pathlib.Path, max_rollouts: int = MAX_ROLLOUTS) 
     window=_window(run),
     labels=labels,
     groups=GROUP_WORDS,
+    columns=[GROUP_WORDS[what] for what in overview.COLUMNS],
     notes=notes,
     data_json=embed_json(data),
     several=False,
@@ -142,7 +145,7 @@ def fill(template: str, **values: Any) -> str:
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
   )
-  environment.filters["pm"] = overview.plus_minus
+  environment.filters |= {"pm": overview.plus_minus, "num": charts.number, "span": overview.span}
   digest = hashlib.sha256(text("report.js").encode()).digest()
   return environment.get_template(template).render(
     css=text("report.css"),

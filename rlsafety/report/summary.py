@@ -4,7 +4,8 @@ import pathlib
 
 from rlsafety.errors import UserError
 from rlsafety.report import render
-from rlsafety.report.overview import Overview, overview, plus_minus
+from rlsafety.report.charts import number
+from rlsafety.report.overview import Overview, overview, shares, span
 from rlsafety.rundir import read
 
 NAMES = {"reward": "reward", "acc": "ACC", "hex": "HEX"}
@@ -24,26 +25,34 @@ def finish(workdir: pathlib.Path) -> dict:
 
 
 def as_dict(found: Overview) -> dict:
-  """{"reward_gameable": {"before": [mean, se], "after": [...], "change": [...]}, ...}."""
-  return {
-    f"{name}_{what}": {k: list(getattr(cell, k)) for k in ("before", "after", "change")}
-    for name, cells in found.rows.items()
-    for what, cell in cells.items()
-  }
+  """{"reward_gameable": {"before": [mean, error], "after", "change", "interval": [low, high],
+  "detectable", "within", "units"}, ...}: see `matched.Effect`."""
+  out = {}
+  for name, cells in found.rows.items():
+    for what, cell in cells.items():
+      effect = cell.effect
+      own = {k: list(getattr(cell, k)) for k in ("before", "after", "change")}
+      own |= {"interval": list(effect.interval), "units": effect.units}
+      own |= {"detectable": effect.detectable, "within": effect.within}
+      out[f"{name}_{what}"] = own
+  return out
 
 
 def table(found: Overview) -> str:
-  """Before, after and change with standard errors; * where the change is notable."""
+  """Before, after and the matched change with its interval; * where that excludes zero."""
   first, last = found.first, found.last
+  units = max(cell.effect.units for cells in found.rows.values() for cell in cells.values())
   lines = [
-    f"{first.get('prompts', '?')} held-out prompts x {first.get('samples', '?')} replies, "
-    f"step {first['step']} -> {last['step']}; mean +- standard error over prompts, "
-    "the change paired by prompt, * beyond two standard errors",
-    f"{'':8}{'users':14}{'before':>16}{'after':>16}{'change':>16}",
+    f"{first.get('prompts', '?')} held-out prompts of {units} units x {first.get('samples', '?')} "
+    f"replies, step {first['step']} -> {last['step']}; the change matched by prompt, with its 95% "
+    "interval over units (* excludes zero) and the change that would be found in 80% of such runs",
+    f"{'':8}{'users':14}{'before':>8}{'after':>8}{'change':>8}{'interval':>18}{'detectable':>12}",
   ]
   for name, cells in found.rows.items():
     for what, cell in cells.items():
-      values = plus_minus(cell.before), plus_minus(cell.after), plus_minus(cell.change, sign=True)
-      row = f"{NAMES[name]:8}{what.replace('_', '-'):14}" + "".join(f"{v:>17}" for v in values)
-      lines.append(row.replace("±", "+-").replace("−", "-") + " *" * cell.notable)
-  return "\n".join(lines)
+      values = [number(cell.before[0]), number(cell.after[0]), number(cell.change[0], sign=True)]
+      tail = f"{span(cell.effect.interval):>18}{number(cell.effect.detectable):>12}"
+      row = f"{NAMES[name]:8}{what.replace('_', '-'):14}" + "".join(f"{v:>8}" for v in values)
+      lines.append((row + tail).replace("−", "-") + " *" * cell.notable)
+  lines += [f"no stars for {NAMES[name]}: {why}" for name, why in found.barred.items()]
+  return "\n".join(lines + shares(first, last))

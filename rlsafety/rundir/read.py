@@ -172,11 +172,20 @@ def rescored(
 
 def prompt_means(records: list[dict], name: str, gameable: bool) -> dict[tuple, float]:
   """{(scenario, prompt): mean reward, acc or hex over its scored replies} of one group."""
+  means = unit_means(records, name)
+  return {key[:2]: mean for key, mean in means.items() if key[2] is gameable}
+
+
+def unit_means(records: list[dict], name: str) -> dict[tuple, float]:
+  """The same of everyone: {(scenario, prompt, is_gameable, unit): mean}. The unit of users that
+  have none is the person, and else the prompt."""
   found = {}
   for r in records:
     value = number(r.get(name))
-    if r["is_gameable"] is gameable and math.isfinite(value):
-      found.setdefault((r.get("scenario_id"), r["prompt"]), []).append(value)
+    if math.isfinite(value):
+      unit = r.get("unit") or r.get("person") or r["prompt"]
+      key = r.get("scenario_id"), r["prompt"], r["is_gameable"], str(unit)
+      found.setdefault(key, []).append(value)
   return {key: float(np.mean(values)) for key, values in found.items()}
 
 

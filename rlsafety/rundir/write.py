@@ -30,6 +30,7 @@ from rlsafety.models.chat import Chat
 from rlsafety.rollout import Experience, Users
 from rlsafety.rundir import check, place
 from rlsafety.types import Rollouts
+from rlsafety.verdicts import VERDICTS, most_likely
 
 FOLDERS = ("rollouts", "eval", "adapter", "checkpoints", "events", "scores")
 LOGS = ("metrics.jsonl", "timing.jsonl", "rollouts/train.jsonl", "eval/summary.jsonl")
@@ -282,6 +283,7 @@ def rollout_records(
 ) -> list[dict]:
   """One record per reply, as rollouts/ and eval/ store them; first: number of the first user."""
   records = []
+  classes = most_likely(scores["verdicts"]) if "verdicts" in scores else None
   for p, user in enumerate(users.scenarios):
     about = {
       "scenario_id": user.id,
@@ -302,6 +304,7 @@ def rollout_records(
         | {"logprobs": [round(float(x), 6) for x in rollouts.logprobs[p, g, :n]]}
         | {"length": n, "finished": bool(rollouts.finished[p, g])}
         | {name: scores[name][p, g] for name in gaps.SCORES}
+        | ({} if classes is None else {"verdict": [*VERDICTS, None][classes[p, g]]})
       )
   return records
 

@@ -1,0 +1,97 @@
+"""Held-out users before and after: matched changes, with intervals over units.
+
+A unit (an issue, a situation) is what was held out as a whole, and its users share sentences, so
+units and not replies are the independent draws. With the ten or so of a run a percentile bootstrap
+over units is too narrow, so intervals are t intervals over units: the error is the spread of the
+units' summed influences, exact for units of equal size.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from scipy import stats
+
+from rlsafety.verdicts import VERDICTS, coherent, most_likely
+
+# Weights of the means over (gameable, non-gameable) prompts; a gap's signs are gaps.GAP_SIGN.
+WEIGHTS = {"gameable": (1.0, 0.0), "non_gameable": (0.0, 1.0), "everyone": (0.5, 0.5)}
+FEWEST = 5  # units below which nothing is called a change
+
+
+@dataclasses.dataclass(frozen=True)
+class Effect:
+  """mean, its standard error over units (NaN below two), and how many units it rests on."""
+
+  mean: float
+  error: float
+  units: int
+
+  def _half(self, quantile: float) -> float:
+    return float(stats.t.ppf(quantile, self.units - 1)) * self.error if self.units > 1 else math.nan
+
+  @property
+  def interval(self) -> tuple[float, float]:
+    """95 % t interval over units."""
+    return self.mean - self._half(0.975), self.mean + self._half(0.975)
+
+  @property
+  def detectable(self) -> float:
+    """The true change that a two-sided test of level 0.05 finds in 80 % of such evaluations."""
+    return self._half(0.975) + self._half(0.8)
+
+  @property
+  def within(self) -> float:
+    """The smallest b for which two one-sided tests of level 0.05 say |change| < b."""
+    return abs(self.mean) + self._half(0.95)
+
+  @property
+  def notable(self) -> bool:
+    """Enough units, and the 95 % interval excludes zero."""
+    low, high = self.interval
+    return self.units >= FEWEST and self.error > 0 and (low > 0 or high < 0)
+
+
+def effect(
+  values: np.ndarray, is_gameable: np.ndarray, units: Sequence[str], weights: tuple[float, float]
+) -> Effect:
+  """Weighted sum of the two groups' means. values [N], one of each prompt, NaN left out.
+
+  Where a person stands in both groups, and so in one unit, what the versions share cancels in a
+  gap: weights (1, -1) give the mean and error of the differences within persons.
+  """
+  values, is_gameable = np.asarray(values, float), np.asarray(is_gameable, bool)
+  known = np.isfinite(values)
+  mean, influence, used = 0.0, np.zeros(len(values)), np.zeros(len(values), bool)
+  for weight, group in zip(weights, (is_gameable, ~is_gameable), strict=True):
+    members = group & known
+    if not weight:
+      continue
+    if not members.any():
+      return Effect(math.nan, math.nan, 0)
+    centre = values[members].mean()
+    mean += weight * centre
+    influence[members] = weight * (values[members] - centre) / members.sum()
+    used |= members
+  names, place = np.unique(np.asarray(units)[used], return_inverse=True)
+  sums, count = np.bincount(place, influence[used]), len(names)
+  error = math.sqrt(count / (count - 1) * (sums**2).sum()) if count > 1 else math.nan
+  return Effect(float(mean), error, count)
+
+
+def verdict_shares(scores: Mapping[str, np.ndarray], finished: np.ndarray) -> dict[str, float]:
+  """What the replies of an evaluation are, beside their scores; finished: bool, of all replies.
+
+  `share_cut`, and where a judge gives classes (scores["verdicts"] [P, G, 6]) `share_<class>` of the
+  replies with a verdict, and `acc_coherent` and `hex_coherent`: means over the coherent ones.
+  """
+  out = {"share_cut": float(1 - np.mean(finished))}
+  if "verdicts" in scores:
+    best, sane = most_likely(scores["verdicts"]), coherent(scores["verdicts"])
+    known = max(int((best >= 0).sum()), 1)
+    out |= {f"share_{name}": float((best == i).sum() / known) for i, name in enumerate(VERDICTS)}
+    for name in ("acc", "hex"):
+      kept = scores[name][sane & np.isfinite(scores[name])]
+      out[f"{name}_coherent"] = float(kept.mean()) if kept.size else math.nan
+  return out
