@@ -102,9 +102,3 @@ def test_seeds_of_unequal_completeness_are_averaged_and_named():
   np.testing.assert_allclose(cell["curve_sd"]["hex_gap"], [0, np.std([2, 4], ddof=1), NAN])
   study = m.seed_summary({5: seed([1.0, 3.0, 5.0]), 7: seed([1.0, 3.0, 7.0])}, 1, ddof=0)
   assert study["curve_sd"]["hex_gap"][2] == pytest.approx(1.0)  # population SD of 4 and 6
-
-
-def test_paired_change_uses_common_prompts_only():
-  mean, se, n = curves.paired_change({1: 2.0, 2: 4.0, 3: 9.0}, {1: 3.0, 2: 8.0, 4: 1.0})
-  assert (mean, n) == (2.5, 2) and se == pytest.approx(1.5)
-  assert np.isnan(curves.paired_change({1: 1.0}, {2: 1.0})[0])

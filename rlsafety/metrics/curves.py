@@ -1,11 +1,9 @@
-"""Smoothed curves, and changes paired by prompt: what a run's page and a study both need.
+"""Smoothed curves: what a run's page and a study both need.
 
 NaN means no verdict and is left out of every mean.
 """
 
 import numpy as np
-
-from rlsafety.metrics.gaps import mean_and_error
 
 WINDOW = 50  # steps; every stored number of the study uses it
 
@@ -32,13 +30,3 @@ def rolling_mean(values: np.ndarray, window: int, full_only: bool = False) -> np
   usable = (size > 0) & (inside | (not full_only))
   mean = (total[..., high] - total[..., low]) / np.maximum(size, 1)
   return np.where(usable, mean, np.nan)
-
-
-def paired_change(before: dict, after: dict) -> tuple[float, float, int]:
-  """Mean change over the prompts that both have, its standard error, and their number.
-
-  before, after: {prompt: mean score}. Pairing by prompt removes the prompts' own spread,
-  which two separate standard errors would count twice.
-  """
-  change = np.array([after[k] - before[k] for k in before if k in after], float)
-  return *mean_and_error(change), int(np.isfinite(change).sum())
