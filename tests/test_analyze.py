@@ -163,7 +163,7 @@ def test_cells_agree_with_the_runs_and_the_law_behind_them(made):
   ]
   assert on["heldout_hex_gap"] == pytest.approx(np.mean(gaps))
   variants = out["variants"].set_index("variant")
-  assert variants.loc["off", "against"] == "on" and variants.loc["off", "paired_models"] == 3
+  assert variants.loc["off", "against"] == "on" and variants.loc["off", "pairs"] == 3
   assert variants.loc["off", "difference"] == pytest.approx(2.0, abs=0.4)
 
 
@@ -284,7 +284,7 @@ def test_off_policy_runs_are_compared_by_their_held_out_gaps(tmp_path):
   assert set(table["against"]) == {"on"}
   (row,) = table.query("outcome == 'heldout_hex_gap' and difference == difference").iloc
   changes = [gap[m, row["variant"]] - gap[m, row["against"]] for m in ("m1", "m2")]
-  assert row["difference"] == pytest.approx(np.mean(changes)) and row["paired_models"] == 2
+  assert row["difference"] == pytest.approx(np.mean(changes)) and row["pairs"] == 2
   assert any("off: no training rollouts of seed 5, held-out gaps only" in n for n in notes)
   alone = analyze.analyse(tmp_path / "alone", [str(tmp_path / "off" / "*")])
   assert set(alone["variants"]["outcome"]) == {"heldout_hex_gap", "heldout_acc_gap"}

@@ -3,8 +3,8 @@
   python -m rlsafety.study.analyze --runs 'runs/**' --out results/
   python -m rlsafety.study.analyze --published DIR --out results/   (the study's printed numbers)
 
-Writes CSV, Markdown and LaTeX tables (cells, seeds, correlations, partial, variants), SVG
-and PNG figures, notes.md, and index.html, a page that holds all of it.
+Writes CSV, Markdown and LaTeX tables (cells, seeds, correlations, partial, variants,
+interactions), SVG and PNG figures, notes.md, and index.html, a page that holds all of it.
 """
 
 import math
@@ -20,7 +20,7 @@ from rlsafety import flags
 from rlsafety.errors import UserError, run_main
 from rlsafety.report import render, transcripts
 from rlsafety.rundir import read
-from rlsafety.study import figures, gather, tables
+from rlsafety.study import figures, gather, interactions, statistics, tables
 from rlsafety.study.gather import Cells
 
 OUTCOMES = ("max_hex_gap", "max_acc_gap", "hms", "heldout_hex_gap", "heldout_acc_gap")
@@ -43,7 +43,8 @@ SHOWN = {
             "hms_windowed_sd", "heldout_hex_gap",
             "heldout_hex_gap_sd", "heldout_acc_gap", "heldout_acc_gap_sd", "max_reward", "runs"),
   "correlations": ("outcome", "environment", "variant", "benchmark", "method", "n", "seeds", "r",
-                   "low95", "high95", "p", "p_holm", "p_bh", "p_t", "loo_min", "loo_max",
+                   "low95", "high95", "p", "p_holm", "p_bh", "p_t", "p_none", "loo_min", "loo_max",
+                   "families_min", "families_max",
                    "models_low", "models_high", "seeds_low", "seeds_high", "per_seed"),
 }  # fmt: skip
 
@@ -96,6 +97,7 @@ def analyse(
     "correlations": tables.correlation_table(cells, scores_of, names, rhos=rhos, notes=notes),
     "partial": tables.partial_table(cells, scores_of, names),
     "variants": tables.variant_table(cells, names, reference),
+    "interactions": interactions.table(cells, scores_of, names),
   }
   out = Path(out)
   out.mkdir(parents=True, exist_ok=True)
@@ -127,12 +129,17 @@ def _captions(made: dict[str, DataFrame], cells: Cells) -> dict[str, str]:
     "seeds": f"Per run: scalars of its own smoothed curves. No test, so no correction. {common}",
     "correlations": "Across models. p: two-sided, exact or from permutations; p_t: t "
     f"approximation; p_holm, p_bh: corrected over the {family['correlations']} tests of one method "
-    "in this table; low95, high95: Fisher's z (Spearman: Bonett-Wright); loo: leave one model out; "
+    "in this table; low95, high95: Fisher's z (Spearman: Bonett-Wright); loo: leave one model out, "
+    f"families: one family; p_none: that |rho| is below {statistics.BOUND}, two one-sided tests; "
     f"models, seeds: bootstrap 95% intervals. {_power_text(made['correlations'])} {common}",
     "partial": f"Spearman partial correlations, t test; p_holm over {family['partial']} tests. "
     f"{common}",
-    "variants": "Per variant: mean over models; difference to the reference paired by model, 95% t "
-    f"interval, not corrected for the number of variants. {common}",
+    "variants": "Per variant: mean over models; difference to the reference paired by model "
+    "(with one model by seed), 95% t interval and sign test, not corrected for the number of "
+    f"variants. {common}",
+    "interactions": "Difference of two treatments' rank correlations with a benchmark over the "
+    "models that both have; p: permutations of the benchmark, p_holm corrected over the rows of "
+    f"one benchmark. {common}",
   }
 
 
@@ -144,7 +151,7 @@ def _power_text(table: DataFrame) -> str:
              for name in table if re.fullmatch(r"power_[\d.]+", name)]  # fmt: skip
   return (
     f"At n = {row['n']}, a true correlation of {', of '.join(chances)} (alpha 0.05, uncorrected), "
-    f"and {row['detectable']:.2f} with 0.80 (approximation: {tables.POWER})."
+    f"and {row['detectable']:.2f} with 0.80 ({tables.POWER})."
   )
 
 

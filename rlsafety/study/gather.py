@@ -27,7 +27,7 @@ from rlsafety.study import nulls, scalars
 # an adapter is another treatment than one that starts fresh.
 NOT_A_VARIANT = re.compile(
   r"^(name|seed|steps|variant|model\.(?!adapter$).*|mesh\..*|learner\..*|checkpoint\..*"
-  r"|eval\..*|environment\.(name|seed)"
+  r"|eval\..*|environment\.(name|seed|heldout_seed)"
   r"|judge\.(url|price|concurrency|timeout_s|deadline_s|attempts))$"
 )
 INITIAL = "initial"  # the variant of runs of 0 steps: what a model said before any training
@@ -52,7 +52,7 @@ class Cell:
   model: str
   environment: str
   variant: str
-  seeds: list[int]
+  seeds: list  # numbers, or "seed/environment.seed" where both vary
   values: dict[str, float] = field(default_factory=dict)
   sd: dict[str, float] = field(default_factory=dict)
   per_seed: DataFrame = field(default_factory=DataFrame)
@@ -176,10 +176,13 @@ def collect(
     apart, more = variants(initial)
     labels += [INITIAL if label == "main" else f"{INITIAL}, {label}" for label in apart]
     notes += [*more, f"runs of 0 steps, apart as variant `{INITIAL}`: {len(initial)}"]
-  groups: dict[tuple, dict[int, list[read.Run]]] = {}
+  # Other people and another split are a replicate as well as another seed of training.
+  several = len({_people(run) for run in trained}) > 1
+  groups: dict[tuple, dict[int | str, list[read.Run]]] = {}
   for run, label in zip(trained + initial, labels, strict=True):
     key = (read.model_name(run) or run.path.name, read.environment_name(run), label)
-    groups.setdefault(key, {}).setdefault(run.seed, []).append(run)
+    seed = f"{run.seed}/{_people(run)}" if several else run.seed
+    groups.setdefault(key, {}).setdefault(seed, []).append(run)
   for runs in (runs for seeds in groups.values() for runs in seeds.values()):
     runs.sort(key=lambda run: -run.last_step)  # the longest stays, the first of equals
     for left in runs[1:]:
@@ -198,6 +201,12 @@ def collect(
     seeds = {seed: runs[0] for seed, runs in sorted(groups[key].items())}
     cells.append(_cell(key, seeds, window, scores, compat, notes))
   return cells, notes + _said_once(cells)
+
+
+def _people(run: read.Run) -> str:
+  """Which people a run has, and which of them are held out."""
+  of = run.config.get("environment") or {}
+  return "/".join(dict.fromkeys(str(of.get(name, 0)) for name in ("seed", "heldout_seed")))
 
 
 def _said_once(cells: list[Cell]) -> list[str]:
@@ -225,7 +234,7 @@ def _said_once(cells: list[Cell]) -> list[str]:
 
 
 def _cell(
-  key: tuple[str, str, str], seeds: dict[int, read.Run], window: int, scores: str, compat: bool,
+  key: tuple[str, str, str], seeds: dict, window: int, scores: str, compat: bool,
   notes: list[str],
 ) -> Cell:  # fmt: skip
   cell = Cell(*key, list(seeds), sources=[str(run.path) for run in seeds.values()])

@@ -23,7 +23,7 @@ from rlsafety.study.gather import BENCHMARKS, Cell, Cells, numbers, read_csv, sl
 
 # Columns of a file of scores that say where a score comes from: never tested as scores.
 ABOUT = re.compile(r"(n|p|seeds|runs|correction|source|in_paper|hub_name|.*_(n|p|se|sd|std))$")
-POWER = "Fisher's z for Pearson, no ties"
+POWER = "simulated, of Spearman's exact test, no ties"
 
 
 def cell_table(cells: Cells) -> DataFrame:
@@ -136,17 +136,20 @@ def correlation_table(
       for method in statistics.METHODS:
         found = statistics.correlate(x, y, method)
         loo = statistics.leave_one_out(x, y, [c.model for c in known], method).values()
+        families = statistics.without_families(x, y, [c.model for c in known], method).values()
         models = statistics.bootstrap_models(x, y, method, draws)
         row = about | {
           "benchmark": benchmark, "method": method, "n": found.n, "r": found.r,
           "low95": found.low, "high95": found.high, "p": found.p,
           "p_kind": "exact" if found.exact else f"{statistics.PERMUTATIONS} permutations",
-          "p_t": found.p_t, "loo_min": min(loo), "loo_max": max(loo),
+          "p_t": found.p_t, "p_none": statistics.equivalence(found.r, found.n, method=method),
+          "loo_min": min(loo), "loo_max": max(loo), "families_min": min(families),
+          "families_max": max(families),
           "models_low": models[0], "models_high": models[1],
         }  # fmt: skip
         if all(about["outcome"] in c.per_seed for c in used):
           seeds = DataFrame([c.per_seed[about["outcome"]] for c in used])
-          seeds = seeds[sorted(seeds)].to_numpy()
+          seeds = seeds[sorted(seeds, key=str)].to_numpy()
           low, high = statistics.bootstrap_seeds(x[use], seeds, method, draws)
           each = statistics.per_seed(x[use], seeds, method)
           row |= {"seeds_low": low, "seeds_high": high}
@@ -208,35 +211,61 @@ def partial_table(cells: Cells, benchmarks: DataFrame, outcomes: Sequence[str]) 
 
 
 def variant_table(cells: Cells, outcomes: Sequence[str], reference: str = "") -> DataFrame:
-  """Each variant against the reference within an environment, paired by model.
+  """Each variant against the reference within an environment, paired by model, or by seed where
+  there is one model alone (`paired_by`); base and chat models of one name are pairs too.
 
   reference: a variant's label; "" takes the trained one with the most models, of equals one
-  that logs its own rollouts. The interval is a paired t interval over models. A variant
-  without the outcome has no row.
+  that logs its own rollouts. The interval is a paired t interval, p_sign an exact sign test. A
+  variant without the outcome has no row.
   """
   rows = []
   for environment, outcome in itertools.product(sorted({c.environment for c in cells}), outcomes):
     every = [c for c in cells if c.environment == environment]
     here = [c for c in every if math.isfinite(c.value(outcome))]
-    values = {v: pd.Series({c.model: c.value(outcome) for c in here if c.variant == v})
-              for v in sorted({c.variant for c in here})}  # fmt: skip
+    groups = {v: [c for c in here if c.variant == v] for v in sorted({c.variant for c in here})}
     rank = {
       c.variant: (not c.initial, sum(o.variant == c.variant for o in every), len(c.curves) > 0)
       for c in every
     }
-    base = reference if reference in values else max(values, key=rank.get, default="")
-    for variant, own in values.items():
-      change = (own - values[base]).dropna().to_numpy() if variant != base else np.array([])
+    base = reference if reference in groups else max(groups, key=rank.get, default="")
+    for variant, own in groups.items():
+      change, by = _changes(own, groups[base], outcome) if variant != base else (np.array([]), "")
       mean, error = mean_and_error(change)
       half = stats.t.isf(0.025, len(change) - 1) * error if len(change) > 1 else math.nan
+      moved = change[change != 0]
+      sign = stats.binomtest(int((moved > 0).sum()), len(moved)).pvalue if len(moved) else math.nan
+      values = pd.Series([c.value(outcome) for c in own])
       rows.append({
         "environment": environment, "outcome": outcome, "variant": variant, "models": len(own),
-        "seeds": seeds_text([c for c in here if c.variant == variant]),
-        "mean": own.mean(), "sd_models": own.std(), "against": base,
-        "paired_models": len(change), "difference": mean,
-        "low95": mean - half, "high95": mean + half,
+        "seeds": seeds_text(own), "mean": values.mean(), "sd_models": values.std(),
+        "against": base, "paired_by": by, "pairs": len(change), "difference": mean,
+        "low95": mean - half, "high95": mean + half, "p_sign": sign,
       })  # fmt: skip
   return DataFrame(rows)
+
+
+def _changes(own: Cells, base: Cells, outcome: str) -> tuple[np.ndarray, str]:
+  """Differences of pairs, and what pairs them: models, or the seeds of the only model."""
+  for name in (slug, _kin):
+    values = [pd.Series({name(c.model): c.value(outcome) for c in group}) for group in (own, base)]
+    change = (values[0] - values[1]).dropna().to_numpy()
+    if len(change):
+      break
+  if len(change) == 1:
+    (mine,) = (c for c in own if name(c.model) in set(map(name, [b.model for b in base])))
+    (theirs,) = (c for c in base if name(c.model) == name(mine.model))
+    if outcome in mine.per_seed and outcome in theirs.per_seed:
+      seeds = (mine.per_seed[outcome] - theirs.per_seed[outcome]).dropna().to_numpy(float)
+      if len(seeds) > 1:
+        return seeds, "seeds"
+  return change, "models" if len(change) else ""
+
+
+def _kin(model: str) -> str:
+  """What a chat model and its base have in common: Llama-2-7b-chat-hf and Llama-2-7b-hf."""
+  return slug(
+    re.sub(r"(?i)[-_](chat|instruct|it|hf|base)(?![a-z])|(?<=gemma)[-_]1[._]1", "", model)
+  )
 
 
 def covariates(cells: Cells, benchmarks: DataFrame) -> dict[str, np.ndarray]:
