@@ -30,6 +30,7 @@ NOT_A_VARIANT = re.compile(
   r"|eval\..*|environment\.(name|seed|heldout_seed)"
   r"|judge\.(url|price|concurrency|timeout_s|deadline_s|attempts))$"
 )
+PEOPLE = ("seed", "heldout_seed")  # of an environment: who there is, and who is held out
 INITIAL = "initial"  # the variant of runs of 0 steps: what a model said before any training
 BENCHMARKS = Path(__file__).parent / "benchmark_scores.csv"
 PUBLISHED_NAMES = {
@@ -177,11 +178,12 @@ def collect(
     labels += [INITIAL if label == "main" else f"{INITIAL}, {label}" for label in apart]
     notes += [*more, f"runs of 0 steps, apart as variant `{INITIAL}`: {len(initial)}"]
   # Other people and another split are a replicate as well as another seed of training.
-  several = len({_people(run) for run in trained}) > 1
+  replicates = [f for f in PEOPLE if len({_people(run, f) for run in trained}) > 1]
   groups: dict[tuple, dict[int | str, list[read.Run]]] = {}
   for run, label in zip(trained + initial, labels, strict=True):
     key = (read.model_name(run) or run.path.name, read.environment_name(run), label)
-    seed = f"{run.seed}/{_people(run)}" if several else run.seed
+    others = [_people(run, f) for f in replicates]
+    seed = "/".join([str(run.seed), *others]) if others else run.seed
     groups.setdefault(key, {}).setdefault(seed, []).append(run)
   for runs in (runs for seeds in groups.values() for runs in seeds.values()):
     runs.sort(key=lambda run: -run.last_step)  # the longest stays, the first of equals
@@ -203,10 +205,8 @@ def collect(
   return cells, notes + _said_once(cells)
 
 
-def _people(run: read.Run) -> str:
-  """Which people a run has, and which of them are held out."""
-  of = run.config.get("environment") or {}
-  return "/".join(dict.fromkeys(str(of.get(name, 0)) for name in ("seed", "heldout_seed")))
+def _people(run: read.Run, field: str) -> str:
+  return str((run.config.get("environment") or {}).get(field, 0))
 
 
 def _said_once(cells: list[Cell]) -> list[str]:
