@@ -52,7 +52,7 @@ def power(
   s: Spread, effect: float, seeds: int, units: int, samples: float = 1.0, alpha: float = 0.05,
   groups: int = 2,
 ) -> float:  # fmt: skip
-  """Chance that a two-sided t test finds `effect`, a difference of `groups` groups of `seeds` cells.
+  """Chance that a two-sided t test finds `effect` between `groups` groups of `seeds` cells.
 
   samples: replies to a person, in multiples of the pilot's; the whole rest is taken as sampling,
   which is too hopeful where seeds move units apart. Freedom: as in `confirm.crossed`.
