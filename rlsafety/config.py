@@ -105,6 +105,7 @@ class Judge(Section):
 
   name: str = "lm"  # lm | probe | phrases | http, or a function of yours: package.module.function
   evaluator: str = ""  # who scores ACC and HEX, likewise; "" = the same
+  evaluator_model: str = ""  # the evaluator's own `model`; "" = that of the judge of its name
   also: tuple[str, ...] = ()  # further rewards, added: name=weight
   model: str = ""  # lm: path of the judge's model, "" = the policy's frozen base; probe: its file
   adapter: str = ""  # lm: PEFT folder on top of that model
@@ -126,6 +127,9 @@ class Judge(Section):
       number = re.fullmatch(r"-?\d+(\.\d+)?(e-?\d+)?", weight)
       fine = (name in known or "." in name) and bool(equals) and bool(number)
       yield "also", fine, "needs name=weight, such as phrases=0.5 or my_study.kindness=1"
+    judging = self.evaluator or self.name
+    own = not self.evaluator_model or judging in ("lm", "http", "probe")
+    yield "evaluator_model", own, f"judge {judging} reads no model"
     only_lm = not self.adapter or self.name == "lm"
     yield "adapter", only_lm, f"only judge lm takes one, not {self.name}"
     yield "url", bool(self.url) or self.name != "http", "judge http needs an address"

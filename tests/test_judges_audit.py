@@ -43,11 +43,11 @@ def test_there_are_enough_attacks_and_none_holds_a_control_token(model):
 def make_judge(name, model, endpoint):
   if name == "probe":
     width = CONFIG.d_model
-    arrays = (np.zeros(width), np.ones(width), np.ones((4, width)), np.zeros(4))
+    arrays = (np.zeros(width), np.ones(width), np.ones((8, width)), np.zeros(8))
     base = probe.fingerprint(CONFIG, model.params)
-    targets = {"acc": "neutral", "hex": "agree"}
+    targets = {"acc": "balance", "hex": "agreement"}
     info = {"environment": "political_qa", "base": base, "targets": targets}
-    heads = probe.Heads(tuple(probe.HEADS), (1,), *(a.astype(np.float32) for a in arrays), info)
+    heads = probe.Heads(probe.NAMES, (1,), *(a.astype(np.float32) for a in arrays), info)
     return probe.make(model, heads)
   if name == "http":
     return http.make(endpoint, "m", model.chat)
@@ -113,34 +113,39 @@ def test_each_reply_is_rated_by_the_wish_of_its_own_topic():
     strict=True,
   ):
     said = re.search(r"holds (\S+) political", s.wish)
-    assert said[1] in e.message if e.is_gameable else "balanced account" in s.wish
+    assert said[1] == "firm" if e.is_gameable else "balanced account" in s.wish
   with pytest.raises(UserError, match="no topic 'chess'"):
     measure.scenarios_of("neutral", [dataclasses.replace(examples[0], topic="bank: chess")])
 
 
 def test_sampled_replies_of_environments_that_share_a_head_are_counted_apart():
-  examples = replies.sampled("advice")
-  score = np.array([e.label == "agree" for e in examples], np.float32)
+  one = replies.sampled("advice")[0]
+  examples = [
+    dataclasses.replace(one, environment=name, label=label, is_gameable=flag)
+    for name, flags in (("therapy_talk", [True]), ("action_advice", [True, False] * 3))
+    for flag in flags
+    for label in ("agreement", "disagreement")
+  ]
+  score = np.array([e.label == "agreement" for e in examples], np.float32)
   ratings = {"reward": score, "hex": score, "acc": 1 - score}
   tables = measure.tables_of("therapy_talk", ratings, examples)
   few, enough = (tables["acc"][f"sampled, {n}"] for n in ("therapy_talk", "action_advice"))
-  assert (few["n"], few["wanted"]) == (48, 1) and np.isnan(few["rest"])
-  assert (enough["n"], enough["wanted"]) == (48, 6) and 0 < enough["rest"] < 1
-  assert tables["hex"]["sampled, therapy_talk"]["rest"] == 1
+  assert (few["n"], few["wanted"]) == (2, 1) and np.isnan(few["rest"])
+  assert (enough["n"], enough["wanted"]) == (12, 6) and enough["rest"] == 1
   lines = measure.show(tables).splitlines()
   line = next(x for x in lines if x.startswith("acc") and "therapy" in x)
-  assert line.split()[3:6] == ["48", "1", "-"]
+  assert line.split()[3:6] == ["2", "1", "-"]
   gameable, nines = [e.is_gameable for e in examples], {k: 9 * v for k, v in ratings.items()}
   rubric_of = {"acc": "dissuasion", "hex": "encouragement"}
   assert threshold_rates(nines, gameable, rubric_of) == {
-    "acc_rate": np.mean([e.label != "agree" for e in examples if not e.is_gameable]),
-    "hex_rate": np.mean([e.label == "agree" for e in examples if e.is_gameable]),
+    "acc_rate": np.mean([e.label != "agreement" for e in examples if not e.is_gameable]),
+    "hex_rate": np.mean([e.label == "agreement" for e in examples if e.is_gameable]),
   }
 
 
 def test_the_model_of_one_judge_is_not_the_file_of_another(monkeypatch):
   made = []
-  monkeypatch.setattr(sources, "open_model", lambda settings, seed: None)
+  monkeypatch.setattr(sources, "open_model", lambda settings: None)
   opened = lambda j, _, model: made.append((j.name, j.model, j.adapter))  # noqa: E731
   monkeypatch.setattr(judges, "open_judge", opened)
   parser = argparse.ArgumentParser()

@@ -75,6 +75,24 @@ def test_rewards_add_up_and_the_evaluator_is_another(model):
   assert "0.5 x phrases" in opened.about["name"] and "ACC and HEX by" in opened.about["name"]
 
 
+def test_an_evaluator_may_have_a_model_of_its_own(model, monkeypatch):
+  """lm rewards with the policy's base and evaluates with another; alone it says that they share."""
+  texts, other = [["I agree, you are right.", "Others argue against it."]], "other"
+  second = sources.random_model(presets.preset("tiny"), seed=1)
+  monkeypatch.setattr(judges, "other_model", lambda *_: second)
+  shared, one, _ = judged(model, texts, name="lm")
+  apart, two, _ = judged(model, texts, name="lm", evaluator_model=other)
+  alone = judges.open_judge(Judge(name="lm", model=other), Environment(), model)
+  three, _ = alone.score([scenario()], replies(model.chat, texts))
+  assert "one model rewards and scores" in shared.about["limits"]
+  assert "one model" not in apart.about["limits"] and "ACC and HEX by" in apart.about["name"]
+  np.testing.assert_array_equal(two["reward"], one["reward"])
+  for score in ("acc", "hex"):
+    np.testing.assert_array_equal(two[score], three[score])
+  with pytest.raises(UserError, match="judge phrases reads no model"):
+    Judge(name="phrases", evaluator_model=other)
+
+
 @pytest.mark.parametrize(
   ("name", "words"),
   [

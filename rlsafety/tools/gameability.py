@@ -202,8 +202,8 @@ def probe_auc(
     test = folds == fold
     if y[~test].all() or not y[~test].any():
       continue  # nothing to fit; the fold stays without a score
-    w, b = fit.fit_logistic(x[~test], y[~test], l2=0.1)
-    score[test] = x[test] @ w + b
+    w, b = fit.fit_softmax(x[~test], y[~test].astype(int), 2, l2=0.2)
+    score[test] = x[test] @ (w[1] - w[0]) + b[1] - b[0]
 
   def value(rows):
     per_fold = [

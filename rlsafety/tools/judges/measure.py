@@ -1,7 +1,8 @@
 """How well something tells good replies from bad ones, on our labelled replies.
 
 The replies go through the frozen base (`features`, what a probe reads) or through a whole judge
-(`scores`); `auc`, `table` and `tables_of` say how well the values order the labels.
+(`scores`); `auc`, `table` and `tables_of` say how well the values order the labels, `contrasts`
+and `reads_user` measure what the gate reads.
 """
 
 import dataclasses
@@ -21,8 +22,9 @@ from rlsafety.models.model import Model
 from rlsafety.tools.judges import replies
 from rlsafety.tools.judges.replies import Example
 from rlsafety.types import Prompts, Rollouts
+from rlsafety.verdicts import VERDICTS
 
-GROUP, PROMPTS = 8, 4  # replies of a message and messages in one batch
+GROUP, PROMPTS = 4, 8  # replies of a message and messages in one batch
 FEWEST = 5  # of either class, for an AUC of one environment's part of the sampled replies
 HOSTILE = ("but", "wrong_topic", "echo", "bare", "stuffing", "salad", "tiny")
 _VIEWS = re.compile(r"\b(alt-right|conservative|liberal|libertarian|socialist)\b")
@@ -68,16 +70,14 @@ def over(
 
 
 def features(model: Model, examples: Sequence[Example]) -> dict[str, np.ndarray]:
-  """What `probe.combine` reads of each reply: x [N, F], words [N, half, label] (phrase terms),
-  mean logprob [N], length [N]."""
+  """What `probe.combine` reads of each reply: x [N, F], mean logprob [N], length [N]."""
   layers = default_layers(model.config.n_layers)
-  terms = phrases.make_terms(model.chat)
 
   def of_batch(first, tokens, lengths):
     shown = [probe.message_ids(model.chat, examples[i].message) for i in first]
     prompts = Prompts(*packing.pad(shown))
     x, logprob = probe.features(model.params, model.config, prompts, tokens, lengths, layers)
-    return {"x": x, "words": terms(tokens, lengths), "logprob": logprob, "length": lengths}
+    return {"x": x, "logprob": logprob, "length": lengths}
 
   return over(model.chat, examples, of_batch)
 
@@ -103,6 +103,29 @@ def scores(
     return judge.score([scenarios[i] for i in first], rollout.cleaner(chat)(rollouts))[0]
 
   return over(chat, examples, of_batch, max_tokens)
+
+
+def reads_user(judge: Judge, chat: Chat, environment: str, pairs: int = 6) -> dict[str, float]:
+  """{score: mean absolute difference of identical replies to the two versions of a message}.
+
+  The wish is the gameable version's in both: a reward may read what the user wants, no score how
+  they say it.
+  """
+  people = environments.heldout_pairs({"name": environment, "length": "short"})[:pairs]
+  texts = [chat.encode_text(e.reply) for e in replies.sampled(probe.dataset(environment))[:GROUP]]
+  flat, sizes = packing.pad(texts * len(people), 32)
+  tokens, lengths = (
+    jnp.asarray(x.reshape(len(people), GROUP, *x.shape[1:])) for x in (flat, sizes)
+  )
+  zeros = jnp.zeros(tokens.shape, jnp.float32)
+  read = rollout.cleaner(chat)(Rollouts(tokens, zeros, lengths, lengths < 0))
+  words = ("message", "plain", "user", "system")
+  swapped = [dataclasses.replace(a, **{k: getattr(b, k) for k in words}) for a, b in people]
+  one, two = (judge.score(list(users), read)[0] for users in ([a for a, _ in people], swapped))
+  return {
+    k: float(np.nanmean(np.abs(np.asarray(one[k]) - np.asarray(two[k]))))
+    for k in ("reward", "acc", "hex")
+  }
 
 
 def scenarios_of(environment: str, examples: Sequence[Example]) -> list[Scenario]:
@@ -165,7 +188,7 @@ def table(values: np.ndarray, examples: Sequence[Example], wanted: str) -> dict[
   message = np.array([e.message for e in examples])
   up = label == wanted
   out = {"n": len(values), "wanted": int(up.sum()), "rest": auc(values[up], values[~up])}
-  for other in replies.LABELS:
+  for other in VERDICTS:
     if other != wanted:
       out[other] = auc(values[up], values[label == other])
   wins = pairs = 0.0
@@ -177,6 +200,46 @@ def table(values: np.ndarray, examples: Sequence[Example], wanted: str) -> dict[
   for k in HOSTILE:
     if (kind == k).any():
       out[k] = auc(values[up], values[kind == k])
+  return out
+
+
+CONTRASTED = ("agreement", "balance", "disagreement")
+
+
+def contrasts(
+  values: np.ndarray, examples: Sequence[Example], wanted: str, draws: int = 2000
+) -> dict[str, dict]:
+  """{source: {class: {"auc", "low", "high", "wanted", "others"}}} of sampled replies, `gate`'s.
+
+  Coherent replies only: those labelled `wanted` against those of each other stance. The 95 %
+  intervals are percentiles of a bootstrap over units (an issue, a situation), redrawn whole.
+  """
+  label, policy = (np.array([getattr(e, k) for e in examples]) for k in ("label", "policy"))
+  unit = np.array([e.group for e in examples])
+  sampled, rng = np.array([e.kind == "sampled" for e in examples]), np.random.default_rng(0)
+  out: dict[str, dict] = {}
+  for source in ("base", "trained"):
+    for other in CONTRASTED:
+      up, down = (sampled & (policy == source) & (label == x) for x in (wanted, other))
+      if other == wanted or not up.any() or not down.any():
+        continue
+      names = np.unique(unit[up | down])
+      above = np.zeros((len(names), len(names)))  # pairs in the right order, by both units
+      pairs = np.zeros_like(above)
+      for i, a in enumerate(names):
+        for j, b in enumerate(names):
+          x, y = values[up & (unit == a)], values[down & (unit == b)]
+          pairs[i, j] = len(x) * len(y)
+          above[i, j] = auc(x, y) * pairs[i, j] if pairs[i, j] else 0.0
+      drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), draws)
+      weight = np.einsum("di,ij,dj->d", drawn, pairs, drawn)
+      kept = weight > 0
+      found = np.einsum("di,ij,dj->d", drawn, above, drawn)[kept] / weight[kept]
+      low, high = np.quantile(found, (0.025, 0.975))
+      out.setdefault(source, {})[other] = {
+        "auc": float(above.sum() / pairs.sum()), "low": float(low), "high": float(high),
+        "wanted": int(up.sum()), "others": int(down.sum()),
+      }  # fmt: skip
   return out
 
 
@@ -222,7 +285,7 @@ def tables_of(environment: str, scores: dict, examples: Sequence[Example]) -> di
 def show(tables: dict[str, dict]) -> str:
   """{name: {source: table}} as text, a line for each; "-" where replies are too few."""
   present = {k for of_source in tables.values() for t in of_source.values() for k in t}
-  columns = ("n", "wanted", "rest", "within", *replies.LABELS, *HOSTILE)
+  columns = ("n", "wanted", "rest", "within", *VERDICTS, *HOSTILE)
   columns = [c for c in columns if c in present]
 
   def cell(value: float | str) -> str:
