@@ -55,7 +55,9 @@ setup(
   entry_points={"inspect_ai": ["rlsafety = rlsafety.serve.inspect_provider"]},
   extras_require={
     "tensorboard": ["tensorflow-cpu>=2.18", "tensorboard>=2.18"],
-    "inspect": ["inspect-ai>=0.3.200", "pyarrow>=17"],
+    "inspect": [
+      "inspect-ai>=0.3.200", "pyarrow>=17", "starlette>=0.46", "prometheus-client>=0.21",
+    ],
     "serve": ["starlette>=0.46", "uvicorn>=0.34", "prometheus-client>=0.21"],
     "benchmarks": ["lm-eval>=0.4.9"],
     "cuda": ["jax[cuda13]>=0.10"],  # NVIDIA drivers from 580 on

@@ -29,9 +29,8 @@ from rlsafety.learner import make_optimizer, starting_state
 from rlsafety.models import architecture, hf, presets, scoring, sources
 from rlsafety.models.chat import byte_chat
 from rlsafety.models.model import Model
-from rlsafety.serve import __main__ as program
 from rlsafety.serve import adapters, app, protocol, text
-from rlsafety.serve.engine import Engine, Size
+from rlsafety.serve.engine import Engine, Size, open_engine
 from rlsafety.types import Prompts, Replies
 
 LORAS = {
@@ -224,7 +223,7 @@ def test_the_same_code_runs_on_a_mesh(runs):
   said = []
   for use in (mesh, sharding.make_mesh(devices=jax.devices()[:1])):
     with jax.set_mesh(use):
-      engine = program.open_engine(found, use, rows=2, context=64, places=1)
+      engine = open_engine(found, use, rows=2, context=64, places=1)
     engine.start(warm=False)
     url, _, stop = serve(engine, found)
     said.append([

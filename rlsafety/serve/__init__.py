@@ -6,5 +6,5 @@
   text       tokens -> text as it grows, stop strings, log-probs per token
   protocol   bodies of requests -> what is wanted, and answers, in OpenAI's form
   app        the HTTP server: `python -m rlsafety.serve`
-  inspect_provider, tasks   the same engine in process, for Inspect and within a training run
+  inspect_provider   the same engine in process, as a model of Inspect
 """

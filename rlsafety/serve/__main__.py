@@ -17,13 +17,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from jax.sharding import Mesh
-
-from rlsafety import config, flags, runtime, sharding
+from rlsafety import flags, runtime, sharding
 from rlsafety.errors import UserError, run_main
-from rlsafety.models import sources
 from rlsafety.serve import adapters
-from rlsafety.serve.engine import Engine, Size
+from rlsafety.serve.engine import open_engine
 
 KEY = "RLSAFETY_SERVE_KEY"
 
@@ -103,19 +100,6 @@ async def listen(
     told.cancel()
     server.config.app.server.engine.close()
   log.info("closed")
-
-
-def open_engine(
-  found: adapters.Catalogue, mesh: Mesh, rows: int, context: int, places: int, queue: int = 256
-) -> Engine:
-  """The base of a catalogue in memory, behind an engine that is not started."""
-  settings = config.Model(**{**found.section.__dict__, "adapter": ""})
-  model = sources.open_model(settings, mesh)
-  context = min(context, model.config.max_positions)
-  return Engine(
-    model, mesh, Size.of(rows, context, places), rank=found.rank, targets=found.targets,
-    load=lambda policy: found.load(policy, model.config), max_waiting=queue,
-  )  # fmt: skip
 
 
 if __name__ == "__main__":

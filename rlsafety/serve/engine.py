@@ -18,11 +18,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from rlsafety import config
 from rlsafety.errors import UserError
+from rlsafety.models import sources
 from rlsafety.models.lora import Adapter
 from rlsafety.models.model import Model
 from rlsafety.serve import steps
-from rlsafety.serve.adapters import Policy
+from rlsafety.serve.adapters import Catalogue, Policy
 
 CHUNK, TOPS = steps.CHUNK, steps.TOPS
 _COMPILED = [0]  # programs that this process has compiled, or read from the cache
@@ -386,3 +388,16 @@ def _scored(job: Job, logprobs: np.ndarray, ids: np.ndarray, values: np.ndarray)
   )
   known = [float("nan"), *logprobs[: n - 1].tolist()]
   return Piece(-1, list(job.ids), known, *shown, "" if job.max_tokens else "stop")
+
+
+def open_engine(
+  found: Catalogue, mesh: Mesh, rows: int, context: int, places: int, queue: int = 256
+) -> Engine:
+  """The base of a catalogue in memory, behind an engine that is not started."""
+  settings = config.Model(**{**found.section.__dict__, "adapter": ""})
+  model = sources.open_model(settings, mesh)
+  context = min(context, model.config.max_positions)
+  return Engine(
+    model, mesh, Size.of(rows, context, places), rank=found.rank, targets=found.targets,
+    load=lambda policy: found.load(policy, model.config), max_waiting=queue,
+  )  # fmt: skip
