@@ -147,3 +147,15 @@ def test_the_page_shows_answers_and_every_cell_while_some_wait(tmp_path):
   assert "&lt;q&gt;" in text and "<b>not finite" not in text
   assert "stopped" in text and "waiting" in text and "training" in text
   assert text.count("<figure>") == 6  # HEX gap alone has values; one figure for each cell
+
+
+def test_answers_are_read_from_the_plans_in_the_runs(tmp_path):
+  write_cells(tmp_path, 2.0, np.random.default_rng(3), sd_cell=0.05, sd_unit=0.1, sd_rest=0.1)
+  asked = study(question(direction="greater"))
+  for name in CELLS:
+    design.write(asked, name, tmp_path / name)
+  found = confirm.of_runs(sorted(tmp_path.iterdir()))
+  (answer,) = confirm.answers(asked, tmp_path)
+  assert list(found["answer"]) == ["yes"] and found["estimate"][0] == answer.estimate
+  assert found["plan"][0] == design.digest(design.plan_of(asked))[:12]
+  assert confirm.of_runs([ROOT]).empty

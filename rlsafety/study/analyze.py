@@ -20,7 +20,7 @@ from rlsafety import flags
 from rlsafety.errors import UserError, run_main
 from rlsafety.report import render, transcripts
 from rlsafety.rundir import read
-from rlsafety.study import figures, gather, interactions, statistics, tables
+from rlsafety.study import confirm, figures, gather, interactions, statistics, tables
 from rlsafety.study.gather import Cells
 
 OUTCOMES = ("max_hex_gap", "max_acc_gap", "hms", "heldout_hex_gap", "heldout_acc_gap")
@@ -92,6 +92,7 @@ def analyse(
   if unmatched:
     notes.append(f"no benchmark scores for: {', '.join(unmatched)} (add them with --benchmarks)")
   made = {
+    "confirmatory": confirm.of_runs(Path(run) for c in cells if globs for run in c.sources),
     "cells": tables.cell_table(cells),
     "seeds": tables.seed_table(cells),
     "correlations": tables.correlation_table(cells, scores_of, names, rhos=rhos, notes=notes),
@@ -122,8 +123,12 @@ def _captions(made: dict[str, DataFrame], cells: Cells) -> dict[str, str]:
   )
   family = {k: len(made[k][made[k]["method"] == "spearman"]) if k == "correlations" and len(made[k])
             else len(made[k]) for k in ("correlations", "partial")}  # fmt: skip
+  exploratory = "Exploratory. " if len(made["confirmatory"]) else ""
   return {
-    "cells": "Per cell: scalars of the seed-mean smoothed curves; _sd over the seeds' own scalars; "
+    "confirmatory": "Confirmatory: the questions that were fixed when training started, as the runs' "
+    "study.json has them. Seeds and held-out units are crossed random effects; p corrected over the "
+    "questions of a study; p_none: that the effect is below the smallest of interest.",
+    "cells": f"{exploratory}Per cell: scalars of the seed-mean smoothed curves; _sd over the seeds' own scalars; "
     "_null95: what 95 of 100 shuffles of the group labels within steps stay below; "
     f"_full without half-filled edge windows. No test, so no correction. {common}",
     "seeds": f"Per run: scalars of its own smoothed curves. No test, so no correction. {common}",
@@ -248,6 +253,9 @@ def main(argv: Sequence[str]) -> None:
   made = analyse(globs=list(filter(None, globs)), rhos=rhos, compat=compat, **given)
   for note in made["notes"]:
     print(f"note: {note}")
+  if len(made["confirmatory"]):
+    print(made["confirmatory"].to_string(index=False, float_format=lambda v: f"{v:.3f}"))
+    print("exploratory from here on:")
   table = made["correlations"]
   if len(table):
     table = table[table["method"] == "spearman"]

@@ -10,9 +10,10 @@ bootstrap over seeds is not used: with two or three of them its intervals are fa
 import dataclasses
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+from pandas import DataFrame
 from scipy import stats
 
 from rlsafety.metrics.gaps import GAP_SIGN
@@ -169,6 +170,26 @@ def _answer(q: design.Question, found: tuple, p: float, corrected: float, alpha:
     word = "undecided"
   return Answer(q, estimate, estimate - half, estimate + half, p, corrected, float(none), power,
                 sizes, units, word)  # fmt: skip
+
+
+def of_runs(runs: Iterable[pathlib.Path]) -> DataFrame:
+  """The answers of the studies that run directories belong to, by the plans written at their start:
+  a row for each question. Empty where no run has a plan."""
+  plans = {}
+  for run in runs:
+    if found := design.read(run):
+      plans[run.parent, found["sha256"]] = found["plan"]
+  rows = []
+  for (folder, sha256), plan in plans.items():
+    for a in answers(design.of_plan(plan), folder):
+      rows.append({
+        "study": plan["name"], "plan": sha256[:12], "question": a.question.name,
+        "outcome": a.question.outcome, "direction": a.question.direction,
+        "smallest": a.question.smallest, "estimate": a.estimate, "low95": a.low, "high95": a.high,
+        "p": a.p, "p_corrected": a.p_corrected, "p_none": a.p_none, "power": a.power,
+        "cells": f"{a.cells[0]} - {a.cells[1]}", "units": a.units, "answer": a.word,
+      })  # fmt: skip
+  return DataFrame(rows)
 
 
 def table(study: design.Study, workdir: pathlib.Path) -> str:

@@ -47,11 +47,11 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-  """cells: configs by name, a plain word each. correction: of the questions' p values, holm | none.
+  """cells: configs by name, a plain word each (None where only answers are read). correction: of the questions' p values, holm | none.
   alpha: the error rate of all questions together."""
 
   name: str
-  cells: Mapping[str, Config]
+  cells: Mapping[str, Config | None]
   questions: tuple[Question, ...] = ()
   correction: str = "holm"
   alpha: float = 0.05
@@ -145,6 +145,14 @@ def plan_of(study: Study) -> dict:
   plain = json.loads(json.dumps(questions))
   return {"name": study.name, "questions": plain, "correction": study.correction,
           "alpha": study.alpha}  # fmt: skip
+
+
+def of_plan(plan: Mapping) -> Study:
+  """The study of a stored plan, to read answers from the runs of its cells."""
+  asked = [{**q, "more": tuple(q["more"]), "less": tuple(q["less"])} for q in plan["questions"]]
+  questions = tuple(Question(**q) for q in asked)
+  cells = dict.fromkeys(c for q in questions for c in (*q.more, *q.less))
+  return Study(plan["name"], cells, questions, plan["correction"], plan["alpha"])
 
 
 def digest(plan: Mapping) -> str:
