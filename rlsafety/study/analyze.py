@@ -125,10 +125,11 @@ def _captions(made: dict[str, DataFrame], cells: Cells) -> dict[str, str]:
             else len(made[k]) for k in ("correlations", "partial")}  # fmt: skip
   exploratory = "Exploratory. " if len(made["confirmatory"]) else ""
   return {
-    "confirmatory": "Confirmatory: the questions that were fixed when training started, as the runs' "
-    "study.json has them. Seeds and held-out units are crossed random effects; p corrected over the "
-    "questions of a study; p_none: that the effect is below the smallest of interest.",
-    "cells": f"{exploratory}Per cell: scalars of the seed-mean smoothed curves; _sd over the seeds' own scalars; "
+    "confirmatory": "Confirmatory: the questions that were fixed when training started, as the "
+    "runs' study.json has them. Seeds and held-out units are crossed random effects; p corrected "
+    "over the questions of a study; p_none: that the effect is below the smallest of interest.",
+    "cells": f"{exploratory}Per cell: scalars of the seed-mean smoothed curves; "
+    "_sd over the seeds' own scalars; "
     "_null95: what 95 of 100 shuffles of the group labels within steps stay below; "
     f"_full without half-filled edge windows. No test, so no correction. {common}",
     "seeds": f"Per run: scalars of its own smoothed curves. No test, so no correction. {common}",

@@ -47,7 +47,8 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-  """cells: configs by name, a plain word each (None where only answers are read). correction: of the questions' p values, holm | none.
+  """cells: configs by name, a plain word each (None where only answers are read).
+  correction: of the questions' p values, holm | none.
   alpha: the error rate of all questions together."""
 
   name: str
