@@ -15,7 +15,6 @@ from rlsafety.study.design import Question, Study, crossed, named
 def get_study(steps: str = "6"):
   c = recipes.load_recipe(str(pathlib.Path(__file__).parents[1] / "smollm2_syco.py"))
   c.steps = int(steps)
-  c.max_prompt_tokens = 160  # the therapist's system prompt is the longer one
   c.sampler.group = 4
   c.eval.every = 0
   c.eval.prompts = 8
