@@ -154,7 +154,10 @@ def test_shipped_heads_on_sincere_replies_attacks_and_two_versions_of_a_user(smo
     read = measure.reads_user(judge, smollm2.chat, environment, pairs=2)
     assert all(value < gate.MOST_READ for value in read.values()), read
   for score, record in judge.about["measured"].items():
-    assert set(record["contrasts"]) == set(gate.SOURCES) and record["pleasant"], score
+    sources = set(record["contrasts"])
+    assert "base" in sources and sources <= set(gate.SOURCES) and record["pleasant"], score
+    # What could not be measured, for want of such replies, passes no gate.
+    assert sources == set(gate.SOURCES) or not gate.passes(record)["passed"], score
 
 
 def test_a_head_of_another_base_is_refused(smollm2):
