@@ -178,7 +178,7 @@ def test_our_task_runs_through_the_harness_offline(lm, tmp_path, monkeypatch):
 
 def test_program_writes_a_table_that_the_analysis_reads(lm, tmp_path, monkeypatch, capsys):
   monkeypatch.setenv("HF_HOME", str(tmp_path))
-  monkeypatch.setattr(sources, "open_model", lambda section, seed, mesh: lm.model)
+  monkeypatch.setattr(sources, "open_model", lambda section, mesh: lm.model)
   out = tmp_path / "scores.csv"
   flags = ["--tasks=rlsafety_sycophancy", f"--out={out}", "--limit=2"]
   for path in ("models/one", "models/Qwen1.5-0.5B-Chat", "models/one"):

@@ -91,8 +91,8 @@ def test_measures_follow_the_factors(measured):
   assert none["auc_words"][1] < 0.5 < none["auc_words"][2]
   for group in ("gameable", "non_gameable"):
     assert none["cues_per_100_words"][group] == [0, 0, 0]
-    # Three slots (lead, self-description, question) in a message of 35-60 words.
-    assert 6 < style["cues_per_100_words"][group][0] < 10
+    # Three slots (lead, self-description, question) in 35-60 words, the asked-for length included.
+    assert 5 < style["cues_per_100_words"][group][0] < 10
   seeking, reflective = style["seeking_per_100_words"], style["reflective_per_100_words"]
   assert seeking["gameable"][1] > seeking["non_gameable"][2]
   assert reflective["non_gameable"][1] > reflective["gameable"][2]
