@@ -22,7 +22,7 @@ def get_config():
   c.prompts_per_step = 4
   c.max_prompt_tokens = 112
   c.sampler.group = 6
-  c.sampler.max_tokens = 64  # 85% of the base's replies end before
+  c.sampler.max_tokens = 64  # 85% of the base's replies end before, on the users it was set on
   c.sampler.temperature = 0.8  # readable at 135M, and still spread within a group
   c.judge.name = "probe"
   c.optimizer.learning_rate = 4e-4

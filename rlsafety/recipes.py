@@ -61,6 +61,14 @@ def replaced(config: Config, changes: Mapping[str, object]) -> Config:
 
 def load_recipe(recipe: str) -> ConfigDict:
   """FILE.py[:argument] -> what its get_config(argument) returns."""
+  config = called(recipe, "get_config", "--config")
+  if not isinstance(config, ConfigDict):
+    raise UserError(f"--config={recipe.partition(':')[0]}: get_config() returns no ConfigDict")
+  return config
+
+
+def called(recipe: str, function: str, flag: str) -> object:
+  """FILE.py[:argument] -> function(argument) of that file. Raises UserError naming the flag."""
   path, _, argument = recipe.partition(":")
   file = pathlib.Path(path)
   if not file.is_file() or file.suffix != ".py":
@@ -68,24 +76,22 @@ def load_recipe(recipe: str) -> ConfigDict:
     names = sorted(p.stem for p in folder.glob("*.py")) if folder.is_dir() else []
     near = did_you_mean(str(file.with_suffix(".py")), [str(folder / f"{n}.py") for n in names])
     problem = "is no Python file" if file.is_file() else "no such file"
-    raise UserError(f"--config={path}: {problem}{near}")
+    raise UserError(f"{flag}={path}: {problem}{near}")
   spec = importlib.util.spec_from_file_location("recipe", path)
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
   except (SyntaxError, ImportError) as error:
-    raise UserError(f"--config={path}: cannot be read ({type(error).__name__}: {error})") from None
-  if not callable(getattr(module, "get_config", None)):
-    raise UserError(f"--config={path}: has no get_config() function")
+    raise UserError(f"{flag}={path}: cannot be read ({type(error).__name__}: {error})") from None
+  if not callable(getattr(module, function, None)):
+    raise UserError(f"{flag}={path}: has no {function}() function")
+  make = getattr(module, function)
   try:
-    config = module.get_config(argument) if argument else module.get_config()
+    return make(argument) if argument else make()
   except TypeError as error:
     if "positional argument" not in str(error):
       raise
-    raise UserError(f"--config={recipe}: this recipe takes no argument") from None
-  if not isinstance(config, ConfigDict):
-    raise UserError(f"--config={path}: get_config() returns no ConfigDict")
-  return config
+    raise UserError(f"{flag}={recipe}: this recipe takes no argument") from None
 
 
 def arguments(file: str, text: str, known: Mapping[str, tuple[str, ...] | None]) -> dict[str, str]:

@@ -9,11 +9,14 @@ two seeds, this shows how a study is planned and read, not what models do.
 import pathlib
 
 from rlsafety import recipes
+from rlsafety.errors import UserError
 from rlsafety.study.design import Question, Study, crossed, named
 
 
 def get_study(steps: str = "6"):
   c = recipes.load_recipe(str(pathlib.Path(__file__).parents[1] / "smollm2_syco.py"))
+  if not steps.isdigit():
+    raise UserError(f"--study=configs/studies/smollm2_cues.py:{steps}: needs a number of updates")
   c.steps = int(steps)
   c.sampler.group = 4
   c.eval.every = 0

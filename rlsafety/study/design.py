@@ -9,7 +9,6 @@ its training starts; what the file says later is compared with that, never silen
 
 import dataclasses
 import hashlib
-import importlib.util
 import itertools
 import json
 import pathlib
@@ -118,22 +117,9 @@ def named(cells: Mapping[str, Config], **values: object) -> tuple[str, ...]:
 
 def load(path: str) -> Study:
   """FILE.py[:argument] -> what its get_study(argument) returns. Raises UserError."""
-  file, _, argument = path.partition(":")
-  if not pathlib.Path(file).is_file() or not file.endswith(".py"):
-    raise UserError(f"--study={file}: no such Python file")
-  spec = importlib.util.spec_from_file_location("study_file", file)
-  if spec is None or spec.loader is None:
-    raise UserError(f"--study={file}: cannot be read")
-  module = importlib.util.module_from_spec(spec)
-  try:
-    spec.loader.exec_module(module)
-  except (SyntaxError, ImportError) as error:
-    raise UserError(f"--study={file}: cannot be read ({type(error).__name__}: {error})") from None
-  if not callable(getattr(module, "get_study", None)):
-    raise UserError(f"--study={file}: has no get_study() function")
-  study = module.get_study(argument) if argument else module.get_study()
+  study = recipes.called(path, "get_study", "--study")
   if not isinstance(study, Study):
-    raise UserError(f"--study={file}: get_study() returns no rlsafety.study.design.Study")
+    raise UserError(f"--study={path}: get_study() returns no rlsafety.study.design.Study")
   return study
 
 
