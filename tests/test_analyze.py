@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import synthetic_runs
 from browsing import browser
+from scipy import stats
 
 from rlsafety.errors import UserError
 from rlsafety.files import read_json
@@ -101,6 +102,23 @@ def test_recovers_a_known_law_at_nominal_coverage():
     assert 0.93 <= np.mean(hits) <= 0.975, (method, np.mean(hits))
   for key, errors in off.items():  # the mean estimate at n = 11 is known too (Moran 1948)
     assert abs(np.mean(errors)) < 4 * np.std(errors) / math.sqrt(200), key
+
+
+def test_correlations_by_seed_are_those_of_each_seed_alone():
+  rng = np.random.default_rng(3)
+  scores = pd.DataFrame({"quiz": rng.normal(size=6)}, index=[f"m{i}" for i in range(6)])
+  gaps = {"assistant": rng.normal(size=(6, 3)), "therapist": rng.normal(size=(6, 3))}
+  cells = [
+    gather.Cell(m, "e", variant, [0, 1, 2], {"gap": g.mean()}, {}, pd.DataFrame({"gap": g}))
+    for variant, of in gaps.items()
+    for m, g in zip(scores.index, of, strict=True)
+  ]
+  found = tables.per_seed_table(tables.correlation_table(cells, scores, ["gap"], draws=1))
+  for row in found.to_dict("records"):
+    each = [stats.spearmanr(scores["quiz"], seed).statistic for seed in gaps[row["variant"]].T]
+    assert row["quiz"] == pytest.approx(np.mean(each), abs=1e-12)
+    assert row["quiz_sd"] == pytest.approx(np.std(each, ddof=1), abs=1e-12)
+  assert list(found["variant"]) == ["assistant", "therapist"]
 
 
 @pytest.fixture(scope="module")
@@ -407,12 +425,18 @@ def test_files_of_scores_are_read_whole_or_refused(tmp_path):
   tables.put_row(file, {"model": "own/a", "quiz": 1.0, "quiz_p": 0.01, "runs": "x y"})
   tables.put_row(file, {"model": "Qwen/Qwen1.5-0.5B-Chat", "bbq": 9.0})
   tables.put_row(file, {"model": "own/a", "quiz": 2.0})  # again: replaced, the rest stays
+  trained = {"model": "own/a", "run": str(tmp_path / "runs/a-5"), "quiz": 7.0}
+  tables.put_row(file, trained)  # of one run of that model: beside it, not over it
   table = tables.load_benchmarks(file, notes)
   assert table.loc["a", "quiz"] == 2
+  cells = [
+    gather.Cell("own/a", "e", v, [5], {}, sources=[str(tmp_path / f"runs/a-{v}")]) for v in "56"
+  ]
+  assert list(tables.covariates(cells, table)["quiz"]) == [7, 2]
   assert table.loc["qwen1505bchat", "bbq"] == 9 and table.loc["qwen1505bchat", "num_params"] == 0.5
   assert not {"quiz_p", "runs"} & set(table) and "no scores: quiz_p, runs" in notes[0]
   for text, says in (
-    ("model,q\na/x,1\nb/X,2\n", r"two rows for one model \(a/x, b/X\)"),
+    ("model,q\na/x,1\nb/X,2\n", r"two rows for one model or run \(a/x, b/X\)"),
     ("model,q\nx,1\ny,good\n", "column 'q' holds 'good'"),
     ("name,q\nx,1\n", "column named 'model'"),
   ):

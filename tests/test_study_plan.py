@@ -86,7 +86,8 @@ def test_the_first_plan_is_kept_and_a_changed_question_is_told(tmp_path):
 
 
 def test_shipped_studies_load_and_their_cells_can_train_together():
-  for name, count in (("paper.py", 18), ("paper.py:llama-2-13b", 3), ("smollm2_cues.py", 8)):
+  for name, count in (("paper.py", 18), ("paper.py:llama-2-13b", 3), ("smollm2_cues.py", 8),
+                      ("neutral.py", 4)):  # fmt: skip
     found = design.load(f"{ROOT}/configs/studies/{name}")
     assert len(found.cells) == count and found.questions
     cells.check_shared(found.cells)

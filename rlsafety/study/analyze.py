@@ -3,7 +3,7 @@
   python -m rlsafety.study.analyze --runs 'runs/**' --out results/
   python -m rlsafety.study.analyze --published DIR --out results/   (the study's printed numbers)
 
-Writes CSV, Markdown and LaTeX tables (cells, seeds, correlations, partial, variants,
+Writes CSV, Markdown and LaTeX tables (cells, seeds, correlations, per_seed, partial, variants,
 interactions), SVG and PNG figures, notes.md, and index.html, a page that holds all of it.
 """
 
@@ -100,6 +100,12 @@ def analyse(
     "variants": tables.variant_table(cells, names, reference),
     "interactions": interactions.table(cells, scores_of, names),
   }
+  made["per_seed"] = tables.per_seed_table(made["correlations"])
+  if published:
+    notes.append(
+      "published_results.csv has means and SDs over seeds and no value of a single seed, so the "
+      "study's correlations by seed, and their SDs, cannot be recomputed from it"
+    )
   out = Path(out)
   out.mkdir(parents=True, exist_ok=True)
   captions = _captions(made, cells)
@@ -143,6 +149,8 @@ def _captions(made: dict[str, DataFrame], cells: Cells) -> dict[str, str]:
     "variants": "Per variant: mean over models; difference to the reference paired by model "
     "(with one model by seed), 95% t interval and sign test, not corrected for the number of "
     f"variants. {common}",
+    "per_seed": "Spearman's correlation at each seed alone, mean and SD over the seeds, by "
+    f"treatment. Seeds share their models, so the SD is no error of the correlation. {common}",
     "interactions": "Difference of two treatments' rank correlations with a benchmark over the "
     "models that both have; p: permutations of the benchmark, p_holm corrected over the rows of "
     f"one benchmark. {common}",

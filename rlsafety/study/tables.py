@@ -55,10 +55,12 @@ def seed_table(cells: Cells) -> DataFrame:
 
 
 def load_benchmarks(path: str | Path = "", notes: list[str] | None = None) -> DataFrame:
-  """Our per-model scores, with the user's file (a `model` column) laid over them.
+  """Our per-model scores, with the user's file (a `model` column) laid over them, by `slug`.
 
-  Columns that say something about a score (n, runs, delta_ce_se and so on) are left out and
-  named in `notes`; any other column must hold numbers.
+  A row that names a `run` too holds for that run directory alone and has the run's path as its
+  index: a trained policy's scores are not its base's. Columns that say something about a score
+  (n, runs, delta_ce_se and so on) are left out and named in `notes`; any other column must hold
+  numbers.
   """
   table = _scores_table(BENCHMARKS, str(BENCHMARKS), [])
   if path:
@@ -73,27 +75,34 @@ def _scores_table(path: str | Path, says: str, left_out: list[str]) -> DataFrame
   table = read_csv(path, says)
   if "model" not in table:
     raise UserError(f"{says}: needs a column named 'model'")
-  table.index = [slug(m) for m in table["model"]]
+  of = table["run"] if "run" in table else [""] * len(table)
+  table.index = [_key(m, r) for m, r in zip(table["model"], of, strict=True)]
   for name in table.index[table.index.duplicated()]:
     rows = ", ".join(map(str, table.loc[name, "model"]))
-    raise UserError(f"{says}: two rows for one model ({rows}); keep one")
+    raise UserError(f"{says}: two rows for one model or run ({rows}); keep one")
   left_out += [c for c in table if ABOUT.match(c)]
-  table = table.drop(columns=["model", *left_out])
+  table = table.drop(columns=["model", "run", *left_out], errors="ignore")
   return table.apply(numbers, says=says)
 
 
-def put_row(path: str | Path, row: dict) -> None:
-  """Writes a model's row into a CSV of scores that `load_benchmarks` reads.
+def _key(model: str, run: object) -> str:
+  """Index of a row of scores: the run directory that it holds for, or else the model."""
+  return slug(model) if pd.isna(run) or not str(run) else str(Path(str(run)).absolute())
 
-  What the file has for other models, and under other columns for this one, stays.
+
+def put_row(path: str | Path, row: dict) -> None:
+  """Writes the row of a model, or of a `run` of it, into a CSV that `load_benchmarks` reads.
+
+  What the file has for other models and runs, and under other columns for this one, stays.
   """
   path, rows = Path(path), {}
   if path.exists():
     table = read_csv(path, str(path), str)
     if "model" not in table:
       raise UserError(f"{path}: is no table of scores (no column 'model'); give another --out")
-    rows = {old["model"]: old for old in table.to_dict("records")}
-  rows[row["model"]] = {**rows.get(row["model"], {}), **row}
+    rows = {_key(old["model"], old.get("run", "")): old for old in table.to_dict("records")}
+  key = _key(row["model"], row.get("run", ""))
+  rows[key] = {**rows.get(key, {}), **row}
   path.parent.mkdir(parents=True, exist_ok=True)
   DataFrame(list(rows.values())).to_csv(path, index=False)
 
@@ -154,6 +163,7 @@ def correlation_table(
           each = statistics.per_seed(x[use], seeds, method)
           row |= {"seeds_low": low, "seeds_high": high}
           row |= {"per_seed": " ".join(f"{r:.2f}" for r in each)}
+          row |= {"per_seed_mean": each.mean(), "per_seed_sd": pd.Series(each).std()}
         row |= {
           **{f"power_{rho:g}": statistics.power(rho, found.n) for rho in rhos},
           "detectable": statistics.detectable(found.n),
@@ -172,6 +182,22 @@ def correlation_table(
     table.insert(after + 1, "p_bh", p.transform(statistics.benjamini_hochberg))
     table["family"] = p.transform("count")
   return table
+
+
+def per_seed_table(correlations: DataFrame) -> DataFrame:
+  """Spearman's correlation at each seed alone, mean and SD (n - 1) over the seeds: one row per
+  outcome and treatment, two columns per benchmark. This is how the study prints its chain of
+  environments; treatments of one seed have no row."""
+  if "per_seed_sd" not in correlations:
+    return DataFrame()
+  use = (correlations["method"] == "spearman") & correlations["per_seed_sd"].notna()
+  rows: dict[tuple, dict] = {}
+  for row in correlations[use].to_dict("records"):
+    about = {k: row[k] for k in ("outcome", "environment", "variant", "seeds")}
+    own = rows.setdefault(tuple(about.values()), about)
+    own[row["benchmark"]] = row["per_seed_mean"]
+    own[f"{row['benchmark']}_sd"] = row["per_seed_sd"]
+  return DataFrame(list(rows.values()))
 
 
 def _not_correlated(skipped: dict[tuple[str, str, str], list[str]]) -> list[str]:
@@ -269,8 +295,12 @@ def _kin(model: str) -> str:
 
 
 def covariates(cells: Cells, benchmarks: DataFrame) -> dict[str, np.ndarray]:
-  """{benchmark: [models]}; a model that the table lacks gets its size from its run."""
+  """{benchmark: [cells]}: the mean over a cell's runs where they have rows of their own, else its
+  model's; a model that the table lacks gets its size from its run."""
   out = benchmarks.reindex([slug(c.model) for c in cells]).reset_index(drop=True)
+  own = [benchmarks.reindex([_key("", s) for s in c.sources]).mean() for c in cells]
+  if cells:
+    out = DataFrame(own).reset_index(drop=True).combine_first(out)
   if "num_params" in out:
     out["num_params"] = out["num_params"].fillna(pd.Series([c.parameters for c in cells]))
   return {name: out[name].to_numpy(float) for name in out}

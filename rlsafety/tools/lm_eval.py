@@ -300,7 +300,7 @@ def main(argv: Sequence[str]) -> None:
   name = str(args.run or args.model)
   if args.out.suffix == ".csv":
     row = read.model_name(read.load_run(args.run)) if args.run else name
-    tables.put_row(args.out, {"model": row, **_columns(results)})
+    tables.put_row(args.out, {"model": row, "run": str(args.run or ""), **_columns(results)})
   else:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     files.write_json(args.out, {"model": name, "source": model.source, "results": results})
