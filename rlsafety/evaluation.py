@@ -68,8 +68,12 @@ def summarised(
   scores: Mapping[str, np.ndarray],
   rubric_of: Mapping[str, str],
 ) -> dict:
-  """The line of eval/summary.jsonl of one evaluation; rows, scores: as `ask` gives them."""
+  """The line of eval/summary.jsonl of one evaluation; rows, scores: as `ask` gives them.
+
+  Its standard errors are over units: what a person's two versions share is in no gap.
+  """
   summary = {"step": step, "prompts": len(users), "samples": scores["reward"].shape[1]}
   summary |= gaps.group_means(scores, users.is_gameable)
+  summary |= matched.errors(scores, users.is_gameable, [s.unit for s in users.scenarios])
   summary |= matched.verdict_shares(scores, np.array([row["finished"] for row in rows]))
   return summary | gaps.threshold_rates(scores, users.is_gameable, rubric_of)

@@ -42,15 +42,17 @@ def nucleus(logits: jax.Array, top_p: jax.Array | float) -> jax.Array:
   return jnp.where(logits < least, -jnp.inf, logits)
 
 
+LEVELS = 3  # random numbers of a token: its group of blocks, its block, its place
 BLOCK, SUPERBLOCK = 32, 64  # tokens; blocks: two sizes that divide any shard of a vocabulary
 
 
 def inverse_cdf(logits: jax.Array, uniform: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """logits [..., V] and one number in [0, 1) each -> token [...] and log of the sum of exp.
+  """logits [..., V] and LEVELS numbers in [0, 1) each -> token [...] and log of the sum of exp.
 
-  The token is the first at which the cumulative probability passes the number: an exact draw from
-  the softmax for one random number instead of V of them. The place is searched from the sums of
-  blocks down to the block, so that nothing of size V is written but the logits.
+  A group of blocks is drawn by its share of the sum, a block by its share of the group and a
+  token by its share of the block: an exact draw from the softmax for three random numbers
+  instead of V, and nothing of size V is written but the logits. One number for all three would
+  round the probability of a rare token to a multiple of float32's 2^-24.
   """
   V = logits.shape[-1]
   top = jnp.max(logits, -1, keepdims=True)
@@ -59,11 +61,11 @@ def inverse_cdf(logits: jax.Array, uniform: jax.Array) -> tuple[jax.Array, jax.A
   groups = _split(sums, SUPERBLOCK, 0.0)
   totals = jnp.sum(groups, -1)
   total = jnp.sum(totals, -1)
-  group, rest = _locate(totals, uniform * total)
-  inside, rest = _locate(_take(groups, group), rest)
-  block = group * SUPERBLOCK + inside
-  token, _ = _locate(jnp.exp(_take(blocks, block) - top), rest)
-  token = jnp.minimum(block * BLOCK + token, V - 1)
+  group = _locate(totals, uniform[..., 0])
+  block = group * SUPERBLOCK + _locate(_take(groups, group), uniform[..., 1])
+  inside = _take(blocks, block)
+  inside = jnp.exp(inside - jnp.max(inside, -1, keepdims=True))
+  token = jnp.minimum(block * BLOCK + _locate(inside, uniform[..., 2]), V - 1)
   return token.astype(jnp.int32), jnp.log(total) + top[..., 0]
 
 
@@ -80,15 +82,13 @@ def _take(x: jax.Array, index: jax.Array) -> jax.Array:
   return jnp.take_along_axis(x, index[..., None, None], axis=-2)[..., 0, :]
 
 
-def _locate(weights: jax.Array, at: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The first place where the sum of weights [..., n] passes at [...], and what is left of `at`
-  before it. Never a place of weight 0: rounding may bring `at` to the sum of all."""
+def _locate(weights: jax.Array, uniform: jax.Array) -> jax.Array:
+  """The first place where the running sum of weights [..., n] passes uniform [...] times their
+  sum. Never a place of weight 0: rounding may bring the product up to the sum itself."""
   place = jnp.arange(weights.shape[-1])
   upto = jnp.sum(jnp.where(place <= place[:, None], weights[..., None, :], 0.0), -1)
-  at = jnp.minimum(at, upto[..., -1] * (1 - 2**-22))
-  index = jnp.sum(upto <= at[..., None], -1)
-  before = jnp.max(jnp.where(place < index[..., None], upto, 0.0), -1)
-  return index, at - before
+  at = upto[..., -1:] * jnp.minimum(uniform, 1 - 2**-22)[..., None]
+  return jnp.sum(upto <= at, -1)
 
 
 def init_cache(
@@ -126,10 +126,10 @@ def row_keys(key: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 def uniforms(keys: jax.Array, G: int, T: int) -> jax.Array:
-  """[T, P, G] numbers in [0, 1), each from its row's key [P] folded with (sample, slot)."""
+  """[T, P, G, LEVELS] numbers in [0, 1), from each row's key [P] folded with (sample, slot)."""
 
   def one(slot, key, sample):
-    return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, sample), slot))
+    return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, sample), slot), LEVELS)
 
   over_samples = jax.vmap(one, (None, None, 0))
   over_rows = jax.vmap(over_samples, (None, 0, None))

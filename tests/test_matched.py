@@ -1,5 +1,7 @@
 """Matched changes: intervals hold what they say, nulls are not starred, pairs share persons."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -60,6 +62,18 @@ def test_intervals_hold_the_truth_and_another_evaluation_of_the_same_policies(sa
     truth += low <= 0.4 <= high
     again += low <= first.mean <= high
   assert truth / 400 >= 0.93 and again / 400 >= share
+
+
+def test_errors_of_an_evaluation_are_over_units_and_a_gap_of_equal_versions_is_exact():
+  rng = np.random.default_rng(2)
+  person = rng.normal(size=(12, 1)) + rng.normal(size=(12, 2))  # 12 persons of 6 units, 2 replies
+  hex_ = np.concatenate([person, person])
+  gameable, units = np.repeat([True, False], 12), [f"u{i // 2}" for i in range(12)] * 2
+  found = matched.errors({"hex": hex_}, gameable, units)
+  assert found["hex_gap_se"] < 1e-12
+  of_units = person.mean(1).reshape(6, 2).mean(1)
+  for key in ("hex_se", "hex_gameable_se", "hex_non_gameable_se"):
+    assert found[key] == pytest.approx(of_units.std(ddof=1) / math.sqrt(6))
 
 
 def test_held_out_persons_come_in_both_versions_spread_over_units():

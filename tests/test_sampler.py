@@ -119,6 +119,21 @@ def test_first_tokens_follow_the_softmax(model):
   assert abs(chi2 - k) < 5 * np.sqrt(2 * k)
 
 
+def test_rare_tokens_keep_their_own_probability():
+  """Tokens far below 2^-24 follow the softmax among themselves (chi-square, 2,048 tokens)."""
+  rng = np.random.default_rng(4)
+  rare = rng.normal(-21, 1, 2048)  # 1e-9 each, 3e-6 of the mass together
+  logits = jnp.asarray(np.concatenate([np.zeros(1), np.full(2047, -60.0), rare]), jnp.float32)
+  numbers = rng.random((400_000, sampler.LEVELS))
+  numbers[:, 0] = 1 - 5e-7 * numbers[:, 0]  # the draws that leave the first group
+  draw = jax.jit(jax.vmap(lambda u: sampler.inverse_cdf(logits, u)[0]))
+  tokens = np.asarray(draw(jnp.asarray(numbers, jnp.float32)))
+  assert (tokens >= 2048).all()
+  expected = len(tokens) * np.exp(rare) / np.exp(rare).sum()
+  squares = (np.bincount(tokens - 2048, minlength=2048) - expected) ** 2 / expected
+  assert abs(squares.sum() - 2047) < 4 * np.sqrt(2 * 2047)
+
+
 @given(st.integers(0, 12), st.floats(0.05, 1.0), st.integers(0, 10_000))
 @settings(max_examples=60, deadline=None)
 def test_truncation_keeps_the_smallest_sufficient_set(top_k, top_p, seed):

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy import stats
 
+from rlsafety.metrics.gaps import SCORES
 from rlsafety.verdicts import VERDICTS, coherent, most_likely
 
 # Weights of the means over (gameable, non-gameable) prompts; a gap's signs are gaps.GAP_SIGN.
@@ -78,6 +79,21 @@ def effect(
   sums, count = np.bincount(place, influence[used]), len(names)
   error = math.sqrt(count / (count - 1) * (sums**2).sum()) if count > 1 else math.nan
   return Effect(float(mean), error, count)
+
+
+def errors(
+  scores: Mapping[str, np.ndarray], is_gameable: np.ndarray, units: Sequence[str]
+) -> dict[str, float]:
+  """Standard errors over units of what `gaps.group_means` gives of scores {name: [P, G]}:
+  `<name>_se` of everyone's mean, `<name>_<group>_se` and `<name>_gap_se`; units [P]."""
+  out = {}
+  for name in filter(scores.__contains__, SCORES):
+    means = np.array([row[np.isfinite(row)].mean() if np.isfinite(row).any() else math.nan
+                      for row in np.asarray(scores[name], np.float64)])  # fmt: skip
+    for key, weights in {**WEIGHTS, "gap": (1.0, -1.0)}.items():
+      field = f"{name}_se" if key == "everyone" else f"{name}_{key}_se"
+      out[field] = effect(means, is_gameable, units, weights).error
+  return out
 
 
 def verdict_shares(scores: Mapping[str, np.ndarray], finished: np.ndarray) -> dict[str, float]:

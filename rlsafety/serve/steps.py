@@ -240,10 +240,10 @@ def draw(logits: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array]:
   cut = jnp.any(rows.live & (rows.top_p < 1.0))  # sorting a vocabulary is slow: only if asked for
   kept = jax.lax.cond(cut, sampler.nucleus, lambda x, _: x, scaled, rows.top_p[:, None])
 
-  def number(seed: jax.Array, drawn: jax.Array) -> jax.Array:
-    return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), drawn))
+  def numbers(seed: jax.Array, drawn: jax.Array) -> jax.Array:
+    return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), drawn), sampler.LEVELS)
 
-  sampled, _ = sampler.inverse_cdf(kept, jax.vmap(number)(rows.seed, rows.drawn))
+  sampled, _ = sampler.inverse_cdf(kept, jax.vmap(numbers)(rows.seed, rows.drawn))
   greedy = jnp.argmax(logits, -1).astype(jnp.int32)
   return jnp.where(rows.temperature > 0, sampled, greedy), logprobs
 

@@ -70,20 +70,24 @@ def cell_state(path: pathlib.Path, steps: int) -> dict:
 
 
 def small_multiples(cells: Sequence[tuple[str, dict]], key: str, zero: bool) -> list[str]:
-  """A small figure for every cell, all on one scale."""
-  of = lambda state: np.array([read.number(e.get(key)) for e in state["evaluations"]])  # noqa: E731
-  values = np.concatenate([of(state) for _, state in cells] or [[]])
+  """A small figure for every cell, all on one scale, bands included."""
+  lines = {}
+  for name, state in cells:
+    of = lambda k: np.array([read.number(e.get(k)) for e in state["evaluations"]])  # noqa: B023, E731
+    steps = [e["step"] for e in state["evaluations"]]
+    lines[name] = charts.Line(key, "gap", "eval", steps, of(key), charts.Z95 * of(f"{key}_se"))
+  reach = [
+    line.values + sign * np.nan_to_num(line.half) for line in lines.values() for sign in (-1, 1)
+  ]
+  values = np.concatenate(reach or [[]])
   values = values[np.isfinite(values)]
   if not values.size:
     return []
-  scale, figures = (float(values.min()), float(values.max())), []
+  scale, figures = charts.y_axis(values, zero=zero)[:2], []
   for name, state in cells:
-    steps, found = [e["step"] for e in state["evaluations"]], of(state)
-    error = np.array([read.number(e.get(f"{key}_se")) for e in state["evaluations"]])
-    line = charts.Line(key, "gap", "eval", steps, found, charts.Z95 * error)
     title = f"step {state['step']} of {state['steps']}"
     figures.append(
-      charts.figure(name, title, [line], state["steps"], "points", scale=scale, zero=zero)
+      charts.figure(name, title, [lines[name]], state["steps"], "points", scale=scale, zero=zero)
     )
   return figures
 
