@@ -6,7 +6,9 @@ A module takes its own section and nothing else. `recipes` makes a Config of a r
 import dataclasses
 import math
 import re
+import typing
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from rlsafety.addresses import masked
 from rlsafety.environments.section import Environment
@@ -24,6 +26,13 @@ def one_of(name: str, value: str, known: tuple[str, ...]) -> tuple[str, bool, st
   """The rule that a field has one of a few values; its message suggests the nearest."""
   names = ", ".join(word or "(empty)" for word in known)
   return name, value in known, f"unknown{did_you_mean(value, known)} Known: {names}"
+
+
+def at_least(low: int, section: Section, *names: str) -> Rules:
+  """The rules that these fields are no smaller than `low`."""
+  what = f"must be at least {low}" if low else "must not be negative"
+  for name in names:
+    yield name, getattr(section, name) >= low, what
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +86,8 @@ class Sampler(Section):
   cache: str = ""  # int8 halves the KV cache against bfloat16
 
   def rules(self) -> Rules:
-    yield "group", self.group >= 1, "must be at least 1"
-    yield "max_tokens", self.max_tokens >= 1, "must be at least 1"
-    yield "temperature", self.temperature >= 0, "must not be negative"
-    yield "top_k", self.top_k >= 0, "must not be negative"
+    yield from at_least(1, self, "group", "max_tokens")
+    yield from at_least(0, self, "temperature", "top_k")
     yield "top_p", 0 < self.top_p <= 1, "must lie in (0, 1]"
     yield one_of("cache", self.cache, ("", "int8"))
 
@@ -135,10 +142,9 @@ class Judge(Section):
     yield "url", bool(self.url) or self.name != "http", "judge http needs an address"
     two = len(self.price) == 2 and min(self.price) >= 0
     yield "price", two, "needs two numbers, such as 0.5,1.5"
-    yield "concurrency", self.concurrency >= 1, "must be at least 1"
-    yield "timeout_s", self.timeout_s > 0, "must be positive"
-    yield "attempts", self.attempts >= 1, "must be at least 1"
-    yield "deadline_s", self.deadline_s > 0, "must be positive"
+    yield from at_least(1, self, "concurrency", "attempts")
+    for name in ("timeout_s", "deadline_s"):
+      yield name, getattr(self, name) > 0, "must be positive"
     yield one_of("degenerate", self.degenerate, ("floor", "nan"))
 
 
@@ -172,7 +178,7 @@ class Objective(Section):
   kto_anchor: bool = False  # the last slot of a group is a reply to another prompt
 
   @classmethod
-  def of(cls, values: Mapping) -> "Objective":
+  def of(cls, values: Mapping) -> typing.Self:
     """The method `values["name"]` with its usual settings, changed by the other values."""
     given = {name: value for name, value in values.items() if value is not None}
     return super().of({**METHODS.get(given.get("name", "grpo"), {}), **given})
@@ -190,19 +196,15 @@ class Objective(Section):
     )
     yield one_of("kl", self.kl, ("none", "k1_reward", "k2", "k3"))
     yield "clip_low", 0.0 <= self.clip_low <= 1.0, "must lie in [0, 1]"
-    yield "clip_high", self.clip_high >= 0.0, "must not be negative"
     yield "dual_clip", self.dual_clip == 0.0 or self.dual_clip > 1.0, "must be 0 (off) or > 1"
     yield "fixed_length", self.fixed_length >= 1, "must be at least 1 token"
-    yield "kl_coef", self.kl_coef >= 0.0, "must not be negative"
+    yield from at_least(0, self, *NEVER_NEGATIVE)
     yield "is_cap", self.is_cap > 0.0, "must be positive"
     yield "std_epsilon", self.std_epsilon > 0.0, "must be positive: a group may have std 0"
     yield "ddof", self.ddof in (0, 1), "must be 0 or 1"
     yield "beta", self.beta > 0.0, "must be positive"
     below = not self.overlong_end or 0 <= self.overlong_start < self.overlong_end
     yield "overlong_start", below, "must lie below overlong_end"
-    yield "overlong_end", self.overlong_end >= 0, "must not be negative"
-    for weight in ("desirable_weight", "undesirable_weight"):
-      yield weight, getattr(self, weight) >= 0, "must not be negative"
     corrects = self.is_correction == "none" or self.name in WEIGHTED
     what = f"does not apply to {self.name}: it has its own weights or needs none"
     yield "is_correction", corrects, what
@@ -230,6 +232,7 @@ METHODS = {
 }
 WEIGHTED = ("grpo", "dr_grpo", "dapo", "ppo", "reinforce", "rloo")  # take importance weights
 REWARDED = (*WEIGHTED, "gspo", "cispo")  # learn from rewards
+NEVER_NEGATIVE = ("clip_high", "kl_coef", "overlong_end", "desirable_weight", "undesirable_weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,13 +261,11 @@ class Optimizer(Section):
   weight_decay: float = 0.0  # AdamW's, of the adapter
 
   def rules(self) -> Rules:
-    yield "learning_rate", self.learning_rate >= 0, "must not be negative"
-    yield "warmup_steps", self.warmup_steps >= 0, "must not be negative"
+    yield from at_least(0, self, "learning_rate", "warmup_steps", "weight_decay")
     yield "clip_norm", self.clip_norm > 0, "must be positive (inf: no clip)"
     for name in ("b1", "b2"):
       yield name, 0 <= getattr(self, name) < 1, "must lie in [0, 1)"
     yield "eps", self.eps > 0, "must be positive"
-    yield "weight_decay", self.weight_decay >= 0, "must not be negative"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,8 +278,7 @@ class Learner(Section):
   attention: str = "einsum"  # of the prompt segment; cudnn on NVIDIA GPUs
 
   def rules(self) -> Rules:
-    yield "microbatches", self.microbatches >= 1, "must be at least 1"
-    yield "chunk_tokens", self.chunk_tokens >= 1, "must be at least 1"
+    yield from at_least(1, self, "microbatches", "chunk_tokens")
     yield one_of("remat", self.remat, ("none", "full", "dots"))
     yield one_of("attention", self.attention, ("einsum", "cudnn"))
 
@@ -293,8 +293,7 @@ class Eval(Section):
 
   def rules(self) -> Rules:
     yield "every", self.every >= 0, "must not be negative (0: only before and after)"
-    yield "prompts", self.prompts >= 1, "must be at least 1"
-    yield "samples", self.samples >= 1, "must be at least 1"
+    yield from at_least(1, self, "prompts", "samples")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,7 +324,7 @@ class Mesh(Section):
     yield "data", sizes.count(-1) <= 1, "at most one size may be -1"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(Section):
   """A whole run."""
 
@@ -336,7 +335,7 @@ class Config(Section):
   max_prompt_tokens: int = 1024  # S; a longer prompt is an error, never cut
   epochs: int = 1  # updates on each batch; more than one needs behaviour log-probs
   platform: str = ""  # tpu | gpu | cpu: stop if JAX found another; "" = whatever it found
-  model: Model = None
+  model: Model
   lora: Lora = Lora()
   environment: Environment = Environment()
   sampler: Sampler = Sampler()
@@ -352,11 +351,8 @@ class Config(Section):
 
   def rules(self) -> Rules:
     yield "name", bool(self.name), "a run needs a name"
-    yield "seed", self.seed >= 0, "must not be negative"
-    yield "steps", self.steps >= 0, "must not be negative"
-    yield "prompts_per_step", self.prompts_per_step >= 1, "must be at least 1"
-    yield "max_prompt_tokens", self.max_prompt_tokens >= 1, "must be at least 1"
-    yield "epochs", self.epochs >= 1, "must be at least 1"
+    yield from at_least(0, self, "seed", "steps")
+    yield from at_least(1, self, "prompts_per_step", "max_prompt_tokens", "epochs")
     yield one_of("platform", self.platform, ("", "tpu", "gpu", "cpu"))
 
 
@@ -367,7 +363,7 @@ def to_json(config: Config) -> dict:
   """Plain JSON types, tuples as lists, infinity as "inf", no key in an address: what config.json
   stores."""
 
-  def plain(value):
+  def plain(value: Any) -> Any:
     if isinstance(value, float) and math.isinf(value):
       return str(value)
     if isinstance(value, dict):

@@ -32,7 +32,8 @@ def base() -> ConfigDict:
   c = ConfigDict()
   for field in dataclasses.fields(Config):
     value = field.default
-    c[field.name] = ConfigDict(dataclasses.asdict(value)) if isinstance(value, Section) else value
+    if field.name != "model":
+      c[field.name] = ConfigDict(dataclasses.asdict(value)) if isinstance(value, Section) else value
   c.model = ConfigDict({field.name: field.default for field in dataclasses.fields(Model)})
   c.objective = sections.blank(Objective(), keep=("name",))
   c.environment = sections.blank(Environment(), keep=("name",))
@@ -78,6 +79,7 @@ def called(recipe: str, function: str, flag: str) -> object:
     problem = "is no Python file" if file.is_file() else "no such file"
     raise UserError(f"{flag}={path}: {problem}{near}")
   spec = importlib.util.spec_from_file_location("recipe", path)
+  assert spec and spec.loader  # every .py file has both
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
@@ -94,7 +96,7 @@ def called(recipe: str, function: str, flag: str) -> object:
     raise UserError(f"{flag}={recipe}: this recipe takes no argument") from None
 
 
-def arguments(file: str, text: str, known: Mapping[str, tuple[str, ...] | None]) -> dict[str, str]:
+def arguments(file: str, text: str, known: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
   """A recipe's argument "key=value,..." -> {key: value}, the first value where none is given.
 
   known: the accepted values of each key, the default first; a tuple of one accepts any.

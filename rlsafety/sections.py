@@ -26,7 +26,7 @@ FLOAT32 = (2.0**-126, (2 - 2.0**-23) * 2.0**127)  # smallest normal and largest 
 class Section:
   """Base of every section: types and finiteness of its fields, then its own rules."""
 
-  infinite = ()  # fields that may be inf
+  infinite: typing.ClassVar[tuple[str, ...]] = ()  # fields that may be inf
 
   def __post_init__(self) -> None:
     for name, wanted in field_types(type(self)).items():
@@ -48,17 +48,22 @@ class Section:
     return f"{cls.__name__.lower()}.{name}" if cls.__name__ != "Config" else name
 
   @classmethod
-  def of(cls, values: Mapping) -> "Section":
+  def of(cls, values: Mapping) -> typing.Self:
     """The section with these values; None leaves a field at its default.
 
-    Raises UserError for a field that does not exist, with the nearest that does.
+    Raises UserError for a field that does not exist, with the nearest that does, and for one that
+    has no default and is missing.
     """
     known = field_types(cls)
     for name in values:
       if name not in known:
         hint = did_you_mean(name, known, f"; fields: {', '.join(known)}")
         raise UserError(f"{cls.label(name)}: no such field{hint}")
-    return cls(**{name: value for name, value in values.items() if value is not None})
+    given = {name: value for name, value in values.items() if value is not None}
+    for field in dataclasses.fields(cls):
+      if field.default is dataclasses.MISSING and field.name not in given:
+        raise UserError(f"{cls.label(field.name)}: is missing")
+    return cls(**given)
 
 
 @functools.cache
@@ -96,7 +101,7 @@ def _typed(label: str, value, wanted):
     if isinstance(value, wanted):
       return value
     if isinstance(value, Mapping | ConfigDict):
-      return wanted.of(value)
+      return wanted.of(dict(value))
   kind = typing.get_origin(wanted) or wanted
   if kind is tuple and isinstance(value, list | tuple):
     of = typing.get_args(wanted)[0]
