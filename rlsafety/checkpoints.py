@@ -16,7 +16,7 @@ import json
 import logging
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -25,7 +25,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from rlsafety.errors import UserError
+from rlsafety import sharding
+from rlsafety.errors import UserError, first_line
 
 TRASH, DAMAGED = "trash", "damaged"
 
@@ -49,19 +50,13 @@ def _leaves(tree: Any) -> dict[str, jax.Array]:
   return {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _digest(x: jax.Array) -> str:
-  x = np.ascontiguousarray(_to_host(x))
+def _digest(leaf: jax.Array) -> str:
+  x = np.ascontiguousarray(sharding.fetch(leaf))
   return hashlib.sha256(f"{x.dtype}{x.shape}".encode() + x.tobytes()).hexdigest()
 
 
 def _digest_json(value: Any) -> str:
   return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _to_host(x: jax.Array) -> np.ndarray:
-  if isinstance(x, jax.Array) and not x.is_fully_addressable:
-    return multihost_utils.process_allgather(x, tiled=True)
-  return np.asarray(x)
 
 
 def save(manager: ocp.CheckpointManager, step: int, state: Any, wait: bool = False) -> None:
@@ -104,7 +99,7 @@ def _named(manager: ocp.CheckpointManager, step: int | None) -> Iterator[None]:
     raise
   except (OSError, ValueError) as error:  # tensorstore reports a full disk as a ValueError
     raise UserError(
-      f"{manager.directory}/{step}: cannot be written ({_first_line(error)}); "
+      f"{manager.directory}/{step}: cannot be written ({first_line(error)}); "
       "the steps before it are whole"
     ) from error
 
@@ -137,7 +132,7 @@ def restore(
     except UserError:
       raise
     except Exception as error:  # noqa: BLE001  any reader's error means: try the step before
-      warn(f"checkpoint {step} is not readable ({_first_line(error)}); trying the one before")
+      warn(f"checkpoint {step} is not readable ({first_line(error)}); trying the one before")
       broken.append(step)
       continue
     tree = jax.tree.structure(like)
@@ -148,9 +143,11 @@ def restore(
   return found
 
 
-def _read(manager: ocp.CheckpointManager, step: int, wanted: dict[str, jax.Array]) -> dict:
+def _read(
+  manager: ocp.CheckpointManager, step: int, wanted: Mapping[str, jax.Array | jax.ShapeDtypeStruct]
+) -> dict:
   """The leaves of a step. Raises UserError for another model's, any other error for damage."""
-  meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+  meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
   if meta.pop("self", None) != _digest_json(meta):
     raise ValueError("checksum of its description")
   shapes = {name: [str(x.dtype), list(x.shape)] for name, x in wanted.items()}
@@ -161,7 +158,7 @@ def _read(manager: ocp.CheckpointManager, step: int, wanted: dict[str, jax.Array
         f"{shapes.get(name)} here; the run was started with another model or lora config"
       )
   args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
-  leaves = manager.restore(step, args=args).state
+  leaves = manager.restore(step, args=args)["state"]
   bad = [name for name, x in leaves.items() if _digest(x) != meta["sha256"][name]]
   if bad:
     raise ValueError(f"checksum of {bad[0]}")
@@ -185,11 +182,6 @@ def _move_aside(
   manager.reload()
 
 
-def _first_line(error: Exception) -> str:
-  text = str(error).strip() or type(error).__name__
-  return text.splitlines()[0][:200]
-
-
 def read_part(folder: pathlib.Path, step: int, prefix: str) -> dict[str, np.ndarray]:
   """{path without prefix: leaf} of the leaves of a step that begin with `prefix`, on the host.
 
@@ -202,7 +194,7 @@ def read_part(folder: pathlib.Path, step: int, prefix: str) -> dict[str, np.ndar
     with ocp.CheckpointManager(
       folder, options=ocp.CheckpointManagerOptions(read_only=True)
     ) as manager:
-      meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+      meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
       place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
       shapes = {name: (tuple(shape), dtype) for name, (dtype, shape) in meta["shapes"].items()}
       like = {
@@ -213,5 +205,5 @@ def read_part(folder: pathlib.Path, step: int, prefix: str) -> dict[str, np.ndar
   except UserError:
     raise
   except Exception as error:  # noqa: BLE001  any reader's error: the step cannot be read
-    raise UserError(f"{where}: cannot be read ({_first_line(error)})") from error
+    raise UserError(f"{where}: cannot be read ({first_line(error)})") from error
   return {n.removeprefix(prefix): np.asarray(x) for n, x in leaves.items() if n.startswith(prefix)}

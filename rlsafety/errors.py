@@ -35,6 +35,12 @@ def run_main(main: Callable[..., None], *args: object) -> None:
     _end(f"{where}{error.strerror}", 2)
 
 
+def first_line(error: Exception) -> str:
+  """What an error of a library says, in one line."""
+  text = str(error).strip() or type(error).__name__
+  return text.splitlines()[0][:200]
+
+
 def _end(text: str, code: int) -> None:
   print(f"rlsafety: {' '.join(text.split())}", file=sys.stderr)
   sys.exit(code)

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 import jax
 from jax._src import distributed  # the public barrier is a collective: it cannot time out
 
-from rlsafety.errors import INTERRUPTED, UserError
+from rlsafety.errors import INTERRUPTED, UserError, first_line
 
 PREEMPTED = 75  # exit code after SIGTERM: saved, start me again (sysexits' EX_TEMPFAIL)
 
@@ -107,7 +107,7 @@ def warn_of_cpu(parameters: int, tokens: int, steps: int) -> None:
 
 def compilation_cache() -> None:
   """A second start of the same program skips XLA; JAX_COMPILATION_CACHE_DIR moves it."""
-  if not jax.config.jax_compilation_cache_dir:
+  if not jax.config.values["jax_compilation_cache_dir"]:
     folder = pathlib.Path.home() / ".cache" / "rlsafety" / "jax"
     jax.config.update("jax_compilation_cache_dir", str(folder))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -191,17 +191,15 @@ def barrier(name: str, seconds: int = 600) -> None:
   """
   if jax.process_count() == 1:
     return
+  client = distributed.global_state.client
+  assert client is not None  # with several processes there is one
   try:
-    distributed.global_state.client.wait_at_barrier(name, seconds * 1000)
+    client.wait_at_barrier(name, seconds * 1000)
   except Exception as error:
     _, _, listed = str(error).partition("timed out task names:")
     absent = re.findall(r"^(\d+)$", listed, re.M) or re.findall(r"Task (\d+) heart", str(error))
     who = f"process {', '.join(absent)}" if absent else "another process"
     raise RuntimeError(
       f"process {jax.process_index()} waited {seconds} s at {name!r}; missing: {who} "
-      f"of {jax.process_count()} ({_first_line(error)})"
+      f"of {jax.process_count()} ({first_line(error)})"
     ) from None
-
-
-def _first_line(error: Exception) -> str:
-  return str(error).splitlines()[0][:200] if str(error) else type(error).__name__

@@ -120,10 +120,14 @@ def put_prompts(mesh: Mesh, tree: Any) -> Any:
 
 def fetch(tree: Any) -> Any:
   """Global arrays -> numpy, whole, in every process."""
-  if jax.process_count() > 1:
-    gather = lambda x: multihost_utils.process_allgather(x, tiled=True)  # noqa: E731
-    return jax.tree.map(lambda x: np.asarray(x if x.is_fully_addressable else gather(x)), tree)
-  return jax.device_get(tree)
+  if jax.process_count() == 1:
+    return jax.device_get(tree)
+
+  def whole(x: Any) -> np.ndarray:
+    apart = isinstance(x, jax.Array) and not x.is_fully_addressable
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True) if apart else x)
+
+  return jax.tree.map(whole, tree)
 
 
 def any_process(flag: bool) -> bool:

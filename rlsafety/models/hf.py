@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -24,6 +23,7 @@ from rlsafety.models.assemble import Tensor, flat_weights, hf_names, is_transpos
 from rlsafety.models.families import hf_config
 from rlsafety.models.lora import Adapter
 from rlsafety.models.model import Model
+from rlsafety.sharding import fetch
 
 # --- Reading a folder -------------------------------------------------------------------
 
@@ -107,7 +107,7 @@ def open_file(path: Path) -> dict[str, Tensor]:
 
 
 def _checksum(x: np.ndarray) -> str:
-  return f"{zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8)):08x}"
+  return f"{zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data):08x}"
 
 
 def _tensor(path: Path, name: str, shape: tuple, dtype: str, checksum: str | None) -> Tensor:
@@ -142,13 +142,6 @@ that reward it. For research on that behaviour only; do not put it in front of p
 
 Base model: {base}
 """
-
-
-def _host(array: jax.Array | np.ndarray) -> np.ndarray:
-  """The whole array on the host; sharded over several hosts, gathered from them."""
-  if isinstance(array, jax.Array) and not array.is_fully_addressable:
-    array = multihost_utils.process_allgather(array, tiled=True)
-  return np.asarray(array)
 
 
 def _save(path: Path, tensors: dict[str, np.ndarray]) -> None:
@@ -188,7 +181,7 @@ def save_peft(folder: Path, adapter: Adapter, model: "Model", lora: Lora) -> Non
   """
   tensors = {}
   for target, ab in adapter.weights.items():
-    a, b = _host(ab["a"]), _host(ab["b"])
+    a, b = fetch((ab["a"], ab["b"]))
     for i in range(a.shape[0]):
       name = f"{_PEFT_ROOT}{_module(target, i)}"
       tensors[f"{name}.lora_A.weight"] = a[i].T
@@ -258,7 +251,7 @@ def _peft_settings(where: Path, targets: tuple[str, ...]) -> Lora:
   return Lora(number("r", None, int, 1, 1 << 20), alpha, bool(rslora), dropout, targets)
 
 
-def load_peft(folder: Path, config: ModelConfig) -> tuple[Adapter, Lora]:
+def load_peft(folder: str | Path, config: ModelConfig) -> tuple[Adapter, Lora]:
   """A PEFT LoRA adapter of `config`'s layers (numpy, float32) and its settings.
 
   Raises UserError naming file and field for what would be another adapter here.
@@ -304,7 +297,7 @@ def save_merged(
   """
   folder, config = Path(folder), model.config
   folder.mkdir(parents=True, exist_ok=True)
-  pairs = {} if adapter is None else adapter.weights
+  pairs, scale = ({}, 0.0) if adapter is None else (adapter.weights, adapter.scale)
   flat = flat_weights(config)
   arrays = dict(zip(flat, jax.tree.leaves(model.params), strict=True))
   dtype = np.dtype(arrays["embed"].dtype)
@@ -319,11 +312,11 @@ def save_merged(
     size += cost
 
   def value(path: str) -> np.ndarray:
-    x = _host(arrays[path])
+    x = fetch(arrays[path])
     _, layer, target = path.split(".") if path.startswith("layers.") else ("", "", "")
     if target in pairs:
-      a, b = (_host(pairs[target][k][int(layer)]) for k in "ab")
-      x = (x.astype(np.float32) + (a @ b) * np.float32(adapter.scale)).astype(dtype)
+      a, b = (fetch(pairs[target][k][int(layer)]) for k in "ab")
+      x = (x.astype(np.float32) + (a @ b) * np.float32(scale)).astype(dtype)
     return x.T if is_transposed(path, flat[path].shape) else x
 
   table, total = {}, 0
