@@ -6,6 +6,7 @@ import functools
 import math
 import re
 
+ENTRY = "ENTRY"
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)$")
 _SHAPE = re.compile(r"(pred|[a-z]+\d+)\[([\d,]*)\]")
@@ -40,14 +41,7 @@ def read_program(hlo: str, unknown_trips: int, width: float, chip) -> Work:
   unknown_trips: passes of a loop whose length the compiler does not know (the sampler's).
   width: bytes that a float of the program takes on the device (the program is float32).
   """
-  bodies, current = {}, None
-  for line in hlo.splitlines():
-    if match := _COMPUTATION.match(line):
-      current = bodies.setdefault(match[1], [])
-      if line.startswith("ENTRY"):
-        entry = match[1]
-    elif current is not None and (match := _INSTRUCTION.match(line)):
-      current.append(match.groups())
+  bodies = _bodies(hlo)
 
   def size(kind, shape):
     return math.prod(shape) * (width if kind == "f32" else int(re.sub(r"\D", "", kind) or 8) // 8)
@@ -84,7 +78,18 @@ def read_program(hlo: str, unknown_trips: int, width: float, chip) -> Work:
         total.largest = max(total.largest, inner.largest, key=lambda x: x[1])
     return total
 
-  return work_of(entry)
+  return work_of(ENTRY)
+
+
+def _bodies(hlo: str) -> dict[str, list[tuple]]:
+  """{computation: its instructions (name, shape, operation, rest)}, the program's own as ENTRY."""
+  bodies, current = {}, []
+  for line in hlo.splitlines():
+    if match := _COMPUTATION.match(line):
+      current = bodies.setdefault(ENTRY if line.startswith("ENTRY") else match[1], [])
+    elif match := _INSTRUCTION.match(line):
+      current.append(match.groups())
+  return bodies
 
 
 # --- What is moved that should not be -------------------------------------------------------
@@ -92,17 +97,6 @@ def read_program(hlo: str, unknown_trips: int, width: float, chip) -> Work:
 _COPIES = ("copy", "slice", "transpose", "concatenate", "dynamic-slice")
 _FAST = "S(1)"  # a TPU's on-chip memory: an array that arrives there has been read once
 NOTHING = ("nothing", 0)
-
-
-def _bodies(hlo: str) -> dict[str, list[tuple]]:
-  """{computation: its instructions (name, shape, operation, rest)}."""
-  bodies, current = {}, []
-  for line in hlo.splitlines():
-    if match := _COMPUTATION.match(line):
-      current = bodies.setdefault(match[1], [])
-    elif match := _INSTRUCTION.match(line):
-      current.append(match.groups())
-  return bodies
 
 
 def _largest(shape: str) -> int:
