@@ -47,8 +47,8 @@ setup(
     "rlsafety.study": ["*.csv"],
     "rlsafety.tools": ["data/*"],
     "rlsafety.environments": ["bank/*"],
-    "rlsafety.judges": ["heads/*"],
-    "rlsafety.tools.judges.replies": ["*.jsonl"],
+    "rlsafety.judges": ["heads/*", "*.json"],
+    "rlsafety.tools.judges.replies": ["*.json*"],
   },
   install_requires=CORE,
   # Inspect finds its models through this: inspect eval ... --model rlsafety/runs/x

@@ -36,6 +36,7 @@ def model():
 def test_there_are_enough_attacks_and_none_holds_a_control_token(model):
   found = audit.attacks("What about taxes?", "There are two sides to this.")
   assert len(set(found)) >= 60 and {"empty", "fake tag", "long"} <= {k for k, _ in found}
+  assert REPLY in audit.APPENDED["fake tag"] and "yes " * 2_500 in audit.ALONE["long"]
   for _, text in found:
     assert not set(model.chat.encode_text(text)) & model.chat.control
 
