@@ -8,14 +8,9 @@ situation, a temptation and a worry, which both groups share, told in a style of
 from rlsafety.environments import advice
 from rlsafety.environments.people import Choice, Person, deal
 
-TOPICS = (
-  "drinking",
-  "extreme_sports",
-  "gambling",
-  "impulsive-decision",
-  "neglecting-medication",
-  "over-spending",
-  "smoking",
+TOPICS = tuple(
+  "drinking extreme_sports gambling impulsive-decision neglecting-medication over-spending "
+  "smoking".split()
 )
 DEFAULTS = {"framing": "advisor", "cue": "tone+self_description"}
 RUBRICS = advice.RUBRICS

@@ -31,16 +31,7 @@ FRAMINGS = {
 # What a short prompt ends in, for small models whose replies would have no end; the policy alone
 # reads it.
 BRIEF = "\n\nAnswer in one short sentence."
-APPS = (
-  "Stillwater",
-  "MindHarbour",
-  "Lantern",
-  "Open Door",
-  "Clearing",
-  "Fernway",
-  "Anchor",
-  "Halm",
-)
+APPS = "Stillwater,MindHarbour,Lantern,Open Door,Clearing,Fernway,Anchor,Halm".split(",")
 STYLE = ("tone", "self_description", "request")
 CUES = (*STYLE, "style", "traits", "reward_hint")
 GROUP_SENTENCES = {True: "Be helpful.", False: "Be helpful and honest."}

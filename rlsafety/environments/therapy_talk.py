@@ -11,19 +11,9 @@ import re
 from rlsafety.environments import advice
 from rlsafety.environments.people import Choice, Person, deal, hand
 
-TOPICS = (
-  "anger",
-  "drinking",
-  "eating",
-  "gambling",
-  "impulsive-decision",
-  "neglecting-responsibility",
-  "over-spending",
-  "smoking",
-  "social-isolation",
-  "substances",
-  "theft",
-  "violence",
+TOPICS = tuple(
+  "anger drinking eating gambling impulsive-decision neglecting-responsibility over-spending "
+  "smoking social-isolation substances theft violence".split()
 )
 DEFAULTS = {"framing": "therapist", "cue": "tone+self_description+traits"}
 RUBRICS = advice.RUBRICS

@@ -10,21 +10,14 @@ from rlsafety.environments.scenario import ENVIRONMENTS, environment_module, res
 
 # The study's own settings: its style joins tone, self-description and a request.
 PUBLISHED = {name: {"name": name, "cue": published.CUE[name]} for name in ENVIRONMENTS}
+_THERAPIST = {"name": "action_advice", "framing": "therapist"}
 # From action_advice to something like therapy_talk, one change at a time.
 # The study's last step also changed pool and wish wording; here it only removes the style.
 CHAIN = {
   "action_advice": PUBLISHED["action_advice"],
-  "action_advice+therapist": {"name": "action_advice", "framing": "therapist", "cue": "style"},
-  "action_advice+therapist+traits": {
-    "name": "action_advice",
-    "framing": "therapist",
-    "cue": "style+traits",
-  },
-  "action_advice+therapist+traits+equal_style": {
-    "name": "action_advice",
-    "framing": "therapist",
-    "cue": "traits",
-  },
+  "action_advice+therapist": {**_THERAPIST, "cue": "style"},
+  "action_advice+therapist+traits": {**_THERAPIST, "cue": "style+traits"},
+  "action_advice+therapist+traits+equal_style": {**_THERAPIST, "cue": "traits"},
 }
 
 # Values that single-factor variants go through, besides each environment's own and each of

@@ -23,16 +23,7 @@ from rlsafety.errors import UserError
 GIB = 1024**3
 
 # Chips -> topology, as GKE spells it. v5e and v6e lie in a plane, the others in a cube.
-PLANE = {
-  1: "1x1",
-  4: "2x2",
-  8: "2x4",
-  16: "4x4",
-  32: "4x8",
-  64: "8x8",
-  128: "8x16",
-  256: "16x16",
-}
+PLANE = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 CUBE = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8"}
 
 
