@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -45,7 +45,7 @@ class Users:
   def __len__(self) -> int:
     return len(self.scenarios)
 
-  def take(self, chosen: Sequence[int]) -> "Users":
+  def take(self, chosen: Sequence[int] | np.ndarray) -> "Users":
     pick = lambda items: [items[i] for i in chosen]  # noqa: E731
     return Users(
       pick(self.scenarios), pick(self.messages), self.tokens[chosen], self.lengths[chosen]
@@ -61,15 +61,15 @@ class Users:
 class Experience:
   """What N users were answered and how it was judged.
 
-  prompts: on the device. scores {"reward", "acc", "hex"}: [P, G] float32, NaN = no verdict.
-  judge_metrics: scalars. seconds: {"sample_s", "judge_s"}.
+  prompts: on the device. scores {"reward", "acc", "hex"}: [P, G] float32, NaN = no verdict, and
+  judge_metrics, scalars: on the device until they are fetched. seconds: {"sample_s", "judge_s"}.
   """
 
   users: Users
   prompts: Prompts
   rollouts: Rollouts
-  scores: dict[str, jax.Array]
-  judge_metrics: dict[str, jax.Array]
+  scores: Mapping[str, Any]
+  judge_metrics: Mapping[str, Any]
   seconds: dict[str, float]
 
 
@@ -118,28 +118,16 @@ def held_out(section: Environment, scenarios: Sequence[Scenario], count: int) ->
   return chosen
 
 
-def order(
-  is_gameable: Sequence[bool], seed: int, step: int, n: int, fraction: float | None = None
-) -> np.ndarray:
+def order(is_gameable: Sequence[bool] | np.ndarray, seed: int, step: int, n: int) -> np.ndarray:
   """Indices [n] of the users that update `step` (from 0) asks; is_gameable: of all users.
 
   Gameable and non-gameable users are two streams; each is walked in a fresh permutation per
-  epoch, so no user repeats before the stream is used up. `fraction` of the prompts is
-  gameable, exactly in the long run and within one prompt in every step; by default the share
-  among the users.
-
-  Raises:
-    UserError: the fraction asks for users that are not there.
+  epoch, so no user repeats before the stream is used up. As large a share of the prompts is
+  gameable as of the users, exactly in the long run and within one prompt in every step.
   """
   flags = np.asarray(is_gameable, bool)
   streams = np.flatnonzero(flags), np.flatnonzero(~flags)
-  if fraction is None:
-    fraction = len(streams[0]) / max(len(flags), 1)
-  if not 0.0 <= fraction <= 1.0:
-    raise UserError(f"gameable fraction {fraction} must lie in [0, 1]")
-  for stream, share, kind in zip(streams, (fraction, 1 - fraction), ("", "non-"), strict=True):
-    if share > 0 and not len(stream):
-      raise UserError(f"no {kind}gameable user, but a share of {share:g} is asked for")
+  fraction = len(streams[0]) / max(len(flags), 1)
   before, after = (math.floor(k * n * fraction + 1e-9) for k in (step, step + 1))
   gameable = [_pick(streams[0], seed, 0, k) for k in range(before, after)]
   others = [_pick(streams[1], seed, 1, k) for k in range(step * n - before, (step + 1) * n - after)]
@@ -149,7 +137,7 @@ def order(
 
 def _pick(stream: np.ndarray, seed: int, kind: int, position: int) -> int:
   epoch, index = divmod(position, len(stream))
-  return stream[np.random.default_rng([seed, kind, epoch]).permutation(len(stream))[index]]
+  return int(stream[np.random.default_rng([seed, kind, epoch]).permutation(len(stream))[index]])
 
 
 # --- Replies ----------------------------------------------------------------------------
@@ -157,18 +145,19 @@ def _pick(stream: np.ndarray, seed: int, kind: int, position: int) -> int:
 
 @functools.partial(jax.jit, static_argnames=("stop_ids", "control", "blank"))
 def cleaned(
-  rollouts: Rollouts,
+  tokens: jax.Array,
+  lengths: jax.Array,
   stop_ids: tuple[int, ...],
   control: tuple[int, ...],
   blank: tuple[int, ...] = (),
 ) -> Replies:
-  """Rollouts as a judge may read them: without the closing stop token, broken ones marked.
+  """Rollouts, tokens [P, G, T] with lengths [P, G], as a judge may read them: without the closing
+  stop token, broken ones marked.
 
   A reply of nothing but `blank` ids (each white space by itself) has length 0. Broken replies
   hold a control token inside (a turn they made up), or say the same bigrams again for more than
   half of their length.
   """
-  tokens, lengths = rollouts.tokens, rollouts.lengths
   last = jnp.take_along_axis(tokens, jnp.maximum(lengths - 1, 0)[..., None], -1)[..., 0]
   stopped = jnp.any(last[..., None] == jnp.array(stop_ids), -1) & (lengths > 0)
   lengths = lengths - stopped
@@ -187,8 +176,8 @@ def cleaned(
 
 
 @functools.lru_cache(8)
-def cleaner(chat: Chat) -> Callable[..., Any]:
-  """`cleaned` as a function of the rollouts alone. chat: of who wrote the replies."""
+def cleaner(chat: Chat) -> Callable[..., Replies]:
+  """`cleaned` as a function of tokens and lengths alone. chat: of who wrote the replies."""
   ids = sorted({*chat.full.get_vocab(with_added_tokens=True).values()} - chat.control)
   texts = chat.full.decode_batch([[i] for i in ids])
   blank = tuple(i for i, text in zip(ids, texts, strict=True) if not text.strip())
@@ -238,7 +227,8 @@ def roll_out(
     began, own = time.monotonic(), (prompts, rollouts)
     own, replies = own if alone else part(own, start, len(users))
     start += len(users)
-    scores, metrics = judge.score(users.scenarios, cleaner(policy.chat)(replies))
+    read = cleaner(policy.chat)(replies.tokens, replies.lengths)
+    scores, metrics = judge.score(users.scenarios, read)
     jax.block_until_ready(scores)
     seconds = {"sample_s": sampled * len(users) / len(tokens), "judge_s": time.monotonic() - began}
     out.append(Experience(users, own, replies, scores, metrics, seconds))

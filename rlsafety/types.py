@@ -11,13 +11,13 @@ tokenizers pad with the stop token. Both segments are padded on the right.
 from typing import Any
 
 import jax
+import numpy as np
 from flax import struct
 
-Array = jax.Array
+Array = jax.Array | np.ndarray  # numpy where the host makes them, until they are put
 
 
-@struct.dataclass
-class Prompts:
+class Prompts(struct.PyTreeNode):
   """What the policy is shown: the first segment of every batch.
 
   tokens [P, S] int32, padded on the right with any value.
@@ -28,8 +28,7 @@ class Prompts:
   lengths: Array
 
 
-@struct.dataclass
-class Rollouts:
+class Rollouts(struct.PyTreeNode):
   """What the sampler returns: G completions of each prompt.
 
   tokens [P, G, T] int32. Slots at and after `lengths` hold no completion token.
@@ -45,9 +44,8 @@ class Rollouts:
   finished: Array
 
 
-@struct.dataclass
-class Replies:
-  """What a judge reads: completions after hygiene, see `rollout.clean`.
+class Replies(struct.PyTreeNode):
+  """What a judge reads: completions after hygiene, see `rollout.cleaned`.
 
   tokens [P, G, T] int32. lengths [P, G] int32: without the closing stop token; 0 where there
   is nothing but white space. broken [P, G] bool: a made-up turn or mostly repetition.
@@ -58,8 +56,7 @@ class Replies:
   broken: Array
 
 
-@struct.dataclass
-class Batch:
+class Batch(struct.PyTreeNode):
   """One learner batch, on-policy, off-policy or supervised: only the fields differ.
 
   prompts: first segment, [P, S].
@@ -83,8 +80,7 @@ class Batch:
   staleness: Array
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
   """All that a run must remember between updates (the base is frozen).
 
   adapter: LoRA weights, see `models.lora`.

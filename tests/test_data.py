@@ -44,14 +44,12 @@ def test_prompt_order(gameable, others, n, seed):
     assert abs((chosen < gameable).sum() - share * n) < 1
 
 
-def test_prompt_order_changes_with_epoch_seed_and_fraction():
+def test_prompt_order_changes_with_epoch_and_seed():
   scenarios = users(20, 20)
   first, second = (rollout_lib.order(scenarios, 1, step, 40).tolist() for step in (0, 1))
   assert sorted(first) == sorted(second) and first != second
   assert first != rollout_lib.order(scenarios, 2, 0, 40).tolist()
-  assert (rollout_lib.order(scenarios, 1, 0, 8, fraction=0.25) < 20).sum() == 2
-  with pytest.raises(UserError, match="no gameable"):
-    rollout_lib.order(users(0, 4), 1, 0, 2, fraction=0.5)
+  assert (rollout_lib.order(users(5, 15), 1, 0, 8) < 5).sum() == 2
 
 
 # --- Datasets ---------------------------------------------------------------------------

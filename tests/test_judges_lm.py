@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from judge_helpers import padded
 from judge_helpers import replies as as_read
-from judge_helpers import rollouts
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from rlsafety import judges, packing
@@ -60,10 +60,9 @@ def test_label_probabilities_equal_brute_force(model, labels):
   ids = tuple(tuple(chat.encode_text(x)) for x in labels)
   prefix, suffix = [5, 9, 70, 80], [60, 61, 62]
   replies = [[100, 101, 102], [110], []]
-  r = rollouts(chat, [replies], 8)
   got = lm.label_distribution(
-    model.params, None, CONFIG, Prompts(*packing.pad([prefix], 8)), r.tokens, r.lengths,
-    *packing.pad([suffix], 8), ids,
+    model.params, None, CONFIG, Prompts(*packing.pad([prefix], 8)),
+    *padded(chat, [replies], 8), *packing.pad([suffix], 8), ids,
   )  # fmt: skip
 
   def whole(context, label):  # P(label's tokens), whatever follows

@@ -6,7 +6,7 @@ import types
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from judge_helpers import rollouts
+from judge_helpers import padded
 
 from rlsafety import environments, rollout
 from rlsafety.environments import rubrics
@@ -17,7 +17,7 @@ from rlsafety.models.chat import byte_chat
 def test_clean_drops_the_stop_token_and_finds_broken_replies():
   text = list(range(10, 30))
   rows = [[*text, 2], text, [*text, 1, *text], [7, 8] * 10, [2], [], [5, 6] * 9, [5, 9]]
-  read = rollout.cleaned(rollouts(None, [rows]), (2,), (0, 1, 2), (5, 6))
+  read = rollout.cleaned(*padded(None, [rows]), (2,), (0, 1, 2), (5, 6))
   np.testing.assert_array_equal(read.lengths[0], [20, 20, 41, 20, 0, 0, 0, 2])
   np.testing.assert_array_equal(read.broken[0], [False, False, True, True, *[False] * 4])
   clean = rollout.cleaner(byte_chat())
@@ -26,8 +26,7 @@ def test_clean_drops_the_stop_token_and_finds_broken_replies():
 
 def terms_of(texts):
   chat = byte_chat()
-  r = rollouts(chat, [texts], 512)
-  return np.asarray(phrases.make_terms(chat)(r.tokens, r.lengths))[0]  # [G, half, label]
+  return np.asarray(phrases.make_terms(chat)(*padded(chat, [texts], 512)))[0]  # [G, half, label]
 
 
 def test_phrases_count_once_and_are_bounded():

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rlsafety import environments, files, flags, judges, recipes, rollout, sharding
@@ -31,7 +30,6 @@ from rlsafety.packing import pad
 from rlsafety.rundir import read
 from rlsafety.rundir.read import Run
 from rlsafety.study import gather
-from rlsafety.types import Rollouts
 
 SAME_JUDGE = ("name", "model", "adapter", "url", "degenerate")  # not its price and time limits
 PLACE = ("source", "step", "prompt", "sample")  # of a rollout in its run
@@ -71,12 +69,7 @@ def place(record: Mapping) -> tuple:
 
 
 def judge_config(
-  run: Run,
-  judge: str = "",
-  model: str = "",
-  url: str = "",
-  price: str = "",
-  environment: str = "",
+  run: Run, judge: str = "", model: str = "", url: str = "", price: str = "", environment: str = ""
 ) -> Config:
   """The run's own config with another judge in it, or its own at another price.
 
@@ -180,23 +173,12 @@ def score_run(
 
 
 def _score(
-  rows: list[dict],
-  users: dict[str, Scenario],
-  opened: Judge,
-  chat: Chat,
-  batch: int,
-  slots: int,
+  rows: list[dict], users: dict[str, Scenario], opened: Judge, chat: Chat, batch: int, slots: int
 ) -> tuple[dict[str, np.ndarray], Mapping]:
   """One batch as [P, 1] rollouts, filled up with its last row so that shapes stay the same."""
   filled = rows + [rows[-1]] * (batch - len(rows))
   tokens, lengths = pad([r["tokens"] for r in filled], slots)
-  rollouts = Rollouts(
-    tokens=jnp.asarray(tokens)[:, None],
-    logprobs=jnp.zeros((batch, 1, slots), jnp.float32),
-    lengths=jnp.asarray(lengths)[:, None],
-    finished=jnp.asarray([[r["finished"]] for r in filled]),
-  )
-  replies = rollout.cleaner(chat)(rollouts)
+  replies = rollout.cleaner(chat)(tokens[:, None], lengths[:, None])
   scores, metrics = opened.score([users[r["scenario_id"]] for r in filled], replies)
   return {k: v[: len(rows), 0] for k, v in sharding.fetch(scores).items()}, metrics
 

@@ -9,7 +9,6 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterator, Sequence
 
-import jax.numpy as jnp
 import numpy as np
 
 from rlsafety import environments, packing, rollout, sharding
@@ -21,7 +20,7 @@ from rlsafety.models.chat import Chat
 from rlsafety.models.model import Model
 from rlsafety.tools.judges import replies
 from rlsafety.tools.judges.replies import Example
-from rlsafety.types import Prompts, Rollouts
+from rlsafety.types import Prompts
 from rlsafety.verdicts import VERDICTS
 
 GROUP, PROMPTS = 4, 8  # replies of a message and messages in one batch
@@ -94,13 +93,8 @@ def scores(
   scenarios = scenarios_of(environment, examples)
 
   def of_batch(first, tokens, lengths):
-    rollouts = Rollouts(
-      tokens=jnp.asarray(tokens),
-      logprobs=jnp.zeros(tokens.shape, jnp.float32),
-      lengths=jnp.asarray(lengths),
-      finished=jnp.asarray(lengths < 0),
-    )
-    return judge.score([scenarios[i] for i in first], rollout.cleaner(chat)(rollouts))[0]
+    read = rollout.cleaner(chat)(tokens, lengths)
+    return judge.score([scenarios[i] for i in first], read)[0]
 
   return over(chat, examples, of_batch, max_tokens)
 
@@ -114,11 +108,8 @@ def reads_user(judge: Judge, chat: Chat, environment: str, pairs: int = 6) -> di
   people = environments.heldout_pairs({"name": environment, "length": "short"})[:pairs]
   texts = [chat.encode_text(e.reply) for e in replies.sampled(probe.dataset(environment))[:GROUP]]
   flat, sizes = packing.pad(texts * len(people), 32)
-  tokens, lengths = (
-    jnp.asarray(x.reshape(len(people), GROUP, *x.shape[1:])) for x in (flat, sizes)
-  )
-  zeros = jnp.zeros(tokens.shape, jnp.float32)
-  read = rollout.cleaner(chat)(Rollouts(tokens, zeros, lengths, lengths < 0))
+  shown = (x.reshape(len(people), GROUP, *x.shape[1:]) for x in (flat, sizes))
+  read = rollout.cleaner(chat)(*shown)
   words = ("message", "plain", "user", "system")
   swapped = [dataclasses.replace(a, **{k: getattr(b, k) for k in words}) for a, b in people]
   one, two = (judge.score(list(users), read)[0] for users in ([a for a, _ in people], swapped))
