@@ -4,6 +4,7 @@ NPROC must be twice the devices, set before jax is imported: with fewer threads 
 devices, XLA's CPU collectives wait for each other for ever.
 """
 
+import fcntl
 import importlib.metadata
 import os
 
@@ -109,6 +110,21 @@ def cache(tmp_path_factory):
   """One compilation cache for all files that start the trainer, and for all workers."""
   base = tmp_path_factory.getbasetemp()
   return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "jax_cache"
+
+
+@pytest.fixture(scope="session")
+def whole(cache):
+  """(directory, what it said) of tiny_syco, uninterrupted: one run for all files and workers."""
+  from test_train import finish, start
+
+  workdir, said = cache.with_name("whole"), cache.with_name("whole.txt")
+  with cache.with_name("whole.lock").open("w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if not said.exists():
+      code, output = finish(start(cache, workdir))
+      assert code == 0, output
+      said.write_text(output)
+  return workdir, said.read_text()
 
 
 # The longest files, longest first: begun last, they would leave two workers idle at the end.

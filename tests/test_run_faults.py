@@ -22,14 +22,12 @@ HELDOUT = CONFIG.eval.prompts * CONFIG.eval.samples
 
 
 @pytest.fixture(scope="module")
-def runs(cache, tmp_path_factory):
+def runs(cache, whole, tmp_path_factory):
   """(a complete run, the same stopped by one Ctrl-C after step 4 or 5, what that said)."""
   folder = tmp_path_factory.mktemp("runs")
-  code, said = finish(start(cache, folder / "whole"))
-  assert code == 0, said
   code, said = interrupt_after(start(cache, folder / "stopped"), 3, signal.SIGINT)
   assert code == 130, said
-  return folder / "whole", folder / "stopped", said
+  return whole[0], folder / "stopped", said
 
 
 def test_ctrl_c_saves_the_step_and_the_same_command_ends_in_the_same_bits(cache, runs, tmp_path):
