@@ -45,8 +45,8 @@ def parse_json(text: str | bytes, where: str) -> Any:
   try:
     if isinstance(text, bytes):
       text = text.decode("utf-8-sig")
-    hooks = {"parse_int": _integer} if long else {}
-    value = json.loads(text.removeprefix("\ufeff"), object_pairs_hook=_object, **hooks)
+    whole = _integer if long else None
+    value = json.loads(text.removeprefix("\ufeff"), object_pairs_hook=_object, parse_int=whole)
   except UnicodeDecodeError as error:
     raise UserError(f"{where}: not UTF-8 at byte {error.start} ({error.reason})") from None
   except RecursionError:

@@ -19,6 +19,7 @@ from rlsafety.config import REWARDED, Objective
 from rlsafety.packing import mask_from_lengths
 from rlsafety.types import Array, Batch
 
+Metrics = dict[str, tuple[jax.Array, jax.Array]]  # {name: (sum, weight)}
 MAX_LOG_RATIO = 20.0  # e^20 is far past any clip; keeps float32 finite
 
 
@@ -76,6 +77,7 @@ def shaped(
     overlong_end and stays there (DAPO, arXiv 2503.14476, equation 13, in our tokens).
   """
   if o.kl == "k1_reward" and o.kl_coef:
+    assert behaviour_logprobs is not None and reference_logprobs is not None
     mask = jnp.arange(behaviour_logprobs.shape[-1]) < lengths[..., None]
     k1 = jnp.where(mask, behaviour_logprobs - reference_logprobs, 0.0).sum(-1)
     rewards = rewards - o.kl_coef * k1
@@ -190,11 +192,12 @@ def _imitation(logprobs: Array, batch: Batch, kept: Array, o: Objective):
 
 
 def _with_kl(
-  losses: Array, logprobs: Array, batch: Batch, kept: Array, o: Objective, weights=1.0
+  losses: Array, logprobs: Array, batch: Batch, kept: Array, o: Objective,
+  weights: Array | float = 1.0,
 ) -> Array:
   if o.kl not in ("k2", "k3") or not o.kl_coef:
     return losses
-  reference = jnp.where(kept, batch.reference_logprobs, jax.lax.stop_gradient(logprobs))
+  reference = jnp.where(kept, _reference(batch), jax.lax.stop_gradient(logprobs))
   return losses + o.kl_coef * weights * kl_estimate(logprobs, reference, o.kl)
 
 
@@ -319,6 +322,11 @@ def needs_reference(o: Objective) -> bool:
   return METHODS[o.name].mean_of != "tokens" or (o.kl != "none" and o.kl_coef > 0.0)
 
 
+def _reference(batch: Batch) -> Array:
+  assert batch.reference_logprobs is not None  # `needs_reference` said so
+  return batch.reference_logprobs
+
+
 def active(batch: Batch, o: Objective) -> Array:
   """[P, G] bool: the replies that are learned from. All others are as if absent."""
   return METHODS[o.name].active(batch, o)
@@ -340,7 +348,7 @@ def denominator(batch: Batch, o: Objective) -> Array:
 
 def objective(
   logprobs: Array, entropy: Array, batch: Batch, o: Objective
-) -> tuple[Array, dict[str, tuple[Array, Array]]]:
+) -> tuple[jax.Array, Metrics]:
   """The loss of a (micro-)batch, as a sum.
 
   Args:
@@ -360,7 +368,7 @@ def objective(
   kept = mask & keep[..., None]
   metrics = _common_metrics(jax.lax.stop_gradient(logprobs), entropy, batch, kept)
   if method.mean_of != "tokens":
-    reference = jnp.where(mask, batch.reference_logprobs, 0.0)
+    reference = jnp.where(mask, _reference(batch), 0.0)
     log_odds = jnp.where(mask, logprobs - reference, 0.0).sum(-1)  # [P, G]
     losses, more = method.losses(log_odds, batch, keep, o)
     losses = losses - o.entropy_coef * _per_reply(entropy, kept, batch.lengths)
@@ -376,13 +384,13 @@ def objective(
 # --- Metrics ----------------------------------------------------------------------------
 
 
-def _common_metrics(logprobs: Array, entropy: Array, batch: Batch, kept: Array) -> dict:
+def _common_metrics(logprobs: Array, entropy: Array, batch: Batch, kept: Array) -> Metrics:
   """What every method reports; `logprobs` without gradient, 0 outside the replies."""
   known = kept & ~jnp.isnan(batch.behaviour_logprobs)
   diff = jnp.where(known, logprobs - batch.behaviour_logprobs, 0.0)
   ratio = jnp.exp(jnp.clip(diff, -MAX_LOG_RATIO, MAX_LOG_RATIO))
-  replies = kept.any(-1)
-  judged = (~jnp.isnan(batch.rewards) & (batch.lengths > 0)).any(axis=1)
+  replies = jnp.any(kept, axis=-1)
+  judged = jnp.any(~jnp.isnan(batch.rewards) & (batch.lengths > 0), axis=1)
   metrics = {
     "ratio": _mean(ratio, known),
     "ratio_deviation": _mean(jnp.abs(ratio - 1.0), known),
@@ -403,7 +411,7 @@ def _common_metrics(logprobs: Array, entropy: Array, batch: Batch, kept: Array) 
   return metrics
 
 
-def finish_metrics(metrics: dict[str, tuple[Array, Array]]) -> dict[str, Array]:
+def finish_metrics(metrics: Metrics) -> dict[str, jax.Array]:
   """(sum, weight) -> sum / weight, NaN where nothing was counted; `_max` stays as it is."""
   return {
     name: total
@@ -418,7 +426,7 @@ def _per_reply(values: Array, kept: Array, lengths: Array) -> Array:
   return jnp.where(kept, values, 0.0).sum(-1) / jnp.maximum(lengths, 1)
 
 
-def _mean(values: Array, mask: Array) -> tuple[Array, Array]:
+def _mean(values: Array, mask: Array) -> tuple[jax.Array, jax.Array]:
   """The (sum, weight) pair of a masked mean."""
   dtype = jnp.result_type(float)
   return jnp.where(mask, values, 0).sum().astype(dtype), mask.sum().astype(dtype)

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlsafety.types import Array
 
-def mask_from_lengths(lengths: jax.Array, slots: int) -> jax.Array:
+
+def mask_from_lengths(lengths: Array, slots: int) -> jax.Array:
   """[...] int lengths -> [..., slots] bool, true on the first `length` slots."""
   return jnp.arange(slots) < lengths[..., None]
 

@@ -103,7 +103,7 @@ def load(
         f"{path}: the prompt of record {i} has {size} tokens, the limit is {prompt_slots}: "
         "raise --config.max_prompt_tokens (prompts are never cut)"
       )
-    known = [np.isfinite(r.logprobs).all() for r in replies_of(records, example)[:group]]
+    known = [bool(np.isfinite(r.logprobs).all()) for r in replies_of(records, example)[:group]]
     missing, total = missing + known.count(False), total + len(known)
   if missing and needs_behaviour(objective, epochs):
     raise UserError(
@@ -137,7 +137,8 @@ def _open(path: str) -> tuple[Any, list[bool]]:
   if module != _BUILDER:
     raise UserError(f"{folder / 'dataset_info.json'}: moduleName {module!r}, must be {_BUILDER}")
   try:
-    source = tfds.builder_from_directory(folder).as_data_source("train")
+    builder: Any = tfds.builder_from_directory(folder)  # its wrapper hides the signature
+    source = builder.as_data_source("train")
     gameable = [bool(source[i]["is_gameable"] == 1) for i in range(len(source))]
   except Exception as error:  # noqa: BLE001  whatever a broken file makes the readers say
     raise UserError(f"data.path {path!r} cannot be read ({error}); write it again") from error

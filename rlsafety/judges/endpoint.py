@@ -124,7 +124,8 @@ async def ask_all(
   headers |= {"authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
 
   def wait(state: tenacity.RetryCallState) -> float:
-    return max(backoff(state), min(getattr(state.outcome.exception(), "wait", 0.0), 30.0))
+    failed = state.outcome.exception() if state.outcome else None
+    return max(backoff(state), min(getattr(failed, "wait", 0.0), 30.0))
 
   async def post(
     client: httpx2.AsyncClient, messages: Sequence[dict], dialect: Dialect

@@ -84,7 +84,7 @@ def make(
   timeout_s: float = 30.0,
   deadline_s: float = 300.0,
   attempts: int = 5,
-  price: tuple[float, float] = (0.0, 0.0),
+  price: Sequence[float] = (0.0, 0.0),
 ) -> Callable[..., tuple[dict, dict]]:
   """Returns score(scenarios, replies) -> ({reward, acc, hex}: [P, G], metrics).
 
@@ -97,8 +97,7 @@ def make(
   endpoint = Endpoint(url, model, key_from_environment())
 
   def score(scenarios: Sequence[Scenario], replies: Replies):
-    replies = sharding.fetch(replies)
-    tokens, lengths, broken = replies.tokens, replies.lengths, replies.broken
+    tokens, lengths, broken = sharding.fetch((replies.tokens, replies.lengths, replies.broken))
     ok = (lengths > 0) & ~broken
     requests, places = [], []
     for p, scenario in enumerate(scenarios):

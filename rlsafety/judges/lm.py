@@ -26,7 +26,7 @@ from rlsafety.models.chat import Chat
 from rlsafety.models.lora import Adapter
 from rlsafety.models.model import Model
 from rlsafety.packing import pad
-from rlsafety.types import Prompts, Replies
+from rlsafety.types import Array, Prompts, Replies
 
 RATINGS = tuple(range(1, 11))
 
@@ -205,7 +205,7 @@ def make(
 
 
 def reencode(
-  tokens: jax.Array, lengths: jax.Array, old: Chat, new: Chat
+  tokens: Array, lengths: Array, old: Chat, new: Chat
 ) -> tuple[np.ndarray, np.ndarray]:
   """Replies as ids of `old` [P, G, T] -> ids of `new`, through their text."""
   tokens, lengths = sharding.fetch((tokens, lengths))

@@ -99,6 +99,7 @@ def features(
   """
   mask = mask_from_lengths(lengths, tokens.shape[-1])
   states, pooled = scoring.predicting_states(params, None, config, prompts, tokens, pool=mask)
+  assert pooled is not None  # as a pool was given
   scores = scoring.score(params, config, states, tokens, chunk_tokens=chunk_tokens).logprobs
   mean = jnp.sum(jnp.where(mask, scores, 0.0), -1) / jnp.maximum(lengths, 1)
   return join(pooled, layers), mean
@@ -164,8 +165,7 @@ def read(path: Path) -> Heads:
   for field, holds, what in _rules(meta, arrays):
     if not holds:
       raise UserError(f"{path}: {field}: {what}; fit it again with python -m {_FIT}")
-  values = (arrays[name] for name in ARRAYS)
-  return Heads(tuple(meta["names"]), tuple(meta["layers"]), *values, meta["info"])
+  return Heads(tuple(meta["names"]), tuple(meta["layers"]), **arrays, info=meta["info"])
 
 
 def _rules(meta: dict, arrays: dict[str, np.ndarray]) -> Iterator[tuple[str, bool, str]]:

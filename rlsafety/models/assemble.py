@@ -97,9 +97,9 @@ def assemble(
   def place(path, sharding):
     shape, tensor = flat[path].shape, tensors[names[path]]
     transposed = is_transposed(path, shape)
-    last = [None, None]  # Replicas ask for the same block one after the other.
+    last: list[Any] = [None, None]  # Replicas ask for the same block one after the other.
 
-    def block(index):
+    def block(index: Any) -> np.ndarray:
       index = tuple(slice(*s.indices(n)) for s, n in zip(index, shape, strict=True))
       if last[0] == index:
         return last[1]

@@ -189,7 +189,8 @@ def _plain(full: Tokenizer, control: set[int], ordinary: set[str], source: str) 
     raise UserError(f"{source}: the tokenizer's dropout={model['dropout']} splits texts at random")
   vocab = model["vocab"]
   added = {t.content for t in full.get_added_tokens_decoder().values() if _is_marker(t)}
-  markers = added | {t for t, i in full.get_vocab(True).items() if i in control}
+  ids = full.get_vocab(True)
+  markers = added | {t for t, i in ids.items() if i in control}
   spec["added_tokens"] = [
     t for t in spec["added_tokens"] if t["content"] not in markers and t["content"] in vocab
   ]
@@ -216,7 +217,7 @@ def _plain(full: Tokenizer, control: set[int], ordinary: set[str], source: str) 
     spec[key] = without_prefix(spec[key])
   plain = Tokenizer.from_str(json.dumps(spec))
   for marker in sorted((markers - added) | ordinary):  # a letter that is to end replies, say
-    i = full.token_to_id(marker)
+    i = ids[marker]
     text = full.decode([i], skip_special_tokens=False)
     if plain.decode(plain.encode(f".{text}.", add_special_tokens=False).ids) != f".{text}.":
       raise UserError(f"{source}: token {i} ({text!r}) is to structure the text or end replies, "
@@ -280,8 +281,8 @@ def make_chat(
   if not stops:
     raise UserError(f"{source}: no token ends a reply: no eos token, none in the chat template")
   control = {i for i, t in full.get_added_tokens_decoder().items() if _is_marker(t)} | stops
-  control |= {ids[special[f"{name}_token"]] for name in ("bos", "eos", "pad")
-              if special[f"{name}_token"] is not None}  # fmt: skip
+  ends = (special[f"{name}_token"] for name in ("bos", "eos", "pad"))
+  control |= {ids[token] for token in ends if token is not None}
   try:
     templates.frame(template, ("system", "user"), True, named, source)
     has_system = True

@@ -223,7 +223,7 @@ def _windows(kind: str, fields: _Fields, depth: int) -> dict[str, Any]:
       fields.fail("max_window_layers", first, "must be an integer")
     local = [switched_on and window is not None and i >= first for i in range(depth)]
   else:
-    period = {"gemma2": 2, "olmo3": 4}.get(kind, pattern)
+    period = {"gemma2": 2, "olmo3": 4, "gemma3_text": pattern}[kind]
     local = [(i + 1) % period != 0 for i in range(depth)]
   if types is not None:
     known = ("full_attention", "sliding_attention")
@@ -348,7 +348,7 @@ def hf_config(config: ModelConfig) -> dict:
     return fields
 
   hf |= {"rope_theta": config.rope.theta, "rope_scaling": scaling(config.rope)}
-  if kind == "gemma3_text":
+  if kind == "gemma3_text" and config.local_rope:
     hf["rope_local_base_freq"] = config.local_rope.theta
   if kind == "smollm3":
     local = config.local_layers or (False,) * config.n_layers

@@ -150,17 +150,17 @@ class File:
   def _stored(self, name: str, shape: tuple[int, ...], kind: int, start: int) -> Stored:
     names = {t.value: t.name for t in gguf.GGMLQuantizationType}
     if names.get(kind) not in TYPES:
-      kind = names.get(kind, kind)
-      raise UserError(f"{self.path}: tensor {name} has type {kind}; supported: {', '.join(TYPES)}")
-    kind = gguf.GGMLQuantizationType(kind)
-    block, size = gguf.GGML_QUANT_SIZES[kind]
+      found = names.get(kind, kind)
+      raise UserError(f"{self.path}: tensor {name} has type {found}; supported: {', '.join(TYPES)}")
+    stored = gguf.GGMLQuantizationType(kind)
+    block, size = gguf.GGML_QUANT_SIZES[stored]
     row = shape[-1] // block * size
     end = start + math.prod(shape[:-1]) * row
     if shape[-1] % block or 0 in shape or end > self._bytes.size:
-      self._corrupt(f"shape {shape} of type {kind.name} does not fit in the file")
+      self._corrupt(f"shape {shape} of type {stored.name} does not fit in the file")
     data = self._bytes[start:end].reshape(*shape[:-1], row)
-    plain = {"F32": np.float32, "F16": np.float16}.get(kind.name)
-    return Stored(shape, kind, data if plain is None else data.view(plain), self.path)
+    plain = {"F32": np.float32, "F16": np.float16}.get(stored.name)
+    return Stored(shape, stored, data if plain is None else data.view(plain), self.path)
 
   def _corrupt(self, why: str) -> NoReturn:
     raise UserError(f"{self.path}: {self._field}: {why}; truncated or corrupt, fetch it again")
@@ -169,7 +169,7 @@ class File:
     size = struct.calcsize("<" + layout)
     if self._at + size > self._bytes.size:
       self._corrupt("the file ends here")
-    values = struct.unpack_from("<" + layout, self._bytes, self._at)
+    values = struct.unpack_from("<" + layout, self._bytes.data, self._at)
     self._at += size
     return values
 

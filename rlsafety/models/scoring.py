@@ -48,7 +48,7 @@ def predicting_states(
   prompt, hidden = prefill(
     params, adapter, c, prompts, dropout=dropout, remat=remat, attention=attention
   )
-  first = last_hidden(hidden, prompts.lengths)[:, None, None]
+  first = last_hidden(hidden, jnp.asarray(prompts.lengths))[:, None, None]
   states, pooled = extend(
     params, adapter, c, prompt, tokens, pool=pool, dropout=dropout, remat=remat
   )

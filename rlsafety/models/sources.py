@@ -7,6 +7,7 @@ is a network, a hub name `owner/name[@revision]`.
 
 import base64
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import os
@@ -103,16 +104,19 @@ def random_model(
 def open_model(settings: config.Model, mesh: Mesh | None = None) -> Model:
   """The model that a config names: weights, or with a preset random ones."""
 
-  def shardings(found: ModelConfig) -> dict:
-    # The sizes are known and nothing is in memory yet: the time to refuse them.
-    sharding.check_model(mesh, found)
-    place = lambda w: sharding.named(mesh, w.axes, w.shape)  # noqa: E731
-    return jax.tree.map(place, architecture.weights(found), is_leaf=architecture.is_weight)
-
-  target, dtype = None if mesh is None else shardings, jnp.dtype(settings.dtype)
+  target = functools.partial(_split, mesh) if mesh else None
+  dtype = jnp.dtype(settings.dtype)
   if settings.path:
     return load_model(settings.path, dtype, target)
   return random_model(presets.preset(settings.preset), settings.seed, dtype, target)
+
+
+def _split(mesh: Mesh, found: ModelConfig) -> dict:
+  """Shardings of the params. The sizes are known and nothing is in memory yet: the time to refuse
+  them."""
+  sharding.check_model(mesh, found)
+  place = lambda w: sharding.named(mesh, w.axes, w.shape)  # noqa: E731
+  return jax.tree.map(place, architecture.weights(found), is_leaf=architecture.is_weight)
 
 
 def check_vocabulary(config: ModelConfig, chat: Chat, where: str) -> None:
@@ -213,7 +217,7 @@ def _in_package(name: str) -> Path:
   files = _ggufs(package)
   missing = []
   for requirement in package.requires or ():
-    needed = re.match(r"[\w.-]+", requirement)[0]
+    needed = re.split(r"[^\w.-]", requirement)[0]
     if ";" not in requirement and not any(f.endswith(".gguf") for f in files):
       try:
         files |= _ggufs(importlib.metadata.distribution(needed))

@@ -29,7 +29,7 @@ from rlsafety.metrics import gaps
 from rlsafety.models.chat import Chat
 from rlsafety.rollout import Experience, Users
 from rlsafety.rundir import check, place
-from rlsafety.types import Rollouts
+from rlsafety.types import Array, Rollouts
 from rlsafety.verdicts import VERDICTS, most_likely
 
 FOLDERS = ("rollouts", "eval", "adapter", "checkpoints", "events", "scores")
@@ -48,7 +48,7 @@ class StepLog:
   step: int
   own: Experience | None
   replayed: Mapping[str, np.ndarray]
-  lengths: jax.Array
+  lengths: Array
   metrics: Mapping[str, jax.Array]
   seconds: Mapping[str, float]
 
