@@ -129,7 +129,7 @@ def uniforms(keys: jax.Array, G: int, T: int) -> jax.Array:
   """[T, P, G, LEVELS] numbers in [0, 1), from each row's key [P] folded with (sample, slot)."""
 
   def one(slot, key, sample):
-    return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, sample), slot), LEVELS)
+    return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, sample), slot), (LEVELS,))
 
   over_samples = jax.vmap(one, (None, None, 0))
   over_rows = jax.vmap(over_samples, (None, 0, None))

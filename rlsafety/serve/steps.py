@@ -241,7 +241,7 @@ def draw(logits: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array]:
   kept = jax.lax.cond(cut, sampler.nucleus, lambda x, _: x, scaled, rows.top_p[:, None])
 
   def numbers(seed: jax.Array, drawn: jax.Array) -> jax.Array:
-    return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), drawn), sampler.LEVELS)
+    return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), drawn), (sampler.LEVELS,))
 
   sampled, _ = sampler.inverse_cdf(kept, jax.vmap(numbers)(rows.seed, rows.drawn))
   greedy = jnp.argmax(logits, -1).astype(jnp.int32)
