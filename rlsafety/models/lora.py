@@ -27,7 +27,7 @@ class Adapter:
   `per_layer` copies out of them is small.
   """
 
-  weights: dict | tuple[dict, ...]  # a tuple: `unstacked`
+  weights: Any  # that dict, or a tuple of one for each layer: `unstacked`
   scale: float = struct.field(pytree_node=False)
 
 
