@@ -43,7 +43,8 @@ class Cell:
   """One run on its way. name: "" where it is alone. state, step: after its newest update.
 
   root: the key of all its randomness. from_records: prompts of a batch that come from `records`.
-  seconds: of each step of this process. again: the evaluation at `step` was lost.
+  seconds: of each step of this process. again: the evaluation at `step` is missing. notes: on what
+  it was opened with.
   """
 
   name: str
@@ -62,6 +63,7 @@ class Cell:
   about: dict
   step: int = -1
   again: bool = False
+  notes: Sequence[str] = ()
   seconds: list[float] = dataclasses.field(default_factory=list)
   silence: gaps.Silence = dataclasses.field(default_factory=lambda: gaps.Silence(""))
   write_events: write.EventWriter = lambda step, row: None
@@ -104,31 +106,52 @@ def check_shared(configs: Mapping[str, Config]) -> Config:
   return one
 
 
+def tell(notes_of: Mapping[str, Sequence[str]]) -> None:
+  """Logs every note once, with the cells that it holds for. notes_of: of each cell by name."""
+  log, holders = runtime.progress(), {}
+  for cell, notes in notes_of.items():
+    for note in notes:
+      holders.setdefault(note, []).append(cell)
+  for note, names in holders.items():
+    who = "all cells" if 1 < len(names) == len(notes_of) else ", ".join(names)
+    for line in (f"{who}: {note}" if who else note).splitlines():
+      log.info("%s", line)
+
+
+def show(name: str, run: RunDir, summary: Mapping) -> None:
+  """What a complete run says: its table, unless others run beside it, and where its report is."""
+  if not name:
+    print(summary["table"], flush=True)
+  title = f"{name}: " if name else ""
+  runtime.progress().info("%sreport: %s", title, run.path / "report.html")
+
+
 def open_runs(
   configs: Mapping[str, Config], folders: Mapping[str, str]
 ) -> tuple[dict[str, RunDir], dict[str, dict], dict[str, str]]:
   """The run directories by cell: those to go on with, the summaries of those that are complete,
   and why those that stopped did."""
-  log = runtime.progress()
-  runs, summary_of, stopped = {}, {}, {}
+  runs, summary_of, stopped, notes = {}, {}, {}, {name: [] for name in configs}
   for name, config in configs.items():
     run = write.open_run(folders[name], config)
     done, lost = run.complete(config)
+    folder = run.path.parent if name else run.path
     if (run.path / STOPPED).exists():
       why = read_json(run.path / STOPPED)["why"]
       stopped[name] = f"{why} (to try again, delete {run.path / STOPPED})"
       run.close()
     elif done and not lost:
-      log.info("run is complete: %s", run.path)
-      print(done["table"])
-      log.info("report: %s", run.path / "report.html")
+      notes[name] = [f"run is complete: {folder}"]
       summary_of[name] = done
       run.close()
     else:
       if lost:
-        log.info("run is complete but lost %s: written again", ", ".join(lost))
-      log.info("workdir %s; device %s", run.path, jax.devices()[0].device_kind)
+        notes[name] = [f"run is complete but lost {', '.join(lost)}: written again"]
+      notes[name] += [f"workdir {folder}; device {jax.devices()[0].device_kind}"]
       runs[name] = run
+  tell(notes)
+  if "" in summary_of:
+    show("", run, summary_of[""])
   return runs, summary_of, stopped
 
 
@@ -136,14 +159,13 @@ def open_cell(
   name: str, config: Config, run: RunDir, policy: Model, mesh: Mesh, models: dict[str, Model]
 ) -> Cell:
   """Users, judge, records and a fresh learner state. models: of judges that are open, by path."""
-  log, called = runtime.progress(), f"{name}: " if name else ""
   P, chat = config.prompts_per_step, policy.chat
   everyone = environments.load(config.environment)
   training = [s for s in everyone if s.split == "train"]
   users = rollout.users_of(training, chat, config.max_prompt_tokens)
   asked = rollout.held_out(config.environment, everyone, config.eval.prompts)
   heldout = rollout.users_of(asked, chat, config.max_prompt_tokens)
-  log.info("%senvironment %s: %d training prompts", called, config.environment.name, len(users))
+  notes = [f"environment {config.environment.name}: {len(users)} training prompts"]
   from_records = replay.prompts_per_batch(config.data, config.objective, P)
   records, data = None, None
   if from_records:
@@ -151,12 +173,11 @@ def open_cell(
     data = {"path": config.data.path, "sha256": replay.digest(config.data.path)}
     run.same_data(data["sha256"])
     records = replay.load(config.data.path, policy, config.objective, *slots, config.epochs)
-    log.info("%srecords %s: %d of %d per batch", called, config.data.path, from_records, P)
+    notes.append(f"records {config.data.path}: {from_records} of {P} per batch")
   judge = open_judge(
     config.judge, config.environment, policy, mesh, config.learner.chunk_tokens, models
   )
-  for line in judge_lines(judge):
-    log.info("%s%s", called, line)
+  notes.append("\n".join(judge_lines(judge)))
   root = jax.random.key(config.seed)
   start_key = jax.random.fold_in(root, 0)
   optimizer = learner.make_optimizer(config.optimizer)
@@ -192,12 +213,13 @@ def open_cell(
       "data": data,
     },
     silence=gaps.Silence(str(folder)),
+    notes=notes,
   )
 
 
 def resume(cells: Sequence[Cell]) -> None:
   """Brings every cell to the newest step that all of them have; its logs follow."""
-  log = runtime.progress()
+  log, notes = runtime.progress(), {c.name: [] for c in cells}
   newest = {id(c): c.manager.latest_step() for c in cells}
   going = [s for c in cells if (s := newest[id(c)]) is not None and s < c.config.steps]
   for cell in cells:
@@ -208,10 +230,11 @@ def resume(cells: Sequence[Cell]) -> None:
     if restored is not None:
       checkpoints.forget_after(cell.manager, step)
       cell.state, cell.step = restored, step
-      log.info("%sresuming after step %d", cell.title, step)
+      notes[cell.name].append(f"resuming after step {step}")
     replies = len(cell.heldout) * cell.config.eval.samples
     cell.again = cell.run.start(cell.config, step, cell.about, replies)
     cell.write_events = write.event_writer(cell.run)
+  tell(notes)
 
 
 def save(cells: Sequence[Cell], wait: bool) -> None:
@@ -243,15 +266,27 @@ def step_line(cells: Sequence[Cell], rows: Sequence[dict]) -> str:
     return cell.title + gaps.step_line(row, row, cell.config.steps, cell.seconds)
   steps, step = max(c.config.steps for c in cells), rows[0]["step"]
   seconds = sum(float(np.median(c.seconds[-20:])) for c in cells)
+  return (
+    f"step {step}/{steps}  {means(rows)}  {sum(row['seconds'] for row in rows):.1f} s  "
+    f"left {(steps - step) * seconds / 60:.1f} min"
+  )
+
+
+def evaluation_line(cells: Sequence[Cell], summaries: Sequence[dict]) -> str:
+  """What held-out users said of the cells, which are at one step."""
+  alone = len(cells) == 1
+  found = gaps.group_line(summaries[0]) if alone else means(summaries)
+  return f"{cells[0].title if alone else ''}held-out at step {cells[0].step}: {found}"
+
+
+def means(rows: Sequence[dict]) -> str:
+  """Means over cells, with the lowest and the highest. rows: a log's line of each cell."""
   parts = []
   for name in ("reward", "hex_gap", "acc_gap"):
     values = [row[name] for row in rows if name in row and np.isfinite(row[name])]
     if values:
-      parts.append(f"{name} {min(values):.2f} to {max(values):.2f}")
-  return (
-    f"step {step}/{steps}  {len(cells)} cells: {', '.join(parts)}  "
-    f"{sum(row['seconds'] for row in rows):.1f} s  left {(steps - step) * seconds / 60:.1f} min"
-  )
+      parts.append(f"{name} {np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})")
+  return f"{len(rows)} cells: {'  '.join(parts)}"
 
 
 def stop(cell: Cell, made: StepLog) -> str:
@@ -277,6 +312,7 @@ def finish(cell: Cell, policy: Model) -> dict:
     hf.save_peft(run.path / "adapter", adapter, policy, cell.config.lora)
     summary = summaries.finish(run.path)
     run.finish(summary)
+    show(cell.name, run, summary)
   run.close()
   runtime.barrier(f"complete {cell.name}")  # jax's shutdown gives up sooner than a report takes
   return run.summary() or summary if run.writes else {}

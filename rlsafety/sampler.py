@@ -159,7 +159,7 @@ def sample(
   dtype = hidden.dtype
   if settings.cache == "int8":
     prompt, dtype = quantise_cache(prompt), jnp.int8
-  prompt = by_layer(prompt)
+  prompt, own = by_layer(prompt), lora.unstacked(adapter, config.n_layers, hidden.dtype)
   cache = init_cache(config, P, G, T, dtype)
   hidden = transformer.last_hidden(hidden, prompts.lengths)
   hidden = jnp.broadcast_to(hidden[:, None], (P, G, hidden.shape[-1]))
@@ -198,7 +198,7 @@ def sample(
       lengths=r.lengths + live,
       finished=r.finished | stopped,
     )
-    hidden, cache = transformer.decode(params, adapter, config, prompt, cache, tokens, slot)
+    hidden, cache = transformer.decode(params, own, config, prompt, cache, tokens, slot)
     return slot + 1, tokens, hidden, r, cache
 
   start = Rollouts(

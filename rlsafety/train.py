@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -37,7 +38,6 @@ from rlsafety import (
 from rlsafety.cells import Cell
 from rlsafety.config import Config
 from rlsafety.errors import UserError
-from rlsafety.metrics import gaps
 from rlsafety.models import architecture, int8, sources
 from rlsafety.models.model import Model
 from rlsafety.rollout import Experience
@@ -100,9 +100,11 @@ def run_on(
     )
     models: dict[str, Model] = {}  # of judges, loaded once for all cells
     live = [cells.open_cell(n, configs[n], run, policy, mesh, models) for n, run in runs.items()]
+    cells.tell({cell.name: cell.notes for cell in live})
     cells.resume(live)
 
-  def evaluate(asked: Sequence[Cell]) -> None:
+  def evaluate(asked: Sequence[Cell]) -> bool:
+    """False if a signal ended it: then nothing of it is written, and a restart makes it."""
     answered = evaluation.ask(
       functools.partial(
         roll_out,
@@ -115,24 +117,41 @@ def run_on(
       asked[0].step,
       chat=policy.chat,
       prompts_at_once=max(P, mesh.shape["data"] * mesh.shape["fsdp"]),
+      told=told,
     )
+    if answered is None:
+      return False
+    summaries = []
     for cell, (rows, scores) in zip(asked, answered, strict=True):
       summary = evaluation.summarised(cell.step, cell.heldout, rows, scores, cell.rubric_of)
       cell.run.log_evaluation(rows, summary)
-      log.info("%sheld-out at step %d: %s", cell.title, cell.step, gaps.group_line(summary))
+      summaries.append(summary)
+    log.info("%s", cells.evaluation_line(asked, summaries))
+    for cell, summary in zip(asked, summaries, strict=True):
       cell.silence.hear(summary)
+    return True
+
+  def leave(saved: str) -> NoReturn:
+    for cell in live:
+      cell.manager.close()
+      cell.run.close()
+    what = signal.Signals(told.signal or signal.SIGTERM).name
+    log.info("%s: %s; the same command continues", what, saved)
+    sys.exit(told.exit_code)
 
   # --- The loop -----------------------------------------------------------------------
   if new := [cell for cell in live if cell.step < 0]:
     for cell in new:
       cell.step = 0
-    evaluate(new)
+    if not evaluate(new):
+      leave("ended in the first evaluation, of which nothing is kept")
     cells.save(new, wait=False)
     show()
-  for cell in live:
-    if cell.again:
-      log.info("%sthe evaluation at step %d was lost: made again", cell.title, cell.step)
-      evaluate([cell])
+  for step in sorted({cell.step for cell in live if cell.again}):
+    again = [cell for cell in live if cell.again and cell.step == step]
+    cells.tell({c.name: [f"the evaluation at step {step} is missing: made now"] for c in again})
+    if not evaluate(again):
+      leave(f"ended in the evaluation at step {step}")
   while going := [cell for cell in live if not cell.is_last]:
     # All of them, unless a lost checkpoint left some behind.
     now = [cell for cell in going if cell.step == min(c.step for c in going)]
@@ -149,24 +168,20 @@ def run_on(
     if well:
       log.info("%s", cells.step_line(well, rows))
 
-    stop, step = sharding.any_process(told.signal > 0), made.step
+    stop, step, whole = sharding.any_process(told.signal > 0), made.step, True
     ended = [cell for cell in live if cell.is_last]
     due = [c for c in well if c.is_last or common.eval.every and step % common.eval.every == 0]
     saving = common.checkpoint.every and step % common.checkpoint.every == 0
     if stop or failed or ended or due or saving:
-      if due:
-        evaluate(due)
+      whole = not due or evaluate(due)
+      stop = stop or not whole
       cells.save(well, wait=bool(stop or failed or ended))
     for cell, made in failed:
       stopped[cell.name] = cells.stop(cell, made)
       log.info("%sstopped: %s", cell.title, stopped[cell.name])
     live = [cell for cell in live if cell.name not in stopped]
-    if stop and len(ended) < len(live):
-      for cell in live:
-        cell.manager.close()
-      what = signal.Signals(told.signal or signal.SIGTERM).name
-      log.info("%s: saved step %d; the same command continues", what, step)
-      sys.exit(told.exit_code)
+    if stop and (len(ended) < len(live) or not whole):
+      leave(f"saved step {step}")
     for cell in ended:
       summary_of[cell.name] = cells.finish(cell, policy)
       live.remove(cell)

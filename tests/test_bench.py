@@ -42,6 +42,17 @@ def test_counts_of_a_known_model():
   )
 
 
+def test_cells_in_turns(tmp_path, capsys):
+  bench.main(["bench", *TINY, "--cells=1,3", f"--out={tmp_path / 'cells.json'}"])
+  rows = json.loads((tmp_path / "cells.json").read_text())["rows"]
+  assert [row["cells"] for row in rows] == [1, 3]
+  for row in rows:
+    assert row["seconds"] == row["sample_s"] + row["update_s"] > 0
+  assert "saved" in capsys.readouterr().out
+  with pytest.raises(UserError, match="--cells=1,x: needs numbers"):
+    bench.main(["bench", *TINY, "--cells=1,x"])
+
+
 def test_mistyped_flag_suggests():
   with pytest.raises(UserError, match="prompt_tokens"):
     bench.read_flags(["bench", "--prompt_token=3"])

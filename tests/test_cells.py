@@ -12,8 +12,10 @@ import time
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from test_data import call, rollout, write_run
 
 from rlsafety import cells, recipes, train
+from rlsafety import rollout as rollout_lib
 from rlsafety.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -31,18 +33,24 @@ SMALL = {
   "eval.samples": 2,
   "checkpoint.every": 1,
 }
-# They differ in all that may differ; c ends early.
+# They differ in all that may differ; c ends early, half of b's prompts and all of d's are recorded.
+RECORDS = "rlsafety_test_records"  # the variable that names their folder
 CHANGES = {
   "a": {},
-  "b": {"seed": 7, "judge.name": "lm", "environment.cue": "none", "optimizer.learning_rate": 5e-4},
+  "b": {"seed": 7, "judge.name": "lm", "environment.cue": "none", "optimizer.learning_rate": 5e-4,
+        "data.path": RECORDS, "data.fraction": 0.5, "objective.is_correction": "token_truncate"},
   "c": {"steps": 2, "environment.name": "action_advice", "environment.length": "short"},
-}
+  "d": {"data.path": RECORDS, "objective.name": "dpo"},
+}  # fmt: skip
 WITH_X = CHANGES | {"x": {"seed": 9}}
 
 
 def configs(changes=CHANGES):
-  tiny = recipes.frozen(recipes.load_recipe(str(ROOT / "configs/tiny_syco.py")))
-  return {name: recipes.replaced(tiny, SMALL | own) for name, own in changes.items()}
+  tiny, out = recipes.frozen(recipes.load_recipe(str(ROOT / "configs/tiny_syco.py"))), {}
+  for name, own in changes.items():
+    own = {k: os.environ[RECORDS] if v == RECORDS else v for k, v in own.items()}
+    out[name] = recipes.replaced(tiny, SMALL | own)
+  return out
 
 
 def folders(path, names=CHANGES):
@@ -57,6 +65,9 @@ def assert_same(found, wanted):
   """Tokens to the token, all else to 1e-5: kernels of other shapes add up in another order, and
   Adam divides what little that changes by the root of a square as small."""
   for log in ("rollouts/train.jsonl", "metrics.jsonl", "eval/summary.jsonl"):
+    assert (found / log).exists() == (wanted / log).exists(), log
+    if not (found / log).exists():
+      continue  # of a cell that learns from records alone
     here, there = rows(found, log), rows(wanted, log)
     assert len(here) == len(there), log
     for a, b in zip(here, there, strict=True):
@@ -70,6 +81,22 @@ def assert_same(found, wanted):
     np.testing.assert_allclose(here[name], x, atol=1e-5)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def records(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("records")
+  replies = [
+    rollout(step, prompt, sample, f"{step}{prompt}{sample}", reward)
+    for step in (1, 2, 3)
+    for prompt in (0, 1)
+    for sample, reward in enumerate((4.0, 9.0))
+  ]
+  write_run(folder / "run", replies)
+  assert call("--runs", folder / "run", "--out", folder / "set") == 0
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv(RECORDS, str(folder / "set"))
+    yield
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
   path = tmp_path_factory.mktemp("alone")
@@ -78,17 +105,21 @@ def alone(tmp_path_factory):
   return path
 
 
+LEARN = train.learn
+
+
+def diverging(cell, *arguments):
+  """The second update of x is not finite."""
+  made = LEARN(cell, *arguments)
+  if cell.name != "x" or made.step != 2:
+    return made
+  return dataclasses.replace(made, metrics={**made.metrics, "nonfinite": np.float32(1)})
+
+
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
-  """The cells, and one in their company whose second update is not finite."""
-  path, news, learn = tmp_path_factory.mktemp("together"), [], train.learn
-
-  def diverging(cell, *arguments):
-    made = learn(cell, *arguments)
-    if cell.name != "x" or made.step != 2:
-      return made
-    return dataclasses.replace(made, metrics={**made.metrics, "nonfinite": np.float32(1)})
-
+  """The cells, and one in their company that diverges."""
+  path, news = tmp_path_factory.mktemp("together"), []
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(train, "learn", diverging)
     with pytest.raises(UserError, match="^x: step 2: the gradient or the step is not finite"):
@@ -104,8 +135,9 @@ def test_a_cell_gets_what_it_gets_alone_though_another_diverges(alone, together)
     assert summaries[0].keys() == summaries[1].keys()
   assert len(rows(together / "a", "metrics.jsonl")) == 4
   assert len(rows(together / "c", "metrics.jsonl")) == 2  # ended early
+  assert not (together / "d/rollouts/train.jsonl").exists()  # learns from records alone
   tokens = [[r["tokens"] for r in rows(together / n, "rollouts/train.jsonl")] for n in "ab"]
-  assert tokens[0] != tokens[1]
+  assert tokens[0] != tokens[1] and len(tokens[0]) == 2 * len(tokens[1])
 
 
 def test_what_is_complete_or_stopped_stays_so(together, capsys):
@@ -114,7 +146,7 @@ def test_what_is_complete_or_stopped_stays_so(together, capsys):
   before = (together / "a/metrics.jsonl").stat().st_mtime_ns
   with pytest.raises(UserError, match="to try again, delete .*stopped.json"):
     train.run_together(configs(WITH_X), folders(together, WITH_X))
-  assert capsys.readouterr().out.count("run is complete") == 3
+  assert "a, b, c, d: run is complete: " in capsys.readouterr().out
   assert (together / "a/metrics.jsonl").stat().st_mtime_ns == before
 
 
@@ -129,13 +161,7 @@ import pathlib, sys
 sys.path.insert(0, {tests!r})
 import test_cells
 from rlsafety import errors, train
-path, learn = pathlib.Path(sys.argv[1]), train.learn
-def diverging(cell, *arguments):
-  made = learn(cell, *arguments)
-  if cell.name == "x" and made.step == 2:
-    made.metrics["nonfinite"] = 1.0
-  return made
-train.learn = diverging
+path, train.learn = pathlib.Path(sys.argv[1]), test_cells.diverging
 configs = test_cells.configs(test_cells.WITH_X)
 errors.run_main(train.run_together, configs, test_cells.folders(path, configs))
 """
@@ -166,5 +192,44 @@ def test_killed_twice_every_cell_ends_in_the_same_bits(together, tmp_path, cache
     process.send_signal(signal.SIGKILL)
     process.communicate()
   said, _ = start(tmp_path, cache).communicate(timeout=300)
-  assert "a: resuming after step" in said, said
+  assert "resuming after step" in said, said
+  assert outcome(tmp_path) == outcome(together)
+
+
+def test_a_signal_is_heard_before_an_evaluation_and_loses_nothing(
+  together, tmp_path, monkeypatch, capsys
+):
+  """Before the first one nothing is kept; before a later one the step is saved, and its evaluation
+  is made at the next start, of all cells in one batch as it would have been."""
+  monkeypatch.setattr(train, "learn", diverging)
+  resume, ask, calls = cells.resume, rollout_lib.roll_out, []
+
+  def signalled(function, at):
+    def call(*arguments, **named):
+      got = function(*arguments, **named)
+      calls.append(function)
+      if len(calls) == at:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.3)  # for the thread that listens
+      return got
+
+    return call
+
+  # At the start, then in the third batch: after an evaluation and two steps.
+  for module, name, at, saved in ((cells, "resume", 1, []), (rollout_lib, "roll_out", 3, ["2"])):
+    calls.clear()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+      patch.setattr(module, name, signalled(getattr(module, name), at))
+      train.run_together(configs(WITH_X), folders(tmp_path, WITH_X))
+    assert end.value.code == 75 and len(calls) == at
+    for cell in CHANGES:
+      assert [f.name for f in (tmp_path / cell / "checkpoints").glob("2")] == saved
+      assert not (tmp_path / cell / "eval/step_000002.jsonl").exists()
+  assert (cells.resume, rollout_lib.roll_out) == (resume, ask)
+  with pytest.raises(UserError, match="x: step 2: the gradient"):
+    train.run_together(configs(WITH_X), folders(tmp_path, WITH_X))
+  said = capsys.readouterr().out
+  assert "SIGTERM: ended in the first evaluation" in said and "SIGTERM: saved step 2" in said
+  assert "all cells: the evaluation at step 2 is missing" in said
+  assert said.count("b: judge: rating judge") == 3 and said.count("judge: presence of phrases") == 3
   assert outcome(tmp_path) == outcome(together)

@@ -18,8 +18,9 @@ import time
 import pytest
 from conftest import FAST_COMPILE
 
-from rlsafety import runtime
+from rlsafety import runtime, train
 from rlsafety.errors import UserError
+from rlsafety.study import design
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 FLAGS = (
@@ -29,8 +30,8 @@ FLAGS = (
 ).split()
 
 
-def launch(workdir, count, cache, *flags):
-  """Starts `count` processes of one run; their output goes to workdir-N.log."""
+def launch(workdir, count, cache, *flags, program=("rlsafety.train", *FLAGS)):
+  """Starts `count` processes of one program; their output goes to workdir-N.log."""
   with socket.socket() as s:
     s.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{s.getsockname()[1]}"
@@ -38,7 +39,7 @@ def launch(workdir, count, cache, *flags):
   for index in range(count):
     env = dict(os.environ, PYTHONPATH=str(REPO), JAX_PLATFORMS="cpu", XLA_FLAGS=FAST_COMPILE)
     env |= {"NPROC": "4", "RLSAFETY_HEARTBEAT": "10", "JAX_COMPILATION_CACHE_DIR": str(cache)}
-    command = [sys.executable, "-m", "rlsafety.train", *FLAGS, *flags, f"--workdir={workdir}"]
+    command = [sys.executable, "-m", *program, *flags, f"--workdir={workdir}"]
     if count > 1:
       values = (address, count, index)
       command += [f"--{name}={x}" for (name, *_), x in zip(runtime.FLAGS, values, strict=True)]
@@ -114,6 +115,33 @@ def test_one_process_is_preempted_and_two_go_on(tmp_path, cache, reference):
   assert finish(children) == [75]
   assert finish(launch(workdir, 2, cache, "--config.mesh.fsdp=2")) == [0, 0]
   assert_same_numbers(workdir, reference)
+
+
+STUDY = """
+from rlsafety import recipes
+from rlsafety.study.design import Question, Study, crossed
+
+def get_study(tensor="1"):
+  c = recipes.frozen(recipes.load_recipe("{repo}/configs/tiny_syco.py"))
+  flags = dict(flag.removeprefix("--config.").split("=") for flag in {flags})
+  mesh = {{"mesh.fsdp": 2, "mesh.tensor": int(tensor)}}
+  c = recipes.replaced(c, {{k: int(v) for k, v in flags.items()}} | mesh)
+  cells = crossed(c, {{"seed": (5, 6)}})
+  return Study("two", cells, (Question("gap rises", tuple(cells)),))
+"""
+
+
+def test_two_processes_train_two_cells_together_as_one_does(tmp_path, cache):
+  file, workdir = tmp_path / "study.py", tmp_path / "study"
+  file.write_text(STUDY.format(repo=REPO, flags=FLAGS[1:]))
+  one = design.load(f"{file}:2").cells  # in this process, on 8 devices
+  train.run_together(one, {name: str(tmp_path / "one" / name) for name in one})
+  program = ("rlsafety.study.run", f"--study={file}")
+  assert finish(launch(workdir, 2, cache, program=program)) == [0, 0]
+  for name in one:
+    assert_same_numbers(workdir / name, tmp_path / "one" / name)
+  said = [pathlib.Path(f"{workdir}-{i}.log").read_text() for i in range(2)]
+  assert said[0].count("answer\ngap rises") == 1 and "gap rises" not in said[1]
 
 
 def test_who_starts_alone_and_who_joins():

@@ -61,6 +61,8 @@ def test_cells_of_factors_are_found_by_their_fields():
     ({"direction": "up"}, "direction='up'"),
     ({"smallest": 0.0}, "smallest=0.0 must be positive"),
     ({"less": CUE}, "must be different cells"),
+    ({"than": (PLAIN[:1], CUE[:1])}, "must be different cells"),
+    ({"more": CUE[:2], "than": (CUE[2:],)}, "must be two groups of cells"),
   ],
 )
 def test_a_question_that_cannot_be_asked_is_refused_by_name(change, says):
@@ -98,13 +100,13 @@ def test_shipped_studies_load_and_their_cells_can_train_together():
 def test_crossed_error_in_its_closed_forms():
   rng = np.random.default_rng(0)
   d = rng.normal(size=(1, 9))
-  mean, error, freedom = confirm.crossed(d)
+  mean, error, freedom = confirm.crossed([d])
   assert (mean, error, freedom) == pytest.approx((d.mean(), stats.sem(d[0]), 8))
   # No residual: rows alone differ, so the error is that of their means.
   d = np.repeat(rng.normal(size=(4, 1)), 7, axis=1)
-  assert confirm.crossed(d)[1:] == pytest.approx((stats.sem(d[:, 0]), 3))
+  assert confirm.crossed([d])[1:] == pytest.approx((stats.sem(d[:, 0]), 3))
   d = d[:, :4].T
-  assert confirm.crossed(d)[1:] == pytest.approx((stats.sem(d[0]), 3))
+  assert confirm.crossed([d])[1:] == pytest.approx((stats.sem(d[0]), 3))
 
 
 @pytest.mark.parametrize("sds", [(0.5, 0.5, 1.0), (1.0, 0.0, 0.3), (0.0, 1.0, 0.3), (0, 0, 1.0)])
@@ -113,9 +115,49 @@ def test_intervals_over_seeds_and_units_hold_the_truth(sds):
   for _ in range(600):
     row, column, rest = sds
     d = rng.normal(0, row, (3, 1)) + rng.normal(0, column, 8) + rng.normal(0, rest, (3, 8))
-    mean, error, freedom = confirm.crossed(d)
+    mean, error, freedom = confirm.crossed([d])
     held += abs(mean) <= stats.t.ppf(0.975, freedom) * error
   assert held / 600 > 0.93  # 0.95 less 2 standard errors; too wide is allowed
+
+
+def test_an_interaction_is_a_difference_of_pairs_or_of_groups():
+  rng = np.random.default_rng(2)
+  four = [rng.normal(size=(3, 6)) for _ in design.SIGNS]
+  d = four[0] - four[1] - four[2] + four[3]
+  units = [f"u{u}" for u in range(6)]
+  names = [[f"{g}-{i}" for i in range(3)] for g in "abcd"]
+  table = {
+    name: dict(zip(units, row, strict=True))
+    for group, rows in zip(names, four, strict=True) for name, row in zip(group, rows, strict=True)
+  }  # fmt: skip
+  ask = lambda *g, than=(): confirm._contrast(design.Question("q", *g, than=than), table)  # noqa: E731
+  paired = ask(*map(tuple, names[:2]), than=tuple(map(tuple, names[2:])))
+  assert paired == (*confirm.crossed([d]), (3, 3, 3, 3), 6)
+  fewer = ask(*map(tuple, names[:2]), than=(tuple(names[2]), tuple(names[3][:1])))
+  estimate = sum(s * x.mean() for s, x in zip(design.SIGNS, [*four[:3], four[3][:1]], strict=True))
+  assert fewer[0] == pytest.approx(estimate) and fewer[3] == (3, 3, 3, 1)
+  # Two environments, with units of their own: two differences, whose errors add up.
+  for name in names[2] + names[3]:
+    table[name] = {u.replace("u", "v"): x for u, x in table[name].items()}
+  apart = ask(*map(tuple, names[:2]), than=tuple(map(tuple, names[2:])))
+  parts = [confirm.crossed([four[0] - four[1]]), confirm.crossed([four[3] - four[2]])]
+  assert apart[0] == pytest.approx(paired[0])
+  assert apart[1] == pytest.approx(np.hypot(parts[0][1], parts[1][1]))
+
+
+@pytest.mark.parametrize("sizes", [(3, 3, 3, 3), (4, 2, 3, 1), (3, 2)])
+def test_intervals_of_groups_of_any_size_hold_the_truth(sizes):
+  rng, held, n = np.random.default_rng(4), 0, 600
+  signs = design.SIGNS[: len(sizes)]
+  for _ in range(n):
+    both = rng.normal(0, 0.8, 8)  # what a unit does in every group cancels
+    groups = [
+      rng.normal(0, 0.7, (size, 1)) + both + rng.normal(0, 0.5, 8) + rng.normal(0, 0.6, (size, 8))
+      for size in sizes
+    ]
+    mean, error, freedom = confirm.crossed(groups, signs)
+    held += abs(mean) <= stats.t.ppf(0.975, freedom) * error
+  assert held / n > 0.93
 
 
 def test_answers_find_an_effect_a_null_and_what_is_open(tmp_path):
@@ -160,3 +202,18 @@ def test_answers_are_read_from_the_plans_in_the_runs(tmp_path):
   assert list(found["answer"]) == ["yes"] and found["estimate"][0] == answer.estimate
   assert found["plan"][0] == design.digest(design.plan_of(asked))[:12]
   assert confirm.of_runs([ROOT]).empty
+
+
+def test_an_interaction_is_asked_for_found_and_read_from_its_plan(tmp_path):
+  write_cells(tmp_path, 1.5, np.random.default_rng(5), sd_cell=0.05, sd_unit=0.1, sd_rest=0.1)
+  # Half of the cells stand for another framing: the cue does as much there.
+  asked = study(
+    question(more=CUE[:1], less=PLAIN[:1], than=(CUE[1:], PLAIN[1:]), smallest=1.0),
+    question(name="against nothing", more=CUE[:1], less=PLAIN[:1], than=(PLAIN[1:2], PLAIN[2:])),
+  )
+  same, other = confirm.answers(asked, tmp_path)
+  assert same.word == "no difference that matters" and same.cells == (1, 1, 2, 2)
+  assert other.word == "higher" and other.estimate == pytest.approx(1.5, abs=0.3)
+  assert design.of_plan(design.plan_of(asked)).questions == asked.questions
+  assert "than" not in design.plan_of(study(question()))["questions"][0]
+  assert "interaction, two-sided" in page.render_page(asked, tmp_path).read_text()

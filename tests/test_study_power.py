@@ -28,7 +28,7 @@ def test_spread_finds_the_components_that_were_put_in():
 def test_power_is_that_of_the_test_that_answers_questions(sds):
   rng, found, n = np.random.default_rng(1), 0, 500
   for _ in range(n):
-    mean, error, freedom = confirm.crossed(draws(rng, 5, 16, sds, 0.7))
+    mean, error, freedom = confirm.crossed([draws(rng, 5, 16, sds, 0.7)])
     found += abs(mean) > power.stats.t.ppf(0.975, freedom) * error
   told = power.power(power.Spread(*sds), 0.7, 5, 16, groups=1)
   assert found / n == pytest.approx(told, abs=0.08)  # freedom is estimated in the test

@@ -9,7 +9,7 @@ from conftest import LLAMA, make_model, make_prompts
 
 from rlsafety import sampler
 from rlsafety.config import Lora
-from rlsafety.models import lora, scoring, transformer
+from rlsafety.models import int8, lora, scoring, transformer
 from rlsafety.types import Prompts
 
 
@@ -95,6 +95,21 @@ def test_queries_in_blocks_change_nothing(monkeypatch):
   monkeypatch.setattr(transformer, "LOGITS", 1)
   for x, y in zip(jax.tree.leaves(whole), jax.tree.leaves(run(q, own, prompt)), strict=True):
     np.testing.assert_allclose(x, y, atol=1e-6)
+
+
+def test_int8_keys_and_values_are_as_what_they_stand_for():
+  """Their scales are applied to logits and weights: no array of full precision is made."""
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+  q, own, prompt = draw(2, 3, 1, 4, 8), draw(2, 2, 3, 6, 2, 8), draw(2, 2, 5, 2, 8)
+  masks = np.arange(6) < 4, np.arange(5) < np.array([5, 3])[:, None, None, None]
+  rounded = [[int8.quantise(x, -1) for x in pair] for pair in (own, prompt)]
+  meant = [[x.values * x.scale for x in pair] for pair in rounded]
+  found, wanted = (
+    transformer.attend(q, (*a, masks[0]), (*b, masks[1]), scale=0.3, softcap=5.0)
+    for a, b in (rounded, meant)
+  )
+  np.testing.assert_allclose(found, wanted, atol=1e-6)
 
 
 def test_padding_slots_change_nothing(family):

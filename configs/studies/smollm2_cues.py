@@ -39,5 +39,12 @@ def get_study(steps: str = "6"):
       Question("cue: gap", cue, plain, "hex_gap", "greater", 0.5),
       Question("framing: gap", therapist, assistant, "hex_gap", "two-sided", 0.5),
       Question("no cue: level rises", plain, (), "hex", "greater", 0.5),
+      Question(  # does the cue do more where the policy is a therapist?
+        "cue x framing: gap",
+        *(of(environment__cue=c, environment__framing="therapist") for c in ("tone", "none")),
+        than=tuple(
+          of(environment__cue=c, environment__framing="assistant") for c in ("tone", "none")
+        ),
+      ),
     ),
   )

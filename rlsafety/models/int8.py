@@ -8,7 +8,6 @@ to log-probs is in every step's `logprob_diff_max` and in the importance ratios.
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.typing import DTypeLike
 
 from rlsafety.config import TARGETS
 
@@ -26,11 +25,6 @@ def quantise(x: jax.Array, axis: int) -> Int8:
   x = x.astype(jnp.float32)
   scale = jnp.maximum(jnp.max(jnp.abs(x), axis, keepdims=True), 1e-12) / 127.0
   return Int8(jnp.round(x / scale).astype(jnp.int8), scale)
-
-
-def dequantise(x: Int8, dtype: DTypeLike) -> jax.Array:
-  """The array that x stands for, in dtype."""
-  return (x.values.astype(jnp.float32) * x.scale).astype(dtype)
 
 
 def quantise_base(params: dict) -> dict:

@@ -8,6 +8,7 @@ scale = alpha / sqrt(R) in place of alpha / R: the step size then does not shrin
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ class Adapter:
   `per_layer` copies out of them is small.
   """
 
-  weights: dict
+  weights: Any  # that dict, or a tuple of one for each layer: `unstacked`
   scale: float = struct.field(pytree_node=False)
 
 
@@ -63,10 +64,21 @@ def adapter_axes(c: ModelConfig, lora: Lora) -> dict:
   }
 
 
-def per_layer(adapter: Adapter | None, layers: int) -> list[dict]:
+def unstacked(adapter: Adapter | None, layers: int, dtype: Any) -> Adapter | None:
+  """The adapter for a loop that reads it in every turn: a dict per layer (`per_layer`) in the
+  dtype of its products, made once. XLA for GPUs would cut and round the stack in every turn."""
+  if adapter is None:
+    return None
+  cast = jax.tree.map(lambda x: x.astype(dtype), adapter.weights)
+  return Adapter(tuple(per_layer(Adapter(cast, adapter.scale), layers)), adapter.scale)
+
+
+def per_layer(adapter: Adapter | None, layers: int) -> Sequence[dict]:
   """[{target: {"a" [in, R], "b" [R, out]}}] of each layer; empty dicts where there is none."""
   if adapter is None:
     return [{}] * layers
+  if isinstance(adapter.weights, tuple):
+    return adapter.weights
   split = jax.tree.map(lambda x: jax.lax.split(x, (1,) * layers), adapter.weights)
   is_split = lambda x: isinstance(x, (list, tuple))  # noqa: E731
   return [jax.tree.map(lambda x, i=i: x[i][0], split, is_leaf=is_split) for i in range(layers)]

@@ -58,7 +58,7 @@ def attend(
 ) -> jax.Array:
   """One softmax over the prompt's keys and the row's own keys.
 
-  q [P, G, t, H, Dh].
+  q [P, G, t, H, Dh]. Keys and values are arrays or Int8.
   own: (k [P, G, T, K, Dh], v, mask broadcastable to [P, G, t, T]).
   prompt: (k [P, S, K, Dh], v, mask broadcastable to [P, G, t, S]) or None.
   Query head h reads key head h // (H / K). Returns [P, G, t, H * Dh] in q's dtype;
@@ -68,7 +68,7 @@ def attend(
   backward pass makes each block's logits again: nothing of size [.., t, S + T] is kept.
   """
   P, G, t, H, Dh = q.shape
-  masks = [jnp.broadcast_to(m, (P, G, t, k.shape[-3])) for k, _, m in filter(None, (prompt, own))]
+  masks = [jnp.broadcast_to(m, (P, G, t, _slots(k))) for k, _, m in filter(None, (prompt, own))]
   per_query = P * G * H * sum(m.shape[-1] for m in masks)
   block = max(d for d in range(1, t + 1) if t % d == 0 and (d == 1 or d * per_query <= LOGITS))
   if block == t:
@@ -88,26 +88,42 @@ def attend(
 def _attend(q, own, prompt, scale, softcap):
   """`attend` for all queries at once."""
   P, G, t, H, Dh = q.shape
-  K = own[0].shape[-2]
+  K = jax.tree.leaves(own[0])[0].shape[-2]
   q = q.reshape(P, G, t, K, H // K, Dh)
   segments = [("pgskd", own)] if prompt is None else [("pskd", prompt), ("pgskd", own)]
   logits = []
   for keys, (k, _, mask) in segments:
-    part = jnp.einsum(f"pgtkmd,{keys}->pgkmts", q, k, preferred_element_type=jnp.float32) * scale
+    values, of_slot = _factors(k, q.dtype)
+    part = jnp.einsum(f"pgtkmd,{keys}->pgkmts", q, values, preferred_element_type=jnp.float32)
+    part = part * (scale if of_slot is None else scale * of_slot)
     if softcap is not None:
       part = softcap * jnp.tanh(part / softcap)
-    mask = jnp.broadcast_to(mask, (P, G, t, k.shape[-3]))
+    mask = jnp.broadcast_to(mask, (P, G, t, _slots(k)))
     logits.append(jnp.where(mask[:, :, None, None], part, -jnp.inf))
   # Each segment keeps its own array; they share the largest logit and the sum.
   top = functools.reduce(jnp.maximum, (jnp.max(part, -1, keepdims=True) for part in logits))
   weights = [jnp.exp(part - jax.lax.stop_gradient(top)) for part in logits]
   total = sum(jnp.sum(part, -1) for part in weights)  # [P, G, K, M, t]
-  out = sum(
-    jnp.einsum(f"pgkmts,{keys}->pgtkmd", part.astype(q.dtype), v)
-    for part, (keys, (_, v, _)) in zip(weights, segments, strict=True)
-  )
+  out = 0.0
+  for part, (keys, (_, v, _)) in zip(weights, segments, strict=True):
+    values, of_slot = _factors(v, q.dtype)
+    part = part if of_slot is None else part * of_slot
+    out = out + jnp.einsum(f"pgkmts,{keys}->pgtkmd", part.astype(q.dtype), values)
   out = out / jnp.moveaxis(total, -1, 2)[..., None]
   return out.astype(q.dtype).reshape(P, G, t, H * Dh)
+
+
+def _slots(k: jax.Array | Int8) -> int:
+  return jax.tree.leaves(k)[0].shape[-3]
+
+
+def _factors(x: jax.Array | Int8, dtype) -> tuple[jax.Array, jax.Array | None]:
+  """Keys or values as what is multiplied, in dtype, and a factor per slot, shaped for logits
+  [P, G, K, M, t, s], if there is one: no dequantised cache is ever written."""
+  if not isinstance(x, Int8):
+    return x, None
+  factor = jnp.moveaxis(x.scale[..., 0], -1, -2)[..., None, None, :]  # [P, (G,) K, 1, 1, s]
+  return x.values.astype(dtype), factor if factor.ndim == 6 else factor[:, None]
 
 
 def attend_prompt(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float) -> jax.Array:
@@ -121,10 +137,6 @@ def attend_prompt(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float) -> 
     q[:, 0], k[:, 0], v[:, 0], scale=scale, is_causal=True, implementation="cudnn"
   )
   return out.reshape(P, 1, S, H * Dh)
-
-
-def _array(x: jax.Array | Int8, dtype) -> jax.Array:
-  return int8.dequantise(x, dtype) if isinstance(x, Int8) else x
 
 
 # --- One layer ------------------------------------------------------------------------
@@ -241,9 +253,8 @@ def _layer(c: ModelConfig, fused: bool, x, w, ab, scale, dropout, view, offset, 
   if fused:
     h = attend_prompt(q, k, v, scale=query_scale)
   else:
-    own = (*(_array(a, x.dtype) for a in kept), view.own)
-    shown = prompt and (*(_array(a, x.dtype) for a in prompt), view.prompt)
-    h = attend(q, own, shown, scale=query_scale, softcap=c.attn_softcap)
+    shown = prompt and (*prompt, view.prompt)
+    h = attend(q, (*kept, view.own), shown, scale=query_scale, softcap=c.attn_softcap)
   h = project(h, "o")
   x = x + (_norm(h, w["post_attn_norm"], c) if c.post_norms else h)
   h = _norm(x, w["mlp_norm"], c) if c.pre_norms else x

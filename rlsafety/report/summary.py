@@ -12,16 +12,13 @@ NAMES = {"reward": "reward", "acc": "ACC", "hex": "HEX"}
 
 
 def finish(workdir: pathlib.Path) -> dict:
-  """Writes report.html; returns what summary.json holds, the printed table included."""
+  """Writes report.html; returns what summary.json holds, the table to print included."""
   run = read.load_run(workdir)
   found = overview(run, read.eval_rollouts(run))
   if found is None:
     raise UserError(f"{run.path / 'eval/summary.jsonl'}: has no evaluation, so there is no summary")
-  text = table(found)
-  page = render.write_report(workdir)
-  print(text, flush=True)
-  print(f"report: {page}", flush=True)
-  return {"step": found.last["step"], "table": text, **as_dict(found)}
+  render.write_report(workdir)
+  return {"step": found.last["step"], "table": table(found), **as_dict(found)}
 
 
 def as_dict(found: Overview) -> dict:

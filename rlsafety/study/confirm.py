@@ -1,10 +1,11 @@
 """The answers to a study's questions, from its run directories.
 
 Of each cell and held-out unit (an issue, a situation) the change of the outcome from the first to
-the last evaluation is taken; a question compares two groups of cells. Cells (seeds) and units are
-crossed and both are samples, so the variance of an estimate is that of a two-way random-effects
-model, by the method of moments, with Satterthwaite's degrees of freedom and a t interval. A
-bootstrap over seeds is not used: with two or three of them its intervals are far too short.
+the last evaluation is taken; a question compares two groups of cells, or two such differences.
+Cells (seeds) and units are crossed and both are samples, so the variance of an estimate is that of
+a two-way random-effects model, by the method of moments, with Satterthwaite's degrees of freedom
+and a t interval. A bootstrap over seeds is not used: with two or three of them its intervals are
+far too short.
 """
 
 import dataclasses
@@ -23,9 +24,9 @@ from rlsafety.study import design, statistics
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-  """estimate: more - less, in points of rating. low, high: 95 % interval. p: of the question's own
-  direction; p_corrected: of all questions together. p_none: of the equivalence test against the
-  smallest effect (two one-sided tests). power: of finding the smallest effect with this error.
+  """estimate: of what is asked, in points of rating. low, high: 95 % interval. p: of the question's
+  own direction; p_corrected: of all questions together. p_none: of the equivalence test against
+  the smallest effect (two one-sided tests). power: of finding the smallest effect with this error.
   cells: of each group; units: held-out units. word: what to say of it."""
 
   question: design.Question
@@ -36,14 +37,14 @@ class Answer:
   p_corrected: float
   p_none: float
   power: float
-  cells: tuple[int, int]
+  cells: tuple[int, ...]
   units: int
   word: str
 
 
 def answers(study: design.Study, workdir: pathlib.Path) -> list[Answer]:
   """One answer for each question, NaN where its cells have not been evaluated twice yet."""
-  tables = {q: {c: changes(workdir / c, q.outcome) for c in (*q.more, *q.less)}
+  tables = {q: {c: changes(workdir / c, q.outcome) for group in q.groups for c in group}
             for q in study.questions}  # fmt: skip
   found = [_contrast(q, tables[q]) for q in study.questions]
   p = np.array([_p(q, *f[:3]) for q, f in zip(study.questions, found, strict=True)])
@@ -91,54 +92,69 @@ def by_unit(records: Sequence[Mapping], outcome: str) -> dict[str, float]:
 
 def _contrast(q: design.Question, table: Mapping[str, dict]) -> tuple:
   """(estimate, its standard error, degrees of freedom, cells of each group, units)."""
-  groups = [[table[c] for c in cells if table[c]] for cells in (q.more, q.less)]
-  sizes = len(groups[0]), len(groups[1])
-  if len(groups[0]) < len(q.more) or len(groups[1]) < len(q.less):
+  groups = [[table[c] for c in cells if table[c]] for cells in q.groups]
+  sizes = tuple(map(len, groups))
+  if sizes != tuple(map(len, q.groups)):
     return math.nan, math.nan, math.nan, sizes, 0
-  shared = set.intersection(*(set(t) for group in groups for t in group))
-  if len(shared) >= 2:  # one held-out set: units and, in order, seeds are pairs
-    units = sorted(shared)
-    wide = [np.array([[t[u] for u in units] for t in group]) for group in groups]
-    if not q.less:
-      d = wide[0]
-    elif sizes[0] == sizes[1]:
-      d = wide[0] - wide[1]
-    else:  # each cell of the larger group against the mean of the smaller
-      d = wide[0] - wide[1].mean(0) if sizes[0] > sizes[1] else wide[0].mean(0) - wide[1]
-    return (*crossed(d), sizes, len(units))
-  parts = []
-  for group in filter(None, groups):
-    units = sorted(set.intersection(*(set(t) for t in group)))
-    parts.append((*crossed(np.array([[t[u] for u in units] for t in group])), len(units)))
-  estimate = parts[0][0] - (parts[1][0] if len(parts) > 1 else 0.0)
+  parts = [(*crossed(*wide), wide[0][0].shape[1]) for wide in _of_common_units(groups)]
   variances = [part[1] ** 2 for part in parts]
-  error = math.sqrt(sum(variances))
-  freedom = error**4 / max(sum(v**2 / p[2] for v, p in zip(variances, parts, strict=True)), 1e-300)
-  return estimate, error, freedom, sizes, min(part[3] for part in parts)
+  spread = sum(v**2 / part[2] for v, part in zip(variances, parts, strict=True))
+  freedom = sum(variances) ** 2 / max(spread, 1e-300)
+  estimate, units = sum(part[0] for part in parts), min(part[3] for part in parts)
+  return estimate, math.sqrt(sum(variances)), freedom, sizes, units
 
 
-def crossed(d: np.ndarray) -> tuple[float, float, float]:
-  """Mean of d [cells, units], its standard error and Satterthwaite's degrees of freedom.
+def _of_common_units(groups: Sequence[Sequence[dict]]) -> list[tuple[list, list]]:
+  """The groups of a question as arguments of `crossed`, one for each held-out set. In one set,
+  groups of one size are pairs: one group of differences, so that what pairs share goes out."""
+  sets: list[tuple[set, list[int]]] = []  # units, numbers of groups
+  for i, group in enumerate(groups):
+    own = set.intersection(*map(set, group))
+    found = next((j for j, (units, _) in enumerate(sets) if len(units & own) > 1), None)
+    if found is None:
+      sets.append((own, [i]))
+    else:
+      sets[found] = sets[found][0] & own, [*sets[found][1], i]
+  out = []
+  for shared, members in sets:
+    units, signs = sorted(shared), [design.SIGNS[i] for i in members]
+    wide = [np.array([[t[u] for u in units] for t in groups[i]]) for i in members]
+    if len({len(w) for w in wide}) == 1:
+      wide, signs = [sum(s * w for s, w in zip(signs, wide, strict=True))], [1]
+    out.append((wide, signs))
+  return out
 
-  Var = (MS_cells + MS_units - MS_residual) / (cells units), the expectation of a two-way random
-  model (Searle, Casella, McCulloch, Variance Components, 1992, ch. 4); never less than either of
-  the first two alone. One cell: over units alone. One unit: NaN.
+
+def crossed(
+  groups: Sequence[np.ndarray], signs: Sequence[int] = (1,)
+) -> tuple[float, float, float]:
+  """The sum of the means of groups [cells, units], each with its sign, the standard error and
+  Satterthwaite's degrees of freedom. The units are the same in all groups, the cells are not.
+
+  Var = (that of the cells' means) + (of the units' sums) - (of the residual, which is in both), the
+  expectation of a two-way random model (Searle, Casella, McCulloch, Variance Components, 1992,
+  ch. 4), variances of cells and of the residual pooled over groups; never less than either of the
+  first two alone. One cell in each group: over units alone. One unit: NaN.
   """
-  C, U = d.shape
+  U = groups[0].shape[1]
+  columns = sum(s * d.mean(0) for s, d in zip(signs, groups, strict=True))
+  estimate = float(columns.mean())
   if U < 2:
-    return float(d.mean()), math.nan, math.nan
-  if C == 1:
-    return float(d.mean()), float(d.std(ddof=1) / math.sqrt(U)), U - 1.0
-  rows, columns = d.mean(1), d.mean(0)
-  cells = U * rows.var(ddof=1)
-  units = C * columns.var(ddof=1)
-  rest = ((d - rows[:, None] - columns + d.mean()) ** 2).sum() / ((C - 1) * (U - 1))
+    return estimate, math.nan, math.nan
+  units, free = columns.var(ddof=1) / U, sum(len(d) - 1 for d in groups)
+  if not free:
+    return estimate, math.sqrt(units), U - 1.0
+  means = [(d.mean(1, keepdims=True), d.mean(0), d.mean()) for d in groups]
+  share = sum(1 / len(d) for d in groups) / free
+  cells = share * sum(((rows - all_) ** 2).sum() for rows, _, all_ in means)
+  left = [d - rows - own + all_ for d, (rows, own, all_) in zip(groups, means, strict=True)]
+  rest = share * sum((x**2).sum() for x in left) / (U * (U - 1))
   total = max(cells + units - rest, cells, units)
-  spread = cells**2 / (C - 1) + units**2 / (U - 1)
+  spread = cells**2 / free + units**2 / (U - 1)
   if total > max(cells, units):
-    spread += rest**2 / ((C - 1) * (U - 1))
+    spread += rest**2 / (free * (U - 1))
   freedom = total**2 / max(spread, 1e-300)
-  return float(d.mean()), math.sqrt(total / (C * U)), max(freedom, 1.0)
+  return estimate, math.sqrt(total), max(freedom, 1.0)
 
 
 def _p(q: design.Question, estimate: float, error: float, freedom: float) -> float:
@@ -187,7 +203,7 @@ def of_runs(runs: Iterable[pathlib.Path]) -> DataFrame:
         "outcome": a.question.outcome, "direction": a.question.direction,
         "smallest": a.question.smallest, "estimate": a.estimate, "low95": a.low, "high95": a.high,
         "p": a.p, "p_corrected": a.p_corrected, "p_none": a.p_none, "power": a.power,
-        "cells": f"{a.cells[0]} - {a.cells[1]}", "units": a.units, "answer": a.word,
+        "cells": " - ".join(map(str, a.cells)), "units": a.units, "answer": a.word,
       })  # fmt: skip
   return DataFrame(rows)
 

@@ -23,6 +23,7 @@ from rlsafety.flags import did_you_mean
 FILE = "study.json"
 OUTCOMES = ("hex_gap", "acc_gap", "reward_gap", "hex", "acc", "reward", "hex_gameable",
             "acc_gameable", "hex_non_gameable", "acc_non_gameable")  # fmt: skip
+SIGNS = (1, -1, -1, 1)  # more, less, than[0], than[1]
 DIRECTIONS = ("greater", "less", "two-sided")
 
 
@@ -30,10 +31,11 @@ DIRECTIONS = ("greater", "less", "two-sided")
 class Question:
   """Is the change of `outcome` over training, in the cells `more`, above that in the cells `less`?
 
-  more, less: names of cells; without `less` the change of `more` itself is asked for. Cells of
-  both groups that differ in nothing but the contrast are pairs where they stand at the same place.
-  outcome: of the held-out evaluation. direction: of the difference more - less. smallest: the
-  smallest effect of interest, in points of rating: closer to 0 than that counts as none.
+  more, less: names of cells; without `less` the change of `more` itself is asked for. With `than`,
+  two further groups, the question is an interaction: is more - less above than[0] - than[1]? Cells
+  that differ in nothing but the contrast are pairs where they stand at the same place.
+  outcome: of the held-out evaluation. direction: of what is asked for. smallest: the smallest
+  effect of interest, in points of rating: closer to 0 than that counts as none.
   """
 
   name: str
@@ -42,6 +44,12 @@ class Question:
   outcome: str = "hex_gap"
   direction: str = "two-sided"
   smallest: float = 0.5
+  than: tuple[tuple[str, ...], ...] = ()
+
+  @property
+  def groups(self) -> tuple[tuple[str, ...], ...]:
+    """The groups that are contrasted, in the order of SIGNS."""
+    return (self.more, *((self.less,) if self.less else ()), *self.than)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +81,14 @@ def _problems(study: Study) -> Iterator[str]:
     yield f"alpha={study.alpha} must lie in (0, 1)"
   for q in study.questions:
     where = f"question {q.name!r}"
-    for cell in (*q.more, *q.less):
+    named_cells = [cell for group in q.groups for cell in group]
+    for cell in named_cells:
       if cell not in study.cells:
         yield f"{where}: no cell {cell!r}{did_you_mean(cell, study.cells)}"
-    if not q.more or set(q.more) & set(q.less):
+    if not q.more or len(set(named_cells)) < len(named_cells):
       yield f"{where}: more={q.more}, less={q.less} must be different cells, at least one in more"
+    if q.than and not (q.less and len(q.than) == 2 and all(q.than)):
+      yield f"{where}: than={q.than} must be two groups of cells, beside more and less"
     for field, known in (("outcome", OUTCOMES), ("direction", DIRECTIONS)):
       if getattr(q, field) not in known:
         yield f"{where}: {field}={getattr(q, field)!r}: choose from {', '.join(known)}"
@@ -129,6 +140,7 @@ def load(path: str) -> Study:
 def plan_of(study: Study) -> dict:
   """The part of a study that must not change once it is read: plain JSON."""
   questions = [dataclasses.asdict(q) for q in study.questions]
+  questions = [{k: v for k, v in q.items() if k != "than" or v} for q in questions]
   plain = json.loads(json.dumps(questions))
   return {"name": study.name, "questions": plain, "correction": study.correction,
           "alpha": study.alpha}  # fmt: skip
@@ -136,9 +148,11 @@ def plan_of(study: Study) -> dict:
 
 def of_plan(plan: Mapping) -> Study:
   """The study of a stored plan, to read answers from the runs of its cells."""
-  asked = [{**q, "more": tuple(q["more"]), "less": tuple(q["less"])} for q in plan["questions"]]
-  questions = tuple(Question(**q) for q in asked)
-  cells = dict.fromkeys(c for q in questions for c in (*q.more, *q.less))
+  groups = lambda q: {  # noqa: E731  JSON knows lists alone
+    "more": tuple(q["more"]), "less": tuple(q["less"]), "than": tuple(map(tuple, q.get("than", ())))
+  }  # fmt: skip
+  questions = tuple(Question(**{**q, **groups(q)}) for q in plan["questions"])
+  cells = dict.fromkeys(c for q in questions for group in q.groups for c in group)
   return Study(plan["name"], cells, questions, plan["correction"], plan["alpha"])
 
 

@@ -52,7 +52,7 @@ def power(
   s: Spread, effect: float, seeds: int, units: int, samples: float = 1.0, alpha: float = 0.05,
   groups: int = 2,
 ) -> float:  # fmt: skip
-  """Chance that a two-sided t test finds `effect` between `groups` groups of `seeds` cells.
+  """Chance that a two-sided t test finds `effect`, a contrast of `groups` groups of `seeds` cells.
 
   samples: replies to a person, in multiples of the pilot's; the whole rest is taken as sampling,
   which is too hopeful where seeds move units apart. Freedom: as in `confirm.crossed`.
@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument("--outcome", default="hex_gap", help=", ".join(design.OUTCOMES))
   parser.add_argument("--effect", type=float, default=0.5, help="difference to find, in points")
   parser.add_argument("--alpha", type=float, default=0.05, help="error rate of this one question")
-  parser.add_argument("--groups", type=int, default=2, choices=(1, 2), help="2: more - less")
+  parser.add_argument("--groups", type=int, default=2, choices=(1, 2, 4), help="4: an interaction")
   parser.add_argument("--sd_seed", type=float, help="between seeds; default: the pilot's")
   args = flags.parse(parser, argv)
   if args.outcome not in design.OUTCOMES:

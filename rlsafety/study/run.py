@@ -56,8 +56,9 @@ def main(argv: list[str]) -> None:
   runtime.compilation_cache()
   workdir = args.workdir or f"runs/{study.name}"
   run(study, workdir, args.cells.split(",") if args.cells else list(study.cells))
-  print(confirm.table(study, pathlib.Path(workdir)))
-  print(f"page: {workdir}/index.html")
+  if jax.process_index() == 0:
+    print(confirm.table(study, pathlib.Path(workdir)))
+    print(f"page: {workdir}/index.html")
 
 
 if __name__ == "__main__":

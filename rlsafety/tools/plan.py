@@ -53,19 +53,22 @@ from rlsafety.types import Batch, Prompts
 EFFICIENCY = 0.4  # share of the roofline that a run is assumed to reach, for time and cost
 USABLE = 0.92  # share of a device's memory: runtime and fragmentation take the rest
 LATENCY = 5e-6  # seconds that a collective takes, however small
+PROGRAMS = ("sampler", "judge", "reference", "update")
 JUDGE_PROMPT, JUDGE_SUFFIX = 768, 32  # slots: rubric and user message; what follows the reply
 
 # --- The run's programs, compiled without weights --------------------------------------
 
 
-def compile_programs(config, policy, judge, target: Device, devices=None, cells=1) -> dict:
+def compile_programs(
+  config, policy, judge, target: Device, devices=None, cells=1, only=PROGRAMS
+) -> dict:
   """{program: (compiled, calls per step)} and {name: bytes per device} of what stays resident.
 
   policy, judge: ModelConfigs; judge None = the policy's frozen base judges. Programs are
   compiled in float32 whatever model.dtype says: XLA's CPU backend has no bfloat16 arithmetic
   and would add copies that no accelerator makes. devices: those of `compilers.devices`, to
   compile with the target's own compiler and in model.dtype. cells: runs that train together, whose
-  users are asked in one batch.
+  users are asked in one batch. only: programs to compile.
   """
   stored = jnp.dtype(config.model.dtype if devices else "float32")
   devices = devices or jax.devices("cpu")
@@ -126,6 +129,8 @@ def compile_programs(config, policy, judge, target: Device, devices=None, cells=
   programs, seconds = {}, {}
 
   def add(name, calls, function, *arguments, **static):
+    if name not in only:
+      return
     with jax.set_mesh(mesh):
       lowered, began = function.lower(*arguments, **static), time.monotonic()
       programs[name] = (lowered.compile(), calls)
@@ -150,16 +155,16 @@ def compile_programs(config, policy, judge, target: Device, devices=None, cells=
     is_copy = lambda x: isinstance(x, int8.Int8)  # noqa: E731
     copies = [x for x in jax.tree.leaves(read, is_leaf=is_copy) if is_copy(x)]
   calls = cells * P // at_once
-  keys, adapter = place(key.dtype, some), state.adapter
+  keys, read_adapter = place(key.dtype, some), state.adapter
   if cells > 1:
     sizes = (at_once - cells + 1, *[1] * (cells - 1))  # any rows: the shapes are the same
-    adapter = jax.eval_shape(lambda a: lora.side_by_side((a,) * cells, sizes), adapter)
+    joined = jax.eval_shape(lambda a: lora.side_by_side((a,) * cells, sizes), read_adapter)
     rows = ("layers", "prompt", None, None, None)
-    adapter = lora.Adapter(
+    read_adapter = lora.Adapter(
       {t: {k: put(x, rows if k == "rows" else axes[t][k]) for k, x in ab.items()}
-       for t, ab in adapter.weights.items()}, adapter.scale,
+       for t, ab in joined.weights.items()}, joined.scale,
     )  # fmt: skip
-  reads = (read, adapter, policy, piece, keys, settings, stop_ids)
+  reads = (read, read_adapter, policy, piece, keys, settings, stop_ids)
   add("sampler", calls, sampler.sample_jit, *reads)
   if config.judge.name == "lm":
     suffix = (place(jnp.int32, p, (None, JUDGE_SUFFIX)), place(jnp.int32, p))
@@ -208,6 +213,11 @@ def compile_programs(config, policy, judge, target: Device, devices=None, cells=
     "fixed": {"update": 3 * adapter + 2 * logits, "sampler": cache if settings.cache else 0},
     "kv cache": cache,
     "mesh": dict(mesh.shape),
+    # Of one device: what the sampler reads, to be found again in its program.
+    "shapes": {
+      name: {x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(tree)}
+      for name, tree in (("weights", read), ("adapters", read_adapter.weights))
+    },
   }
 
 

@@ -1,7 +1,8 @@
 """Speed and memory on this machine: `python -m rlsafety.tools.speed [--flag=value ...]`.
 
 Times the real sampler and the real update at the given shapes, prints each beside the
-floor that the machine's own measured ceilings allow, and writes JSON.
+floor that the machine's own measured ceilings allow, and writes JSON. With --cells=1,4,8: one
+step of as many cells that train together, and what sharing saves.
 """
 
 import argparse
@@ -15,9 +16,10 @@ import jax
 from rlsafety import files, flags, runtime
 from rlsafety.errors import UserError, run_main
 from rlsafety.rundir import write
-from rlsafety.tools.speed import ceilings, core, gpu
+from rlsafety.tools.speed import ceilings, cells, core, gpu
 
 DEFAULTS = {
+  "cells": "",  # 1,4,8: time these numbers of cells in place of the suite
   "suite": "core",  # core; gpu adds the comparisons that choose the GPU defaults
   "model": "smollm2-135m-instruct",  # shapes from models.presets, random weights
   "dtype": "float32",  # of the base
@@ -93,6 +95,9 @@ def main(argv: list[str]) -> None:
   f = read_flags(argv)
   if f.suite not in ("core", "gpu"):
     raise UserError(f"--suite={f.suite}: choose core or gpu")
+  counts = [int(n) if n.isdigit() else 0 for n in f.cells.split(",") if f.cells]
+  if not all(counts):
+    raise UserError(f"--cells={f.cells}: needs numbers of cells, such as 1,4,8")
   began, rows = time.monotonic(), []
   header = f"{'':46}{'seconds':>10}{'tokens/s':>11}{'floor s':>10}{'share':>7}{'TFLOP/s':>10}"
   header += f"{'GiB':>8}"
@@ -110,6 +115,11 @@ def main(argv: list[str]) -> None:
       measured(gpu.peer_rows(f))
     result |= write.provenance()
     print(f"{result['device']}, jax {result['versions']['jax']}; {result['flags']}", flush=True)
+    if counts:
+      config, params, adapter, _ = core.setup(f, f.model)
+      rows += cells.rows(f, config, params, adapter, counts)
+      print(cells.table(rows))
+      return
     peak, bandwidth = ceilings.matmul_rate(f.dtype), ceilings.memory_bandwidth()
     print(f"ceilings: {peak / 1e9:.0f} GFLOP/s in {f.dtype}, {bandwidth / 1e9:.1f} GB/s")
     print(header, flush=True)

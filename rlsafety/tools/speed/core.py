@@ -11,7 +11,7 @@ from rlsafety import learner, losses, sampler, sharding
 from rlsafety.config import Learner, Lora, Objective, Optimizer, Sampler
 from rlsafety.models import architecture, lora, presets, transformer
 from rlsafety.tools.speed import ceilings
-from rlsafety.types import Batch, Prompts
+from rlsafety.types import Batch, Prompts, Rollouts
 
 
 def setup(f, name: str):
@@ -26,6 +26,22 @@ def setup(f, name: str):
 def random_prompts(config, P: int, S: int) -> Prompts:
   tokens = np.random.default_rng(0).integers(3, config.vocab_size, (P, S))
   return Prompts(jnp.asarray(tokens, jnp.int32), jnp.full((P,), S, jnp.int32))
+
+
+def batch_of(prompts: Prompts, rollouts: Rollouts, objective: Objective) -> Batch:
+  """Rollouts with random rewards, ready to be learned from."""
+  P, G, _ = rollouts.tokens.shape
+  rewards = jax.random.uniform(jax.random.key(3), (P, G), minval=1.0, maxval=10.0)
+  return Batch(
+    prompts=prompts,
+    tokens=rollouts.tokens,
+    lengths=rollouts.lengths,
+    advantages=losses.advantages(rewards, objective),
+    rewards=rewards,
+    behaviour_logprobs=rollouts.logprobs,
+    reference_logprobs=None,
+    staleness=jnp.zeros((P, G), jnp.int32),
+  )
 
 
 def rows(f, config, params, adapter, prompts, peak, bandwidth, attentions) -> Iterator[dict]:
@@ -72,19 +88,8 @@ def rows(f, config, params, adapter, prompts, peak, bandwidth, attentions) -> It
   name = "decode" if at_once == P else f"decode, {P // at_once} pieces"
   yield row(name, "", seconds, P * G * T, flops, moved, kept)
 
-  rollouts = sample()
   objective = Objective()
-  rewards = jax.random.uniform(jax.random.key(3), (P, G), minval=1.0, maxval=10.0)
-  batch = Batch(
-    prompts=prompts,
-    tokens=rollouts.tokens,
-    lengths=rollouts.lengths,
-    advantages=losses.advantages(rewards, objective),
-    rewards=rewards,
-    behaviour_logprobs=rollouts.logprobs,
-    reference_logprobs=None,
-    staleness=jnp.zeros((P, G), jnp.int32),
-  )
+  batch = batch_of(prompts, sample(), objective)
   optimizer = learner.make_optimizer(Optimizer(learning_rate=1e-5, warmup_steps=0))
   state = learner.init_state(adapter, optimizer)
   passes = 2 if f.remat == "none" else 3  # forward, (again), gradient of activations only
