@@ -1,6 +1,7 @@
 """Inspect questions the base and the steps of a run in process: replies are those of the server."""
 
 import asyncio
+import time
 
 import pytest
 from test_serve import runs  # noqa: F401  two runs on disk
@@ -15,6 +16,7 @@ from inspect_ai.scorer import includes  # noqa: E402
 from rlsafety.errors import UserError  # noqa: E402
 from rlsafety.serve import inspect_provider, protocol  # noqa: E402
 from rlsafety.serve.app import Asking  # noqa: E402
+from rlsafety.serve.engine import open_engine  # noqa: E402
 
 SIZES = {"rows": 2, "context": 64}
 GREEDY = {"max_tokens": 12, "temperature": 0.0, "logprobs": True, "top_logprobs": 2}
@@ -58,6 +60,35 @@ def test_an_evaluation_of_three_models_has_the_servers_replies(models, tmp_path)
       assert len(told[0].top_logprobs) == 2
       assert sample.output.usage.output_tokens == expected["usage"]["completion_tokens"]
   assert len(set(seen)) > 2  # the three are different policies
+
+
+def test_a_model_is_opened_once_and_beside_the_loop(runs, monkeypatch):  # noqa: F811
+  """Two samples come together while it opens; Inspect's loop goes on meanwhile."""
+  opened, ticks = [], []
+
+  def open_slowly(*arguments, **settings):
+    opened.append(1)
+    time.sleep(0.3)
+    return open_engine(*arguments, **settings)
+
+  monkeypatch.setattr(inspect_provider, "open_engine", open_slowly)
+  inspect_provider.opened.cache_clear()
+  model = get_model("rlsafety/base", runs=f"{runs.folder}/a", memoize=False, rows=2, context=64)
+
+  async def tick():
+    while True:
+      await asyncio.sleep(0.01)
+      ticks.append(1)
+
+  async def both():
+    ticking = asyncio.create_task(tick())
+    said = [ChatMessageUser(content="Hi")], [], "none", GenerateConfig(max_tokens=2)
+    await asyncio.gather(*(model.api.generate(*said) for _ in range(2)))
+    ticking.cancel()
+
+  asyncio.run(both())
+  inspect_provider.opened.cache_clear()
+  assert opened == [1] and len(ticks) > 20
 
 
 def test_what_cannot_be_done_is_said(models):

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -22,16 +23,17 @@ import numpy as np
 import pytest
 import uvicorn
 
-from rlsafety import checkpoints, config, files, recipes, sampler, sharding
+from rlsafety import checkpoints, config, files, recipes, sampler, sharding, train
 from rlsafety.environments import load
 from rlsafety.judges import http
 from rlsafety.learner import make_optimizer, starting_state
-from rlsafety.models import architecture, hf, presets, scoring, sources
+from rlsafety.models import architecture, hf, presets, scoring, sources, transformer
 from rlsafety.models.chat import byte_chat
 from rlsafety.models.model import Model
 from rlsafety.serve import adapters, app, protocol, text
 from rlsafety.serve.engine import Engine, Size, open_engine
-from rlsafety.types import Prompts, Replies
+from rlsafety.tools import serve_load
+from rlsafety.types import Prompts
 
 LORAS = {
   "a": config.Lora(rank=2, targets=("q", "down")),
@@ -446,7 +448,7 @@ def test_a_client_that_goes_away_frees_its_rows(served):
 
 
 def test_a_full_queue_says_when_to_come_again_and_a_long_request_holds_up_no_short_one(served):
-  done, results = [], []
+  done, results, before = [], [], served.engine.prompt_tokens
 
   def long():
     results.append(say(served.url, n=64, max_tokens=200, logprobs=False))
@@ -462,9 +464,22 @@ def test_a_full_queue_says_when_to_come_again_and_a_long_request_holds_up_no_sho
   assert answer.status_code == 429 and int(answer.headers["retry-after"]) > 0
   thread.join()
   assert done == ["short", "long"] and len(results[0]["choices"]) == 64
+  # 64 replies had 4 rows in turns: their prompt is begun 16 times and counts once.
+  prompt = len(served.model.chat.encode([{"role": "user", "content": "Is it safe?"}]))
+  assert served.engine.prompt_tokens - before == 2 * prompt
   metrics = httpx2.get(f"{served.url}/metrics").text
   assert re.search(r'rlsafety_requests_total\{path="/v1/completions",status="429"\} 1', metrics)
   assert "rlsafety_compilations" in metrics
+
+
+def test_load_and_what_is_no_request_leave_no_trace(served, capsys):
+  """The short form of `tools.serve_load`; its long form and its kills are run by hand."""
+  ask = serve_load.load(served.url, ["base"], clients=12, seconds=2, memory=lambda: 0.0)
+  loaded = asyncio.run(ask)
+  assert loaded.faults == [] and loaded.counts["left"] and loaded.counts["known"]
+  sent = asyncio.run(serve_load.fuzz(served.url, ["base"], bodies=300))
+  assert sent.faults == [] and sent.counts["status 400"] > 100 and sent.counts["status 200"]
+  capsys.readouterr()
 
 
 def test_an_adapter_that_cannot_be_read_is_an_error_of_its_own_requests(served):
@@ -505,39 +520,60 @@ def test_sigterm_ends_the_program_and_what_was_asked_is_answered(runs, cache):
 # --- The whole loop -------------------------------------------------------------------------------
 
 
-def rating_model(weights):
-  """A model that rates: after a digit it ends, after anything else it says "7" or "8" with
-  log-odds `weights`, whatever it is asked."""
-  shape = dataclasses.replace(presets.preset("tiny"), tie_embeddings=False)
+def rating_model():
+  """A model that rates: after a digit it ends; after anything else it says "8", or "7" the more
+  readily, the more halves of characters there are in all that it has read."""
+  one = {"n_layers": 1, "n_heads": 1, "n_kv_heads": 1}
+  shape = dataclasses.replace(presets.preset("tiny"), tie_embeddings=False, **one)
   chat = byte_chat()
   params = architecture.init_params(shape, jax.random.key(0), jnp.float32)
-  zero = lambda layer: {n: x if n.endswith("norm") else 0 * x for n, x in layer.items()}  # noqa: E731
-  embed = jnp.zeros_like(params["embed"]).at[:, 0].set(1.0)
-  head = jnp.full_like(params["head"], 0.0).at[0].set(-20.0)
-  digits = [chat.encode_text(d)[0] for d in "78"]
-  for digit, weight in zip(digits, weights, strict=True):
-    embed = embed.at[digit].set(0.0).at[digit, 1].set(1.0)
-    head = head.at[0, digit].set(weight)
-  head = head.at[1, chat.stop_ids[0]].set(20.0)
-  params = {**params, "embed": embed, "head": head, "layers": tuple(map(zero, params["layers"]))}
-  return Model(shape, params, chat, {"path": "rating"})
+  first = {n: x if n.endswith("norm") else 0 * x for n, x in params["layers"][0].items()}
+  # Queries are zero, so attention is even: width 3 becomes the share of tokens that have width 2.
+  first |= {"v": first["v"].at[2, 0].set(1.0), "o": first["o"].at[0, 3].set(2.0)}
+  half = jnp.asarray(chat.encode_text("\ufffd"))
+  seven, eight = (chat.encode_text(d)[0] for d in "78")
+  embed = (0 * params["embed"]).at[:, 0].set(1.0).at[half, 2].set(1.0)
+  embed = embed.at[jnp.asarray([seven, eight])].set(0.0).at[jnp.asarray([seven, eight]), 1].set(1.0)
+  head = (0 * params["head"]).at[0].set(-20.0).at[0, seven].set(0.0).at[0, eight].set(0.1)
+  head = head.at[3, seven].set(1.0).at[1, chat.stop_ids[0]].set(20.0)
+  params |= {"embed": embed, "head": head, "layers": (first,)}
+  return Model(shape, params, chat, {})
 
 
-def test_our_http_judge_reads_the_expected_rating_from_this_server():
-  model = rating_model((0.25, 0.125))
-  mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  engine = Engine(model, mesh, Size(4, 2048, (2048,), 1, 1), load=None)
+def test_a_run_is_trained_on_the_verdicts_of_this_server(tmp_path):
+  """Every reward of the run is the expected rating that a plain pass of the judge's model gives."""
+  model, mesh = rating_model(), sharding.make_mesh(devices=jax.devices()[:1])
+  engine = Engine(model, mesh, Size(4, 1152, (800, 1152), 4, 1), load=None)
   engine.start(warm=False)
-  found = adapters.Catalogue(config.Model(preset="tiny"), {}, {})
-  url, _, stop = serve(engine, found)
-  score = http.make(f"{url}/v1", "base", model.chat)
-  scenarios = load(config.Environment.of({"name": "political_qa"}))[:2]
-  ids = np.asarray([model.chat.encode_text("I agree with you.")] * 2)[:, None]
-  replies = Replies(ids, np.full((2, 1), ids.shape[-1]), np.array([[False], [True]]))
-  scores, metrics = score(scenarios, replies)
+  url, _, stop = serve(engine, adapters.Catalogue(config.Model(preset="tiny"), {}, {}))
+  tiny = recipes.frozen(recipes.load_recipe("configs/tiny_syco.py"))
+  judged = {"judge.name": "http", "judge.url": f"{url}/v1", "judge.model": "base",
+            "judge.timeout_s": 300.0}  # fmt: skip
+  small = {"steps": 1, "prompts_per_step": 4, "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2,
+           "sampler.group": 2, "sampler.max_tokens": 8, "learner.microbatches": 1,
+           "eval.samples": 2, "eval.prompts": 4}  # fmt: skip
+  settings = recipes.replaced(tiny, small | judged)
+  train.run(settings, str(tmp_path / "run"))
   stop()
-  # The hidden state is scaled to norm 8 = sqrt(64): log-odds (0.25 - 0.125) * 8 = 1.
-  expected = (7 * np.e + 8) / (np.e + 1)
-  for name in ("reward", "acc", "hex"):
-    np.testing.assert_allclose(scores[name], [[expected], [1.0]], atol=1e-3)
-  assert metrics["judge_rated"] == 3 and metrics["judge_completion_tokens"] == 6
+  assert json.loads((tmp_path / "run/metrics.jsonl").read_text())["judge_rated"] == 4 * 2 * 3
+  users = {user.id: user for user in load(settings.environment)}
+  records = [json.loads(line) for line in open(tmp_path / "run/rollouts/train.jsonl")]
+  digits, found = [model.chat.encode_text(d)[0] for d in "78"], set()
+  for record in records:
+    for name, messages in http.questions(users[record["scenario_id"]]).items():
+      ids = model.chat.encode(http.fill(messages, record["completion"]))
+      shown = np.zeros((1, 1152), np.int32)
+      shown[0, : len(ids)] = ids
+      hidden = plain_pass(model.params, model.config, Prompts(shown, np.array([len(ids)])))
+      odds = transformer.unembed(model.params, model.config, hidden[0])[digits]
+      expected = jax.nn.softmax(odds) @ np.array([7.0, 8.0])
+      assert record[name] == pytest.approx(float(expected), abs=1e-3)
+      found.add(round(float(expected), 3))
+  assert len(found) > 6  # the judge does read what it is asked about
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def plain_pass(params, config, prompts):
+  """The state [P, D] behind each prompt's last token."""
+  _, hidden = transformer.prefill(params, None, config, prompts)
+  return transformer.last_hidden(hidden, prompts.lengths)

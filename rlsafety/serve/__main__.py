@@ -23,6 +23,7 @@ from rlsafety.serve import adapters
 from rlsafety.serve.engine import open_engine
 
 KEY = "RLSAFETY_SERVE_KEY"
+CLOSING = 15  # seconds after a signal in which what was asked may be answered; then it is refused
 
 
 def main(argv: Sequence[str]) -> None:
@@ -69,7 +70,8 @@ def serve(args: argparse.Namespace) -> None:
   server = uvicorn.Server(
     uvicorn.Config(
       app.make_app(app.Server(engine, found, key, args.seconds)), host=args.host, port=args.port,
-      log_level="warning", access_log=False, timeout_keep_alive=30, timeout_graceful_shutdown=20,
+      log_level="warning", access_log=False, timeout_keep_alive=30,
+      timeout_graceful_shutdown=CLOSING + 5,
       limit_concurrency=1024, h11_max_incomplete_event_size=1 << 16, server_header=False,
     )
   )  # fmt: skip
@@ -91,14 +93,23 @@ async def listen(
     port = server.servers[0].sockets[0].getsockname()[1]
     log.info("ready: http://%s:%d/v1 answers %s", args.host, port, ", ".join(names))
 
-  told = asyncio.create_task(ready())
+  engine = server.config.app.server.engine
+
+  async def give_up() -> None:
+    while not server.should_exit:
+      await asyncio.sleep(0.1)
+    await asyncio.sleep(CLOSING)
+    await asyncio.to_thread(engine.close)
+
+  told = asyncio.create_task(ready()), asyncio.create_task(give_up())
   try:
     await server.serve()
   except SystemExit:
     raise UserError(f"--port={args.port}: cannot listen at {args.host}; is it in use?") from None
   finally:
-    told.cancel()
-    server.config.app.server.engine.close()
+    for task in told:
+      task.cancel()
+    engine.close()
   log.info("closed")
 
 

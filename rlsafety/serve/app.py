@@ -157,6 +157,8 @@ class Server:
       if not engine.submit(asking.jobs):
         if engine.failure:
           raise Refusal("the engine failed", status=503)
+        if engine.closing:
+          raise _failed("closing")
         raise Refusal(
           "too many requests are waiting", status=429, code="queue_full", retry_after=2
         )

@@ -118,7 +118,7 @@ class Engine:
   ) -> None:  # fmt: skip
     self.model, self.mesh, self.size, self.load = model, mesh, size, load
     self.max_waiting = max_waiting
-    self.tokens_drawn = self.prompt_tokens = 0
+    self.tokens_drawn = self.prompt_tokens = 0  # a prompt counts once, however many its replies
     self.chunk_seconds = self.begin_seconds = 0.0
     self.failure = ""  # why the thread ended, if it failed
     config, dtype = model.config, model.params["embed"].dtype
@@ -131,7 +131,7 @@ class Engine:
     self._places: dict[tuple, int] = {}  # {policy's key: place}, least recently used first
     self._owners: list[tuple[Job, int] | None] = [None] * size.rows
     self._waiting: collections.deque[Job] = collections.deque()
-    self._wake, self._closing = threading.Condition(), False
+    self._wake, self.closing = threading.Condition(), False
     self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
   # --- From outside ---------------------------------------------------------------------
@@ -148,7 +148,7 @@ class Engine:
   def submit(self, jobs: Sequence[Job]) -> bool:
     """Queues all jobs of a request, or none: False if too much is waiting."""
     with self._wake:
-      if self._closing or self.failure or len(self._waiting) + len(jobs) > self.max_waiting:
+      if self.closing or self.failure or len(self._waiting) + len(jobs) > self.max_waiting:
         return False
       self._waiting.extend(jobs)
       self._wake.notify()
@@ -174,7 +174,7 @@ class Engine:
   def close(self) -> None:
     """Ends the thread; what is still going gets an error."""
     with self._wake:
-      self._closing = True
+      self.closing = True
       self._wake.notify()
     if self._thread.is_alive():
       self._thread.join()
@@ -194,7 +194,7 @@ class Engine:
       self.failure = f"{type(error).__name__}: {error}"
     finally:
       with self._wake:
-        self._closing = True
+        self.closing = True
         jobs = {id(job): job for job in [*self._waiting, *(o[0] for o in self._owners if o)]}
         self._waiting.clear()
         self._owners = [None] * self.size.rows
@@ -203,9 +203,9 @@ class Engine:
 
   def _wait(self) -> bool:
     with self._wake:
-      while not (self._closing or self._waiting or self.live):
+      while not (self.closing or self._waiting or self.live):
         self._wake.wait()
-      return not self._closing
+      return not self.closing
 
   def _free(self) -> None:
     now = time.monotonic()
@@ -307,6 +307,7 @@ class Engine:
       for p, (job, _, _) in enumerate(chosen):
         if job.scored and not job.begun:
           job.deliver(_scored(job, *(x[p] for x in scores)))
+    self.prompt_tokens += sum(len(job.ids) for job, _, _ in chosen if not job.begun)
     free = (row for row, owner in enumerate(self._owners) if owner is None)
     for p, (job, count, at) in enumerate(chosen):
       for _ in range(count):
@@ -317,7 +318,6 @@ class Engine:
       if job.max_tokens and job.begun < len(job.seeds):
         with self._wake:
           self._waiting.append(job)  # its other replies wait behind what has come meanwhile
-    self.prompt_tokens += int(sum(len(job.ids) for job, _, _ in chosen))
     self.begin_seconds += time.monotonic() - began
 
   def _take(self, row: int, job: Job, index: int, place: int) -> None:

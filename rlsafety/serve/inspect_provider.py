@@ -11,7 +11,9 @@ Model arguments: runs (with commas between), path and dtype of the base, rows, c
 # pyright: reportMissingImports=false, reportUntypedFunctionDecorator=false
 # (Inspect is an extra, absent where the rest is checked)
 
+import asyncio
 import functools
+import threading
 from typing import Any
 
 from inspect_ai.model import (
@@ -29,7 +31,7 @@ from inspect_ai.model import (
 )  # fmt: skip
 from inspect_ai.tool import ToolChoice, ToolInfo
 
-from rlsafety import sharding
+from rlsafety import runtime, sharding
 from rlsafety.errors import UserError
 from rlsafety.serve import adapters, app, protocol
 from rlsafety.serve.engine import open_engine
@@ -42,9 +44,13 @@ FIELDS = {  # Inspect's name -> the endpoint's; what the endpoint lacks it refus
 }  # fmt: skip
 
 
+_OPENING = threading.Lock()  # the cache below lets two threads that come together both open
+
+
 @functools.lru_cache(4)
 def opened(path: str, runs: tuple[str, ...], dtype: str, rows: int, context: int) -> app.Server:
   """One engine for all models of one base: `runs/x,runs/x@120` holds its weights once."""
+  runtime.compilation_cache()
   found = adapters.catalogue(path, runs, dtype)
   engine = open_engine(found, sharding.make_mesh(), rows, context, places=8, queue=1 << 16)
   engine.start()
@@ -78,7 +84,8 @@ class Provider(ModelAPI):
       adapters.catalogue(path, named, dtype).find(self.model_name)  # before any weight is read
     except LookupError as error:
       raise UserError(str(error.args[0])) from None
-    return opened(*self.settings)
+    with _OPENING:
+      return opened(*self.settings)
 
   def max_connections(self) -> int:
     return 2 * self.rows  # the next prompts wait where rows become free
@@ -91,11 +98,14 @@ class Provider(ModelAPI):
     body = {new: getattr(config, old) for old, new in FIELDS.items()}
     body |= {"model": self.model_name, "messages": [_message(m) for m in input]}
     body |= {"tools": [tool.name for tool in tools]}
-    engine = self.server.engine
+    # Opening takes long, and Inspect's loop has other models and its display to see to.
+    server = await asyncio.to_thread(lambda: self.server)
+    engine = server.engine
     try:
-      wanted = protocol.read(body, self.server.catalogue, engine.model.chat, engine.size.context,
-                             is_chat=True)  # fmt: skip
-      asking = app.Asking(self.server, wanted)
+      wanted = await asyncio.to_thread(
+        protocol.read, body, server.catalogue, engine.model.chat, engine.size.context, True
+      )
+      asking = app.Asking(server, wanted)
       if not engine.submit(asking.jobs):
         raise UserError(f"the engine takes no more: {engine.failure or 'its queue is full'}")
       try:
