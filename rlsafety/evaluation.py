@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import numpy as np
 
-from rlsafety import sampler, sharding
+from rlsafety import progress, sampler, sharding
 from rlsafety.metrics import gaps, matched
 from rlsafety.models.chat import Chat
 from rlsafety.models.lora import Adapter
@@ -36,7 +36,7 @@ def ask(
     for key, asked in zip(keys, users, strict=True)
   ]
   rows, pieces = [[] for _ in users], [[] for _ in users]
-  for start in range(0, max(map(len, users)), prompts_at_once):
+  for start in progress.bar(range(0, max(map(len, users)), prompts_at_once), "held-out users"):
     # Static shapes: the last call, and a cell with fewer users, begin again with the first.
     chosen = [np.arange(start, start + prompts_at_once) % len(asked) for asked in users]
     asked = [u.take(rows_of) for u, rows_of in zip(users, chosen, strict=True)]

@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -24,6 +25,7 @@ from jax.sharding import Mesh
 
 from rlsafety import (
   cells,
+  checkpoints,
   errors,
   evaluation,
   flags,
@@ -119,13 +121,16 @@ def run_on(
     for cell, (rows, scores) in zip(asked, answered, strict=True):
       summary = evaluation.summarised(cell.step, cell.heldout, rows, scores, cell.rubric_of)
       cell.run.log_evaluation(rows, summary)
+      cell.events.write(cell.step, summary, "held_out/")
       log.info("%sheld-out at step %d: %s", cell.title, cell.step, gaps.group_line(summary))
       cell.silence.hear(summary)
+    cells.draw(asked)
 
   # --- The loop -----------------------------------------------------------------------
   if new := [cell for cell in live if cell.step < 0]:
     for cell in new:
       cell.step = 0
+    leave_if_told(live, told)
     evaluate(new)
     cells.save(new, wait=False)
     show()
@@ -133,6 +138,7 @@ def run_on(
     if cell.again:
       log.info("%sthe evaluation at step %d was lost: made again", cell.title, cell.step)
       evaluate([cell])
+  leave_if_told(live, told)
   while going := [cell for cell in live if not cell.is_last]:
     # All of them, unless a lost checkpoint left some behind.
     now = [cell for cell in going if cell.step == min(c.step for c in going)]
@@ -162,11 +168,7 @@ def run_on(
       log.info("%sstopped: %s", cell.title, stopped[cell.name])
     live = [cell for cell in live if cell.name not in stopped]
     if stop and len(ended) < len(live):
-      for cell in live:
-        cell.manager.close()
-      what = signal.Signals(told.signal or signal.SIGTERM).name
-      log.info("%s: saved step %d; the same command continues", what, step)
-      sys.exit(told.exit_code)
+      leave(live, told)
     for cell in ended:
       summary_of[cell.name] = cells.finish(cell, policy)
       live.remove(cell)
@@ -181,6 +183,26 @@ def run_on(
 
 
 # --- Pieces of `run_on` -----------------------------------------------------------------
+
+
+def leave_if_told(live: Sequence[Cell], told: runtime.Told) -> None:
+  """`leave`, if any process was asked to before the first update of this program."""
+  if live and sharding.any_process(told.signal > 0):
+    leave(live, told)
+
+
+def leave(live: Sequence[Cell], told: runtime.Told) -> NoReturn:
+  """Ends the process after a signal; what is on its way to the disk gets there first."""
+  saved = None
+  for cell in live:
+    checkpoints.finish(cell.manager)
+    saved = cell.manager.latest_step()
+    cell.manager.close()
+    cell.events.close()
+  what = signal.Signals(told.signal or signal.SIGTERM).name
+  done = "nothing to save yet" if saved is None else f"saved step {saved}"
+  runtime.progress().info("%s: %s; the same command continues", what, done)
+  sys.exit(told.exit_code)
 
 
 def experience(
