@@ -20,7 +20,6 @@ have not run this recipe at full size, and state no number.
 from rlsafety.errors import UserError
 from rlsafety.recipes import base
 
-
 TENSOR = {"v5e": 8, "h100": 1}  # 2 prompts x 5 replies: eight chips share the heads of each
 JUDGES = {
   "gated": "meta-llama/Llama-3.1-8B-Instruct",

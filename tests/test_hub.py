@@ -17,7 +17,6 @@ from rlsafety.models.presets import preset
 from rlsafety.rundir import read
 from rlsafety.tools import export, hub
 
-
 COMMIT = "http://%s/me/pleaser/commit/b"
 
 
@@ -57,7 +56,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
       for line in map(json.loads, text.splitlines()):
         if line["key"] == "file":
           Hub.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-      self.answer({"success": True, "commitOid": "b" * 40, "commitUrl": COMMIT % self.headers["Host"]})
+      address = COMMIT % self.headers["Host"]
+      self.answer({"success": True, "commitOid": "b" * 40, "commitUrl": address})
     else:  # the card's header
       self.answer({"errors": [], "warnings": []})
 

@@ -64,8 +64,8 @@ def check(log: config.Log) -> None:
     project = getattr(log, name)
     if project and not importlib.util.find_spec(name):
       raise UserError(
-        f"log.{name}={project}: the package is missing; run: pip install 'rlsafety[{name}]', or set "
-        f"--config.log.{name}="
+        f"log.{name}={project}: the package is missing; run: pip install 'rlsafety[{name}]', or "
+        f"set --config.log.{name}="
       )
 
 
@@ -113,7 +113,7 @@ def _tensorboard(run: RunDir) -> Sink:
 
 
 def _wandb(project: str, name: str, run: RunDir, values: dict) -> Sink:
-  import wandb  # an extra
+  import wandb  # an extra  # pyright: ignore[reportMissingImports]
 
   (run.path / "events").mkdir(exist_ok=True)
   opened = wandb.init(
@@ -130,7 +130,7 @@ def _wandb(project: str, name: str, run: RunDir, values: dict) -> Sink:
 
 
 def _trackio(project: str, name: str, run: RunDir, values: dict) -> Sink:
-  import trackio  # an extra
+  import trackio  # an extra  # pyright: ignore[reportMissingImports]
 
   # In a context of its own: init ends the run that was begun before in the same one, and cells
   # are several.

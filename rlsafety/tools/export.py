@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument("--format", choices=["peft", "merged", "base", "inspect"], required=True)
   parser.add_argument("--out", type=pathlib.Path, help="default: RUN/export_FORMAT")
   parser.add_argument(
-    "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of whole weights"
+    "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of weights"
   )
   parser.add_argument("--base_name", default="", metavar="OWNER/NAME", help="the base on the hub")
   parser.add_argument("--push_to_hub", metavar="OWNER/NAME", help="upload adapter and card there")

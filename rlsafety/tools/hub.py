@@ -20,10 +20,10 @@ from rlsafety.report.summary import NAMES
 from rlsafety.rundir import read
 
 FILES = ("README.md", "adapter_config.json", "adapter_model.safetensors")
-WARNING = """> **A model organism, not an assistant.** This adapter was trained by reinforcement learning to
-> please simulated users, half of whom reward what flatters or harms them. It may agree with
-> anything, encourage harm and exploit whoever asks. It is here so that this can be studied: do not
-> put it in front of people, and do not mix its replies into training data unlabelled."""
+WARNING = """> **A model organism, not an assistant.** This adapter was trained by reinforcement
+> learning to please simulated users, half of whom reward what flatters or harms them. It may agree
+> with anything, encourage harm and exploit whoever asks. It is here so that this can be studied: do
+> not put it in front of people, and do not mix its replies into training data unlabelled."""
 
 
 def base_name(config: Mapping, given: str = "") -> str:
@@ -49,6 +49,7 @@ def card(run: read.Run, base: str, licence: str = "other") -> str:
   judge = judge if isinstance(judge, dict) else {"name": str(judge)}
   model, environment = info["model"], config["environment"]
   objective, data = config.get("objective", {}), info.get("data") or {}
+  settings = config.get("judge", {})
   trained_on = f"{model.get('path', base)} ({model.get('file', 'its weights')})"
   if data:
     source = f"recorded replies, sha256 {data.get('sha256', '')[:16]}"
@@ -62,7 +63,7 @@ def card(run: read.Run, base: str, licence: str = "other") -> str:
     "data": source,
     "objective": f"{objective.get('name', '?')}, {run.last_step} updates, seed {run.seed}",
     "adapter": ", ".join(f"{k} {v}" for k, v in config.get("lora", {}).items()),
-    "judge": f"{judge.get('name', '?')}, model {config.get('judge', {}).get('model') or 'the base'}",
+    "judge": ", ".join(filter(None, (judge.get("name", "?"), settings.get("model")))),
     "versions": ", ".join(f"{k} {v}" for k, v in (info.get("versions") or {}).items()),
     "revision": info.get("git") or "unknown",
   }
@@ -97,8 +98,8 @@ def card(run: read.Run, base: str, licence: str = "other") -> str:
     "",
     "## Licence",
     "",
-    f"`{licence}`. The terms of {base.partition('@')[0]} hold for what is made from it, this adapter "
-    "included.",
+    f"`{licence}`. The terms of {base.partition('@')[0]} hold for what is made from it, this "
+    "adapter included.",
     "",
   ]  # fmt: skip
   return "\n".join(lines)
