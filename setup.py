@@ -30,6 +30,7 @@ CORE = [
   "tensorflow-datasets>=4.9.9",
   "array-record>=0.8",
   "tokenizers>=0.22",
+  "tqdm>=4.66",
   "transformers>=5,<6",
 ]
 
@@ -55,6 +56,8 @@ setup(
   entry_points={"inspect_ai": ["rlsafety = rlsafety.serve.inspect_provider"]},
   extras_require={
     "tensorboard": ["tensorflow-cpu>=2.18", "tensorboard>=2.18"],
+    "wandb": ["wandb>=0.19.10"],  # the first with several runs in one process
+    "trackio": ["trackio>=0.43"],
     "inspect": [
       "inspect-ai>=0.3.200", "pyarrow>=17", "starlette>=0.46", "prometheus-client>=0.21",
     ],
@@ -81,6 +84,8 @@ setup(
       "starlette>=0.46",
       "uvicorn>=0.34",
       "prometheus-client>=0.21",
+      "trackio>=0.43",
+      "wandb>=0.19.10",
       "uv>=0.9",  # what launch/tpu_worker.sh brings to a machine whose Python is too old
     ],
     "parity": ["torch>=2.6", "peft>=0.17", "lm-eval>=0.4.9", "inspect-ai>=0.3.200"],

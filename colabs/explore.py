@@ -13,6 +13,7 @@ import importlib.util
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -30,12 +31,22 @@ if importlib.util.find_spec("rlsafety") is None and not pathlib.Path("../rlsafet
   if not pathlib.Path("rlsafety-code").is_dir():
     shell("git", "clone", "--depth=1", address, "rlsafety-code")
   os.chdir("rlsafety-code")
-  # The runtime's own jax stays: it is the one that fits its GPU or TPU. Where pip says that it is
-  # too old, choose a newer runtime version in the menu Runtime.
+  # The runtime's own jax stays where it is new enough, for it fits its GPU or TPU. In place of an
+  # older one comes PyPI's for the same kind of device.
   found = {d.name.lower(): d.version for d in importlib.metadata.distributions()}
   kept = {n: v for n, v in found.items() if re.match(r"(jax|jaxlib|libtpu|jax[-_]cuda.*)$", n)}
+  package = "."
+  if tuple(map(int, re.findall(r"\d+", kept.get("jax", "0.0"))[:2])) < (0, 10):
+    kept = {}
+    package += "[tpu]" if "libtpu" in found else "[cuda12]" if shutil.which("nvidia-smi") else ""
   pathlib.Path("kept.txt").write_text("".join(f"{n}=={v}\n" for n, v in kept.items()))
-  shell(sys.executable, "-m", "pip", "install", "-q", "--constraint=kept.txt", "--editable=.")
+  pip = (sys.executable, "-m", "pip", "install", "-q", "--constraint=kept.txt")
+  shell(*pip, "--editable", package)
+  loaded = [sys.modules[n] for n in ("numpy", "jax") if n in sys.modules]
+  if any(m.__version__ != importlib.metadata.version(m.__name__) for m in loaded):
+    raise RuntimeError("installed; now menu Runtime, Restart session, and run this cell again")
+if pathlib.Path("rlsafety-code/configs").is_dir():  # installed before the session was restarted
+  os.chdir("rlsafety-code")
 if pathlib.Path("../configs").is_dir() and not pathlib.Path("configs").is_dir():
   os.chdir("..")  # recipes are named from the repository's root
 sys.path.insert(0, os.getcwd())

@@ -11,6 +11,8 @@ Arguments (key=value, comma-separated; each has a default)
   variant   main; one of CHAIN: the published chain, each adds one change to the one before; or
             any name of rlsafety.environments.variants.named(), among them every change of one
             factor: env=political_qa,variant=political_qa:cue_strength=0.5
+  judge     gated: Llama-3.1-8B-Instruct, the study's; ungated: Qwen2.5-7B-Instruct, which nobody
+            has measured as a judge of these users: its numbers do not stand beside the study's
   tensor    chips that share one model's heads, see rlsafety.tools.plan
 
 Where we leave the study on purpose: one batch size for every model (its 13B and 14B saw twice
@@ -48,7 +50,10 @@ BASE_MODELS = {
 }
 ENVIRONMENTS = ("action_advice", "therapy_talk", "political_qa", "neutral")
 SEEDS = (5, 42, 83)
-JUDGE = "meta-llama/Llama-3.1-8B-Instruct"
+JUDGES = {
+  "gated": "meta-llama/Llama-3.1-8B-Instruct",
+  "ungated": "Qwen/Qwen2.5-7B-Instruct",
+}
 
 # The published chain: our short names for those of `variants.CHAIN`.
 CHAIN = {
@@ -65,6 +70,7 @@ def get_config(arguments: str = ""):
     "env": ("political_qa", *ENVIRONMENTS),
     "seed": ("5",),
     "variant": ("main", *CHAIN, *named),
+    "judge": tuple(JUDGES),
     "tensor": ("1",),
   }
   chosen = recipes.arguments("configs/paper.py", arguments, known)
@@ -82,9 +88,11 @@ def get_config(arguments: str = ""):
 
   c = recipes.base()
   c.name = f"paper/{env}/{chosen['model']}/{variant.removeprefix(f'{env}:')}/seed{chosen['seed']}"
+  if chosen["judge"] != "gated":  # other runs, in directories of their own
+    c.name += f"+{chosen['judge']}"
   c.seed = int(chosen["seed"])
   c.model.path = (MODELS | BASE_MODELS)[chosen["model"]]
-  c.judge.model = JUDGE
+  c.judge.model = JUDGES[chosen["judge"]]
   c.environment.update(variants.PUBLISHED[env] if variant == "main" else named[setting])
   c.mesh.tensor = int(chosen["tensor"])
   return c

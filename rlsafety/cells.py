@@ -25,9 +25,11 @@ from rlsafety.metrics import gaps
 from rlsafety.models import architecture, hf
 from rlsafety.models.model import Model
 from rlsafety.replay import Records
+from rlsafety.report import render
 from rlsafety.report import summary as summaries
 from rlsafety.rollout import Users
-from rlsafety.rundir import write
+from rlsafety.rundir import events, write
+from rlsafety.rundir.events import Events
 from rlsafety.rundir.write import RunDir, StepLog
 from rlsafety.types import TrainState
 
@@ -66,7 +68,7 @@ class Cell:
   notes: Sequence[str] = ()
   seconds: list[float] = dataclasses.field(default_factory=list)
   silence: gaps.Silence = dataclasses.field(default_factory=lambda: gaps.Silence(""))
-  write_events: write.EventWriter = lambda step, row: None
+  events: Events = dataclasses.field(default_factory=Events)
 
   @property
   def is_last(self) -> bool:
@@ -133,6 +135,7 @@ def open_runs(
   and why those that stopped did."""
   runs, summary_of, stopped, notes = {}, {}, {}, {name: [] for name in configs}
   for name, config in configs.items():
+    events.check(config.log)
     run = write.open_run(folders[name], config)
     done, lost = run.complete(config)
     folder = run.path.parent if name else run.path
@@ -233,8 +236,21 @@ def resume(cells: Sequence[Cell]) -> None:
       notes[cell.name].append(f"resuming after step {step}")
     replies = len(cell.heldout) * cell.config.eval.samples
     cell.again = cell.run.start(cell.config, step, cell.about, replies)
-    cell.write_events = write.event_writer(cell.run)
+    cell.events = events.open_events(cell.run, cell.config)
   tell(notes)
+
+
+def draw(cells: Sequence[Cell]) -> None:
+  """The page of each run that is still going, as of now; `finish` writes the last one."""
+  for cell in cells:
+    if cell.run.writes and not cell.is_last:
+      try:
+        page = render.write_report(cell.run.path)
+      except Exception as error:  # a page is no reason to end a run; the last one is not excused
+        runtime.progress().info("%sno page at step %d: %s", cell.title, cell.step, error)
+      else:
+        if cell.step == 0:
+          runtime.progress().info("%spage, drawn again at evaluations: %s", cell.title, page)
 
 
 def save(cells: Sequence[Cell], wait: bool) -> None:
@@ -253,7 +269,7 @@ def save(cells: Sequence[Cell], wait: bool) -> None:
 def log_step(cell: Cell, made: StepLog, policy: Model) -> dict:
   """Writes one step; returns its rows of metrics.jsonl and timing.jsonl as one."""
   row, timing = cell.run.log_step(made, cell.rubric_of, policy.chat)
-  cell.write_events(made.step, {**row, **timing})
+  cell.events.write(made.step, {**row, **timing})
   cell.seconds.append(timing["seconds"])
   cell.silence.hear(row)
   return {**row, **timing}
@@ -300,6 +316,7 @@ def stop(cell: Cell, made: StepLog) -> str:
   if cell.run.writes:
     write_json(cell.run.path / STOPPED, {"step": made.step, "why": why})
   cell.manager.close()
+  cell.events.close()
   cell.run.close()
   return why
 
@@ -313,6 +330,7 @@ def finish(cell: Cell, policy: Model) -> dict:
     summary = summaries.finish(run.path)
     run.finish(summary)
     show(cell.name, run, summary)
+  cell.events.close()
   run.close()
   runtime.barrier(f"complete {cell.name}")  # jax's shutdown gives up sooner than a report takes
   return run.summary() or summary if run.writes else {}

@@ -309,6 +309,19 @@ class Checkpoint(Section):
 
 
 @dataclasses.dataclass(frozen=True)
+class Log(Section):
+  """Who else is told; TensorBoard is where its extra is installed. See docs/watching.md."""
+
+  wandb: str = ""  # project of Weights & Biases; "" = off
+  trackio: str = ""  # project of Trackio; "" = off
+
+  def rules(self) -> Rules:
+    for name in ("wandb", "trackio"):
+      plain = re.fullmatch(r"[\w .-]{0,128}", getattr(self, name))
+      yield name, bool(plain), "a project's name: letters, digits, space, _, - and dots"
+
+
+@dataclasses.dataclass(frozen=True)
 class Mesh(Section):
   """Sizes of (data, fsdp, tensor), see sharding.py."""
 
@@ -348,6 +361,7 @@ class Config(Section):
   eval: Eval = Eval()
   checkpoint: Checkpoint = Checkpoint()
   mesh: Mesh = Mesh()
+  log: Log = Log()
 
   def rules(self) -> Rules:
     yield "name", bool(self.name), "a run needs a name"

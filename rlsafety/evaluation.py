@@ -1,19 +1,17 @@
 """Held-out evaluation: the same users and sampling keys at every evaluated step."""
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
 
-from rlsafety import runtime, sampler, sharding
+from rlsafety import progress, runtime, sampler, sharding
 from rlsafety.metrics import gaps, matched
 from rlsafety.models.chat import Chat
 from rlsafety.models.lora import Adapter
 from rlsafety.rollout import Experience, Users
 from rlsafety.rundir import write
 
-LINE_S = 30.0  # between two lines on how far an evaluation is
 # Of one cell: the records of eval/step_N.jsonl, and {score: [P, G]}.
 Answered = tuple[list[dict], dict[str, np.ndarray]]
 
@@ -34,21 +32,14 @@ def ask(
   roll_out: `rollout.roll_out` of these cells with everything bound but these. adapters, users,
   keys: one of each for every cell. None if a signal came before the last call: nothing is kept.
   """
-  began, said, most = time.monotonic(), 0.0, max(map(len, users))
   row_keys = [
     sampler.row_keys(key, np.array(numbers(asked)))
     for key, asked in zip(keys, users, strict=True)
   ]
   rows, pieces = [[] for _ in users], [[] for _ in users]
-  for start in range(0, most, prompts_at_once):
+  for start in progress.bar(range(0, max(map(len, users)), prompts_at_once), "held-out users"):
     if sharding.any_process(told.signal > 0):
       return None
-    seconds = time.monotonic() - began
-    if start and seconds > said + LINE_S:
-      said, left = seconds, seconds * (most / start - 1) / 60
-      runtime.progress().info(
-        "held-out at step %d: %d of %d users, left %.1f min", step, start, most, left
-      )
     # Static shapes: the last call, and a cell with fewer users, begin again with the first.
     chosen = [np.arange(start, start + prompts_at_once) % len(asked) for asked in users]
     asked = [u.take(rows_of) for u, rows_of in zip(users, chosen, strict=True)]

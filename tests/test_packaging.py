@@ -8,9 +8,11 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -23,6 +25,44 @@ def core() -> list[str]:
     if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "CORE":
       return ast.literal_eval(node.value)
   raise AssertionError("setup.py has no CORE")
+
+
+def extras() -> dict[str, list[str]]:
+  """The extras of setup.py, without running it."""
+  for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())):
+    if isinstance(node, ast.keyword) and node.arg == "extras_require":
+      return ast.literal_eval(node.value)
+  raise AssertionError("setup.py has no extras_require")
+
+
+def locked() -> list[Requirement]:
+  lines = (ROOT / "requirements.lock").read_text().splitlines()
+  return [Requirement(line) for line in lines if not line.startswith("#")]
+
+
+def test_the_lock_names_versions_alone_and_no_registry():
+  text = (ROOT / "requirements.lock").read_text()
+  assert "://" not in text and not re.search(r"^-", text, re.M)
+  for found in locked():
+    assert not found.url and re.fullmatch(r"==[\w.+!]+", str(found.specifier)), found
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_the_lock_covers_every_dependency(python):
+  """All that setup.py asks for but `parity`, and what those ask for where they are installed."""
+  world = {"python_version": python, "python_full_version": f"{python}.9", "sys_platform": "linux"}
+  world |= {"platform_machine": "x86_64", "extra": "", "implementation_name": "cpython"}
+  pins = {
+    canonicalize_name(r.name): str(r.specifier).removeprefix("==")
+    for r in locked()
+    if not r.marker or r.marker.evaluate(world)
+  }
+  wanted = [*core(), *(r for name, rs in extras().items() if name != "parity" for r in rs)]
+  for requirement in map(Requirement, wanted):
+    name = canonicalize_name(requirement.name)
+    assert name in pins and requirement.specifier.contains(pins[name]), requirement
+  if sys.version_info[:2] == tuple(map(int, python.split("."))):
+    assert closure(core()) <= set(pins)
 
 
 def closure(requirements: list[str]) -> set[str]:

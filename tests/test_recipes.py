@@ -66,3 +66,17 @@ def test_qwen7b_recipe_is_the_studys_cell():
   ours = to_json(recipes.of_run([f"--config={REPO}/configs/qwen7b_syco.py"]))
   study = to_json(cell("model=qwen1.5-7b-chat,env=political_qa"))
   assert {k for k in ours if ours[k] != study[k]} == {"name", "mesh"}
+
+
+def test_an_ungated_judge_is_the_only_change():
+  for recipe, with_it in (
+    ("qwen7b_syco.py:h100", "qwen7b_syco.py:h100,ungated"),
+    ("paper.py:seed=42", "paper.py:seed=42,judge=ungated"),
+  ):
+    one, other = (
+      to_json(recipes.of_run([f"--config={REPO}/configs/{r}"])) for r in (recipe, with_it)
+    )
+    assert other["judge"] == one["judge"] | {"model": "Qwen/Qwen2.5-7B-Instruct"}
+    assert {k for k in one if one[k] != other[k]} <= {"judge", "name"}
+  with pytest.raises(UserError, match="qwen7b_syco.py:open: choose from v5e, h100, gated, ungated"):
+    recipes.of_run([f"--config={REPO}/configs/qwen7b_syco.py:open"])

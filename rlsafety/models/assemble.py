@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rlsafety import progress
 from rlsafety.errors import UserError
 from rlsafety.models.architecture import ModelConfig, is_weight, weights
 
@@ -118,4 +119,5 @@ def assemble(
     targets = [jax.sharding.SingleDeviceSharding(jax.devices()[0])] * len(flat)
   else:
     targets = tree.flatten_up_to(shardings)
-  return jax.tree.unflatten(tree, [place(p, s) for p, s in zip(flat, targets, strict=True)])
+  todo = progress.bar(list(zip(flat, targets, strict=True)), "tensors of the model")
+  return jax.tree.unflatten(tree, [place(*tensor) for tensor in todo])

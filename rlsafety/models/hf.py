@@ -341,5 +341,6 @@ def save_merged(
   settings |= {"model_max_length": config.max_positions, "clean_up_tokenization_spaces": False}
   settings |= {k: v for k, v in chat.special.items() if v is not None}
   write_json(folder / "tokenizer_config.json", settings)
-  card = _CARD.format(library="transformers", title="Merged model", base=model.source["path"])
-  (folder / "README.md").write_text(card, "utf-8")
+  if adapter is not None:
+    card = _CARD.format(library="transformers", title="Merged model", base=model.source["path"])
+    (folder / "README.md").write_text(card, "utf-8")

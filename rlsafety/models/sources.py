@@ -193,6 +193,7 @@ def _from_hub(path: str) -> Path:
   from huggingface_hub import snapshot_download  # takes a second, and most paths are local
 
   name, _, revision = path.partition("@")
+  print(f"rlsafety: {path}: from the hub or its cache", file=sys.stderr)
   wanted = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model"]
   try:
     return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))

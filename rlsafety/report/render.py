@@ -14,6 +14,7 @@ import hashlib
 import importlib.resources
 import pathlib
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ import numpy as np
 
 from rlsafety import flags
 from rlsafety.errors import run_main
+from rlsafety.files import read_jsonl
 from rlsafety.metrics import curves, gaps
 from rlsafety.report import charts, overview
 from rlsafety.report.transcripts import MAX_ROLLOUTS, embed_json, transcripts
@@ -106,6 +108,7 @@ def write_report(run_dir: str | pathlib.Path, max_rollouts: int = MAX_ROLLOUTS) 
   page = fill(
     "report.html",
     title=_title(run),
+    going=_going(run),
     conclusion=overview.conclusion(found),
     facts=_facts(run, data),
     judge=judge_block(run.info.get("judge") or {}),
@@ -202,6 +205,20 @@ def judge_block(judge: dict | str) -> dict:
 def _title(run: read.Run) -> str:
   parts = [read.model_name(run), read.environment_name(run)]
   return " · ".join(p for p in parts if p) or run.path.resolve().name
+
+
+def _going(run: read.Run) -> str:
+  """How far a run is that is not complete, and the time left at the pace of its last steps."""
+  steps = int(read.number(run.config.get("steps", 0)))
+  if run.complete or not steps:
+    return ""
+  said = f"Step {run.last_step} of {steps}"
+  seconds = [read.number(t.get("seconds")) for t in read_jsonl(run.path / "timing.jsonl", [])[-20:]]
+  if pace := np.nanmedian(seconds) if np.isfinite(seconds).any() else 0.0:
+    minutes = (steps - run.last_step) * float(pace) / 60
+    left = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+    said += f", about {left} left if it goes on, evaluations not counted"
+  return f"{said}. Drawn {time.strftime('%Y-%m-%d %H:%M')}; reload the page after an evaluation."
 
 
 def _facts(run: read.Run, data: dict) -> list[tuple[str, str]]:

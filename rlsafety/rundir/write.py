@@ -8,13 +8,12 @@ whether it does, and nobody else asks.
 import dataclasses
 import fcntl
 import importlib.metadata
-import importlib.util
 import os
 import pathlib
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import IO, Any
 
 import jax
@@ -185,8 +184,8 @@ def open_run(workdir: str | pathlib.Path, config: Config) -> RunDir:
       old = read_json(stored)["config"]
     except (ValueError, KeyError):
       raise UserError(f"{stored}: not readable as a run's config; move the folder away") from None
-    # Mesh and platform are where a run goes on, not what it is: checkpoints serve any other.
-    where = {"mesh": None, "platform": None}
+    # Where a run goes on and who watches is not what it is: checkpoints serve any other.
+    where = {"mesh": None, "platform": None, "log": None}
     changed = differences(old | where, to_json(config) | where)
     if changed:
       raise UserError(
@@ -307,26 +306,6 @@ def rollout_records(
         | ({} if classes is None else {"verdict": [*VERDICTS, None][classes[p, g]]})
       )
   return records
-
-
-EventWriter = Callable[[int, Mapping[str, Any]], None]
-
-
-def event_writer(run: RunDir) -> EventWriter:
-  """write(step, row) to TensorBoard through clu, where the `tensorboard` extra is there."""
-  found = [importlib.util.find_spec(name) for name in ("tensorflow", "tensorboard")]
-  if not run.writes or not all(found):
-    return lambda step, row: None
-  from clu import metric_writers  # imports TensorFlow, an extra
-
-  writer = metric_writers.SummaryWriter(str(run.path / "events"))
-
-  def write(step: int, row: Mapping[str, Any]) -> None:
-    finite = {k: float(v) for k, v in row.items() if np.ndim(v) == 0 and np.isfinite(v)}
-    writer.write_scalars(step, finite)
-    writer.flush()
-
-  return write
 
 
 def provenance() -> dict[str, Any]:

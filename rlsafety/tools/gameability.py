@@ -31,7 +31,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlsafety import environments, files, flags
+from rlsafety import environments, files, flags, progress
 from rlsafety.environments import framing, rubrics, scenario, variants
 from rlsafety.environments.scenario import Scenario
 from rlsafety.errors import UserError, run_main
@@ -253,7 +253,7 @@ def user_scores(model: Model, texts: Sequence[str], batch: int = 8) -> np.ndarra
 def _batches(ids: list[list[int]], size: int) -> Iterator[list[int]]:
   """Rows of similar length together, all batches of one size (the last rows may repeat)."""
   order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-  for start in range(0, len(order), size):
+  for start in progress.bar(range(0, len(order), size), "batches of messages"):
     yield (order[start : start + size] + order[:1] * size)[:size]
 
 

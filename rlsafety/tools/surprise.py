@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from rlsafety import flags
+from rlsafety import flags, progress
 from rlsafety.errors import UserError, run_main
 from rlsafety.models import scoring, sources
 from rlsafety.models.model import Model
@@ -68,7 +68,7 @@ def cross_entropy(
   shown, shown_lengths = pad([model.chat.encode(r["messages"]) for r in records])
   tokens, lengths = pad([model.chat.encode_text(r["completion"]) for r in records], 32)
   losses = []
-  for start in range(0, len(records), batch):
+  for start in progress.bar(range(0, len(records), batch), "batches of replies"):
     rows = np.minimum(np.arange(start, start + batch), len(records) - 1)
     scored = token_scores(
       model.params,

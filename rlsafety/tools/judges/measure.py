@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from rlsafety import environments, packing, rollout, sharding
+from rlsafety import environments, packing, progress, rollout, sharding
 from rlsafety.environments import political_qa
 from rlsafety.environments.scenario import Scenario
 from rlsafety.errors import UserError
@@ -44,7 +44,7 @@ def batches(chat: Chat, examples: Sequence[Example], max_tokens: int) -> Iterato
     by_message.setdefault((examples[i].message, examples[i].is_gameable), []).append(i)
   groups = [g[k : k + GROUP] for g in by_message.values() for k in range(0, len(g), GROUP)]
   groups.sort(key=lambda g: len(ids[g[-1]]))
-  for start in range(0, len(groups), PROMPTS):
+  for start in progress.bar(range(0, len(groups), PROMPTS), "batches of replies"):
     rows = groups[start : start + PROMPTS]
     full = rows + [rows[-1]] * (PROMPTS - len(rows))
     flat = [ids[i] for g in full for i in [*g, *[g[-1]] * (GROUP - len(g))]]
