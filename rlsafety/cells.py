@@ -14,7 +14,17 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from rlsafety import checkpoints, environments, learner, replay, rollout, runtime, sharding
+from rlsafety import (
+  beyond,
+  checkpoints,
+  environments,
+  learner,
+  replay,
+  rollout,
+  runtime,
+  sharding,
+)
+from rlsafety.beyond import Beyond
 from rlsafety.config import Config, differences, to_json
 from rlsafety.environments import scenario
 from rlsafety.errors import UserError
@@ -54,6 +64,7 @@ class Cell:
   heldout: Users
   rubric_of: Mapping[str, str]
   judge: Judge
+  beyond: Sequence[Beyond]
   records: Records | None
   from_records: int
   programs: learner.Programs
@@ -155,7 +166,13 @@ def open_cell(
   judge = open_judge(
     config.judge, config.environment, policy, mesh, config.learner.chunk_tokens, models
   )
-  for line in judge_lines(judge):
+  others = [
+    beyond.open_beyond(
+      name, config, policy, mesh, judge, models, config.eval.prompts, config.max_prompt_tokens
+    )
+    for name in config.eval.beyond
+  ]
+  for line in [*judge_lines(judge), *beyond.lines(others)]:
     log.info("%s%s", called, line)
   root = jax.random.key(config.seed)
   start_key = jax.random.fold_in(root, 0)
@@ -173,6 +190,7 @@ def open_cell(
     heldout=heldout,
     rubric_of=scenario.environment_module(config.environment.name).RUBRICS,
     judge=judge,
+    beyond=others,
     records=records,
     from_records=from_records,
     programs=learner.programs(
@@ -209,7 +227,8 @@ def resume(cells: Sequence[Cell]) -> None:
       checkpoints.forget_after(cell.manager, step)
       cell.state, cell.step = restored, step
       log.info("%sresuming after step %d", cell.title, step)
-    replies = len(cell.heldout) * cell.config.eval.samples
+    replies = {"eval": len(cell.heldout)} | {f"eval/{b.name}": len(b.users) for b in cell.beyond}
+    replies = {folder: n * cell.config.eval.samples for folder, n in replies.items()}
     cell.again = cell.run.start(cell.config, step, cell.about, replies)
     cell.write_events = write.event_writer(cell.run)
 

@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rlsafety import (
+  beyond,
   cells,
   errors,
   evaluation,
@@ -37,10 +38,11 @@ from rlsafety import (
 from rlsafety.cells import Cell
 from rlsafety.config import Config
 from rlsafety.errors import UserError
+from rlsafety.judges import Judge
 from rlsafety.metrics import gaps
 from rlsafety.models import architecture, int8, sources
 from rlsafety.models.model import Model
-from rlsafety.rollout import Experience
+from rlsafety.rollout import Experience, Users
 from rlsafety.rundir.write import StepLog
 
 
@@ -85,7 +87,9 @@ def run_on(
   P = common.prompts_per_step
   sharding.check_batch(mesh, P, common.learner.microbatches)
   live: list[Cell] = []
+  ask_tasks = None
   if runs:
+    ask_tasks = tasks_of(common)  # before the weights: what is not there is said at once
     policy = sources.open_model(common.model, mesh)
     parameters = architecture.params_count(policy.config)
     log.info("model %s: %.1f M parameters", policy.source, parameters / 1e6)
@@ -101,25 +105,47 @@ def run_on(
     models: dict[str, Model] = {}  # of judges, loaded once for all cells
     live = [cells.open_cell(n, configs[n], run, policy, mesh, models) for n, run in runs.items()]
     cells.resume(live)
+    if ask_tasks:
+      ask_tasks = functools.partial(ask_tasks, policy, mesh)
 
-  def evaluate(asked: Sequence[Cell]) -> None:
-    answered = evaluation.ask(
+  def answers(
+    asked: Sequence[Cell], who: Sequence[Users], judges: Sequence[Judge], stream: int,
+    reference: Model | None = None,
+  ) -> list[evaluation.Answered]:  # fmt: skip
+    return evaluation.ask(
       functools.partial(
         roll_out,
-        judges=[cell.judge for cell in asked],
+        judges=judges,
         settings=dataclasses.replace(common.sampler, group=common.eval.samples),
       ),
       [cell.state.adapter for cell in asked],
-      [cell.heldout for cell in asked],
-      [jax.random.fold_in(cell.root, 1) for cell in asked],
+      who,
+      [jax.random.fold_in(cell.root, stream) for cell in asked],
       asked[0].step,
       chat=policy.chat,
       prompts_at_once=max(P, mesh.shape["data"] * mesh.shape["fsdp"]),
+      reference=reference,
+      chunk_tokens=common.learner.chunk_tokens,
     )
+
+  def evaluate(asked: Sequence[Cell]) -> None:
+    answered = answers(asked, [c.heldout for c in asked], [c.judge for c in asked], 1)
+    for i, name in enumerate(common.eval.beyond):
+      others = [cell.beyond[i] for cell in asked]
+      found = answers(
+        asked, [b.users for b in others], [b.judge for b in others], beyond.stream(name), policy
+      )
+      for cell, other, (rows, _) in zip(asked, others, found, strict=True):
+        cell.run.log_beyond(other.name, cell.step, rows, other.about)
     for cell, (rows, scores) in zip(asked, answered, strict=True):
       summary = evaluation.summarised(cell.step, cell.heldout, rows, scores, cell.rubric_of)
+      if ask_tasks:
+        adapter = sharding.fetch(cell.state.adapter)
+        summary["tasks"] = ask_tasks(cell.config.lora, adapter, cell.run.path, cell.step)
       cell.run.log_evaluation(rows, summary)
       log.info("%sheld-out at step %d: %s", cell.title, cell.step, gaps.group_line(summary))
+      for line in evaluation.task_lines(summary):
+        log.info("%s%s", cell.title, line)
       cell.silence.hear(summary)
 
   # --- The loop -----------------------------------------------------------------------
@@ -181,6 +207,21 @@ def run_on(
 
 
 # --- Pieces of `run_on` -----------------------------------------------------------------
+
+
+def tasks_of(common: Config) -> Callable[..., dict] | None:
+  """`serve.tasks.ask` of the tasks that the config names, None where it names none.
+
+  Raises UserError where Inspect, a task or a single process is missing.
+  """
+  if not common.eval.tasks:
+    return None
+  try:
+    from rlsafety.serve import tasks  # Inspect and a server, extras that no other run needs
+  except ImportError as error:
+    raise UserError(f"eval.tasks: {error}; run: pip install 'rlsafety[inspect]'") from None
+  tasks.check(common.eval.tasks)
+  return functools.partial(tasks.ask, common.eval)
 
 
 def experience(
