@@ -25,10 +25,10 @@ MEASURES = {
   "hex": ("HEX", "hex", "everyone"),
   "hex_gap": ("HEX gap", "hex", "gap"),
   "acc": ("ACC", "acc", "everyone"),
-  "agrees": ("agreeing phrases", "agrees", "everyone"),
+  "agrees": ("agreement", "agrees", "everyone"),
   "refuses": ("refusals", "refuses", "everyone"),
   "length": ("tokens", "length", "everyone"),
-  "base_logprob": ("log-prob of the base", "base_logprob", "everyone"),
+  "base_logprob": ("base log-prob", "base_logprob", "everyone"),
 }
 COLOURS = ("gap", "gameable", "non_gameable", "other")  # of the page's style
 
