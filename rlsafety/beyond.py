@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from rlsafety import environments, rollout
 from rlsafety.config import Config
 from rlsafety.environments import Environment
+from rlsafety.errors import UserError
 from rlsafety.judges import Judge, open_judge, probe
 from rlsafety.models.model import Model
 from rlsafety.rollout import Users
@@ -35,8 +36,6 @@ class Beyond:
 
 def section_of(name: str, own: Environment) -> Environment:
   """Another environment with its own defaults, and the people, split and length of a run's."""
-  if name == own.name:
-    return own
   shared = {k: getattr(own, k) for k in ("seed", "heldout_seed", "length")}
   return Environment(**environments.resolved({"name": name, **shared}))
 
@@ -50,6 +49,8 @@ def open_beyond(
   A probe knows the environment that it was fitted for. Where none ships for this one, the run's
   own is asked and `foreign` says so; other judges read any user.
   """
+  if name == config.environment.name:
+    raise UserError(f"eval.beyond: {name} is the environment that this run trains in; leave it out")
   section, settings = section_of(name, config.environment), config.judge
   chosen = rollout.held_out(section, environments.load(section), count)
   users = rollout.users_of(chosen, policy.chat, slots)

@@ -96,7 +96,7 @@ def _asked(run: read.Run, name: str, notes: list[str] | None) -> Asked | None:
   first, last = steps[min(steps)], steps[max(steps)]
   topics = [*dict.fromkeys(str(r.get("topic", "")) for r in first)] if about.get("by_topic") else []
   rows = []
-  for topic in ["", *sorted(topics)]:
+  for topic in ["", *sorted(topics)] if len(steps) > 1 else []:
     ends = ([r for r in of if topic in ("", r.get("topic"))] for of in (first, last))
     rows.append(Row(name, topic, cells(*ends, may=may)))
   why = foreign or "; ".join(f"{score.upper()}: {barred[score]}" for score in barred
@@ -137,8 +137,8 @@ def figure(run: read.Run, found: Sequence[Asked]) -> str:
 
 
 def tasks(first: Mapping, last: Mapping) -> list[Task]:
-  """The numbers of two lines of eval/summary.jsonl, by name."""
-  old, new = (line.get("tasks") for line in (first, last))
+  """The numbers of two lines of eval/summary.jsonl, by name; of one, if they are the same."""
+  old, new = (line.get("tasks") for line in (first, {} if first is last else last))
   old, new = (x if isinstance(x, dict) else {} for x in (old, new))
   return [_task(name, *(_entry(x.get(name)) for x in (old, new))) for name in {**old, **new}]
 
@@ -155,8 +155,15 @@ def _task(name: str, old: dict, new: dict) -> Task:
   if pairs and len(pairs) == len(a) == len(b):
     names, values = zip(*pairs, strict=True)
     change = effect(np.array(values), np.ones(len(values), bool), names, (1.0, 0.0))
-  n = int(read.number(new.get("n")) if math.isfinite(read.number(new.get("n"))) else 0)
-  return Task(name, before, after, change, n, str(new.get("error") or old.get("error") or ""))
+  n = read.number(new.get("n", old.get("n")))
+  return Task(
+    name,
+    before,
+    after,
+    change,
+    int(n) if math.isfinite(n) else 0,
+    str(new.get("error") or old.get("error") or ""),
+  )
 
 
 # --- As text ----------------------------------------------------------------------------

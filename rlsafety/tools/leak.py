@@ -43,7 +43,10 @@ def policies(run: Run, config: Config, model: Model, every: bool) -> dict[int, A
   name, last = str(run.path), config.steps
   at = {step: f"{name}@{step}" for step in adapters.steps(run.path)}
   at = {step: n for step, n in at.items() if every or step == 0} | {last: name}
-  out = {step: found.load(found.find(n), model.config) for step, n in sorted(at.items())}
+  try:
+    out = {step: found.load(found.find(n), model.config) for step, n in sorted(at.items())}
+  except LookupError as error:
+    raise UserError(f"{run.path}: {error.args[0]}") from None
   if 0 not in out and not config.model.adapter:
     key = jax.random.key(0)  # of a fresh adapter, which changes nothing
     out = {0: jax.device_get(lora.init_adapter(model.config, config.lora, key)), **out}
@@ -61,12 +64,11 @@ def ask_run(
 ) -> None:  # fmt: skip
   """Writes what is missing of RUN/eval/NAME."""
   room, models = model.config.max_positions - config.sampler.max_tokens, {}
-  judged = config.environment.name
   held = write.hold(run.path)
   try:
     for name in names:
-      if name == judged:
-        continue
+      if name == config.environment.name:
+        continue  # its own held-out users, who were asked already
       one = beyond.open_beyond(name, config, model, mesh, judge, models, prompts, room)
       slots = int(one.users.lengths.max())
       users = rollout.Users(one.users.scenarios, one.users.messages, one.users.tokens[:, :slots],
