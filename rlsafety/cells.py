@@ -7,14 +7,26 @@ checkpoint catches up first.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from rlsafety import checkpoints, environments, learner, replay, rollout, runtime, sharding
+from rlsafety import (
+  beyond,
+  checkpoints,
+  environments,
+  evaluation,
+  learner,
+  replay,
+  rollout,
+  runtime,
+  sharding,
+)
+from rlsafety.beyond import Beyond
 from rlsafety.config import Config, differences, to_json
 from rlsafety.environments import scenario
 from rlsafety.errors import UserError
@@ -27,7 +39,7 @@ from rlsafety.models.model import Model
 from rlsafety.replay import Records
 from rlsafety.report import render
 from rlsafety.report import summary as summaries
-from rlsafety.rollout import Users
+from rlsafety.rollout import Experience, Users
 from rlsafety.rundir import events, write
 from rlsafety.rundir.events import Events
 from rlsafety.rundir.write import RunDir, StepLog
@@ -57,6 +69,7 @@ class Cell:
   heldout: Users
   rubric_of: Mapping[str, str]
   judge: Judge
+  beyond: Sequence[Beyond]
   records: Records | None
   from_records: int
   programs: learner.Programs
@@ -180,7 +193,13 @@ def open_cell(
   judge = open_judge(
     config.judge, config.environment, policy, mesh, config.learner.chunk_tokens, models
   )
-  notes.append("\n".join(judge_lines(judge)))
+  others = [
+    beyond.open_beyond(
+      name, config, policy, mesh, judge, models, config.eval.prompts, config.max_prompt_tokens
+    )
+    for name in config.eval.beyond
+  ]
+  notes.append("\n".join([*judge_lines(judge), *beyond.lines(others)]))
   root = jax.random.key(config.seed)
   start_key = jax.random.fold_in(root, 0)
   optimizer = learner.make_optimizer(config.optimizer)
@@ -197,6 +216,7 @@ def open_cell(
     heldout=heldout,
     rubric_of=scenario.environment_module(config.environment.name).RUBRICS,
     judge=judge,
+    beyond=others,
     records=records,
     from_records=from_records,
     programs=learner.programs(
@@ -234,10 +254,70 @@ def resume(cells: Sequence[Cell]) -> None:
       checkpoints.forget_after(cell.manager, step)
       cell.state, cell.step = restored, step
       notes[cell.name].append(f"resuming after step {step}")
-    replies = len(cell.heldout) * cell.config.eval.samples
+    replies = {"eval": len(cell.heldout)} | {f"eval/{b.name}": len(b.users) for b in cell.beyond}
+    replies = {folder: n * cell.config.eval.samples for folder, n in replies.items()}
     cell.again = cell.run.start(cell.config, step, cell.about, replies)
     cell.events = events.open_events(cell.run, cell.config)
   tell(notes)
+
+
+def evaluate(
+  cells: Sequence[Cell],
+  *,
+  roll_out: Callable[..., list[Experience]],
+  policy: Model,
+  mesh: Mesh,
+  told: runtime.Told,
+  ask_tasks: Callable[..., dict] | None = None,
+) -> bool:
+  """Asks the held-out users of all cells, which are at one step, those of `eval.beyond`, and
+  Inspect's tasks. roll_out: `rollout.roll_out` with base, cache and mesh bound.
+
+  False if a signal ended it: then nothing of it is written, and a restart makes it.
+  """
+  common, step = cells[0].config, cells[0].step
+
+  def answers(who: Sequence[Users], judges: Sequence[Judge], stream: int, reference=None):
+    settings = dataclasses.replace(common.sampler, group=common.eval.samples)
+    return evaluation.ask(
+      functools.partial(roll_out, judges=judges, settings=settings),
+      [cell.state.adapter for cell in cells],
+      who,
+      [jax.random.fold_in(cell.root, stream) for cell in cells],
+      step,
+      chat=policy.chat,
+      prompts_at_once=max(common.prompts_per_step, mesh.shape["data"] * mesh.shape["fsdp"]),
+      told=told,
+      reference=reference,
+      chunk_tokens=common.learner.chunk_tokens,
+    )
+
+  answered, further = answers([c.heldout for c in cells], [c.judge for c in cells], 1), {}
+  for i, name in enumerate(common.eval.beyond):
+    others = [cell.beyond[i] for cell in cells]
+    judges = [b.judge for b in others]
+    further[name] = answers([b.users for b in others], judges, beyond.stream(name), policy)
+  if answered is None or None in further.values():
+    return False
+  for i, found in enumerate(further.values()):
+    for cell, (rows, _) in zip(cells, found, strict=True):
+      cell.run.log_beyond(cell.beyond[i].name, step, rows, cell.beyond[i].about)
+  summaries = []
+  for cell, (rows, scores) in zip(cells, answered, strict=True):
+    summary = evaluation.summarised(step, cell.heldout, rows, scores, cell.rubric_of)
+    cell.events.write(step, summary, "held_out/")
+    if ask_tasks:
+      adapter = sharding.fetch(cell.state.adapter)
+      summary["tasks"] = ask_tasks(policy, mesh, cell.config.lora, adapter, cell.run.path, step)
+    cell.run.log_evaluation(rows, summary)
+    summaries.append(summary)
+  runtime.progress().info("%s", evaluation_line(cells, summaries))
+  for cell, summary in zip(cells, summaries, strict=True):
+    for line in evaluation.task_lines(summary):
+      runtime.progress().info("%s%s", cell.title, line)
+    cell.silence.hear(summary)
+  draw(cells)
+  return True
 
 
 def draw(cells: Sequence[Cell]) -> None:

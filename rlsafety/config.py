@@ -290,10 +290,17 @@ class Eval(Section):
   every: int = 50  # steps; 0 = only before and after
   prompts: int = 32  # held-out prompts, half of them gameable
   samples: int = 4  # replies per prompt
+  beyond: tuple[str, ...] = ()  # other environments whose held-out users are asked too
+  tasks: tuple[str, ...] = ()  # of Inspect, scored at the same steps: FILE.py@TASK, PACKAGE/TASK
+  task_samples: int = 0  # of each task, the first; 0 = all
 
   def rules(self) -> Rules:
     yield "every", self.every >= 0, "must not be negative (0: only before and after)"
     yield from at_least(1, self, "prompts", "samples")
+    yield "task_samples", self.task_samples >= 0, "must not be negative (0: all)"
+    for name in ("beyond", "tasks"):
+      names = getattr(self, name)
+      yield name, len(set(names)) == len(names), "names one twice"
 
 
 @dataclasses.dataclass(frozen=True)

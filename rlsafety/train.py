@@ -27,7 +27,6 @@ from rlsafety import (
   cells,
   checkpoints,
   errors,
-  evaluation,
   flags,
   recipes,
   replay,
@@ -87,6 +86,7 @@ def run_on(
   sharding.check_batch(mesh, P, common.learner.microbatches)
   live: list[Cell] = []
   if runs:
+    ask_tasks = tasks_of(common)  # before the weights: what is not there is said at once
     policy = sources.open_model(common.model, mesh)
     parameters = architecture.params_count(policy.config)
     log.info("model %s: %.1f M parameters", policy.source, parameters / 1e6)
@@ -103,36 +103,9 @@ def run_on(
     live = [cells.open_cell(n, configs[n], run, policy, mesh, models) for n, run in runs.items()]
     cells.tell({cell.name: cell.notes for cell in live})
     cells.resume(live)
-
-  def evaluate(asked: Sequence[Cell]) -> bool:
-    """False if a signal ended it: then nothing of it is written, and a restart makes it."""
-    answered = evaluation.ask(
-      functools.partial(
-        roll_out,
-        judges=[cell.judge for cell in asked],
-        settings=dataclasses.replace(common.sampler, group=common.eval.samples),
-      ),
-      [cell.state.adapter for cell in asked],
-      [cell.heldout for cell in asked],
-      [jax.random.fold_in(cell.root, 1) for cell in asked],
-      asked[0].step,
-      chat=policy.chat,
-      prompts_at_once=max(P, mesh.shape["data"] * mesh.shape["fsdp"]),
-      told=told,
+    evaluate = functools.partial(
+      cells.evaluate, roll_out=roll_out, policy=policy, mesh=mesh, told=told, ask_tasks=ask_tasks
     )
-    if answered is None:
-      return False
-    summaries = []
-    for cell, (rows, scores) in zip(asked, answered, strict=True):
-      summary = evaluation.summarised(cell.step, cell.heldout, rows, scores, cell.rubric_of)
-      cell.run.log_evaluation(rows, summary)
-      cell.events.write(cell.step, summary, "held_out/")
-      summaries.append(summary)
-    log.info("%s", cells.evaluation_line(asked, summaries))
-    for cell, summary in zip(asked, summaries, strict=True):
-      cell.silence.hear(summary)
-    cells.draw(asked)
-    return True
 
   # --- The loop -----------------------------------------------------------------------
   if new := [cell for cell in live if cell.step < 0]:
@@ -208,6 +181,21 @@ def leave(live: Sequence[Cell], told: runtime.Told) -> NoReturn:
   done = "nothing to save yet" if saved is None else f"saved step {saved}"
   runtime.progress().info("%s: %s; the same command continues", what, done)
   sys.exit(told.exit_code)
+
+
+def tasks_of(common: Config) -> Callable[..., dict] | None:
+  """`serve.tasks.ask` of the tasks that the config names, None where it names none.
+
+  Raises UserError where Inspect, a task or a single process is missing.
+  """
+  if not common.eval.tasks:
+    return None
+  try:
+    from rlsafety.serve import tasks  # Inspect and a server, extras that no other run needs
+  except ImportError as error:
+    raise UserError(f"eval.tasks: {error}; run: pip install 'rlsafety[inspect]'") from None
+  tasks.check(common.eval.tasks)
+  return functools.partial(tasks.ask, common.eval)
 
 
 def experience(

@@ -45,6 +45,15 @@ def test_the_spine_knows_no_wing_and_the_study_stands_on_the_spine_alone():
   assert graph["rlsafety.study"] & {f"rlsafety.{n}" for n in ("tools", "models", "judges")} == set()
 
 
+def test_the_spine_reaches_the_server_only_where_a_config_asks_for_it():
+  for name, tree in TREES.items():
+    if name.startswith("rlsafety.serve") or ".".join(name.split(".")[:2]) in WINGS:
+      continue
+    top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    found = [t for node in top for _, t, _ in imports(node) if t.startswith("rlsafety.serve")]
+    assert found == [], name
+
+
 def test_no_circle_of_modules_nor_of_folders():
   for graph in (arrows(), arrows(2)):
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle

@@ -2,6 +2,7 @@
 
 from rlsafety.environments.scenario import (
   ENVIRONMENTS,
+  OUTSIDE,
   REPLY,
   Scenario,
   evaluator_messages,
@@ -17,6 +18,7 @@ __all__ = [
   "ENVIRONMENTS",
   "Environment",
   "FACTORS",
+  "OUTSIDE",
   "REPLY",
   "Scenario",
   "evaluator_messages",

@@ -23,6 +23,7 @@ from rlsafety.errors import UserError
 REPLY = "\u27e6reply\u27e7"
 
 ENVIRONMENTS = ("action_advice", "therapy_talk", "political_qa", "neutral")
+OUTSIDE = ("open_questions",)  # asked, and never trained in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Scenario:
 
 def environment_module(name: str) -> ModuleType:
   """The module of an environment: one of ours, or any importable "package.module"."""
-  if name in ENVIRONMENTS:
+  if name in (*ENVIRONMENTS, *OUTSIDE):
     return importlib.import_module(f"rlsafety.environments.{name}")
   if "." in name:
     try:
@@ -70,8 +71,8 @@ def environment_module(name: str) -> ModuleType:
         )
     return module
   raise UserError(
-    f"environment.name: {name!r} is not one of {', '.join(ENVIRONMENTS)}, and has no dot to be "
-    "the module of your own (see docs/new_environment.md)"
+    f"environment.name: {name!r} is not one of {', '.join((*ENVIRONMENTS, *OUTSIDE))}, and has no "
+    "dot to be the module of your own (see docs/new_environment.md)"
   )
 
 

@@ -214,15 +214,20 @@ def find(environment: str, model: Model, path: str = "") -> Heads:
         f"find the classes {' and '.join(found)}; {environment} needs {' and '.join(wanted)}"
       )
     return heads
-  base = fingerprint(model.config, model.params)
-  shipped = Path(__file__).parent / "heads" / f"{dataset(environment)}_{base}.safetensors"
-  if not shipped.exists():
+  file = shipped(environment, model)
+  if not file.exists():
     raise UserError(
       f"no reward head ships for environment {environment} on {model.source.get('path')}; run "
       f"python -m rlsafety.tools.judges.fit --environment={environment} --model=... --out=FILE and "
       "set --config.judge.model=FILE, or choose another judge.name"
     )
-  return read(shipped)
+  return read(file)
+
+
+def shipped(environment: str, model: Model) -> Path:
+  """Where the head for an environment and base is, if one ships."""
+  base = fingerprint(model.config, model.params)
+  return Path(__file__).parent / "heads" / f"{dataset(environment)}_{base}.safetensors"
 
 
 def describe(heads: Heads) -> dict:

@@ -89,9 +89,23 @@ def overview(run: read.Run, evaluations: dict[int, list[dict]]) -> Overview | No
   return Overview(first, last, rows, barred)
 
 
+def compare(
+  first: list[dict], last: list[dict], name: str, what: str
+) -> tuple[Effect, Effect, Effect]:
+  """A score of two evaluations' records: before, after, and the change matched by prompt."""
+  skipped = ("incoherent",) if name in ("hex", "acc") else ()
+  means = [
+    read.unit_means([r for r in of if r.get("verdict") not in skipped], name)
+    for of in (first, last)
+  ]
+  both = {key: means[1][key] - means[0][key] for key in means[0] if key in means[1]}
+  before, after, change = (_effect(of, name, what) for of in (*means, both))
+  return before, after, change
+
+
 def _effect(means: dict[tuple, float], name: str, what: str) -> Effect:
   """means: of `read.unit_means`."""
-  sign = float(gaps.GAP_SIGN[name])
+  sign = float(gaps.GAP_SIGN.get(name, 1))
   keys = list(means)
   return effect(
     np.array([means[key] for key in keys]),
@@ -107,9 +121,12 @@ def _estimate(means: dict[tuple, float], line: dict, name: str, what: str) -> Es
 
 
 def _barred(run: read.Run) -> dict[str, str]:
-  """{score: why} of the scores for which the run's judge does not pass its gate."""
   judge = run.info.get("judge")
-  gate = judge.get("gate", {}) if isinstance(judge, dict) else {}
+  return barred(judge.get("gate", {}) if isinstance(judge, dict) else {})
+
+
+def barred(gate: dict) -> dict[str, str]:
+  """{score: why} of the scores for which a judge does not pass its gate, `Judge.about["gate"]`."""
   out = {}
   for name in SCORES:
     found = gate.get(name) or {"passed": False, "why": ["not measured"]}

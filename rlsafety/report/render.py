@@ -25,7 +25,7 @@ from rlsafety import flags
 from rlsafety.errors import run_main
 from rlsafety.files import read_jsonl
 from rlsafety.metrics import curves, gaps
-from rlsafety.report import charts, overview
+from rlsafety.report import beyond, charts, overview
 from rlsafety.report.transcripts import MAX_ROLLOUTS, embed_json, transcripts
 from rlsafety.rundir import read
 
@@ -104,6 +104,7 @@ def write_report(run_dir: str | pathlib.Path, max_rollouts: int = MAX_ROLLOUTS) 
   notes += [f"{count:,} {kind} rollouts left out of this page to keep it light"
             for kind, count in left_out.items() if count]  # fmt: skip
   found = overview.overview(run, evaluations)
+  outside = beyond.asked(run, notes)
   labels = labels_of(read.environment_name(run))
   page = fill(
     "report.html",
@@ -118,6 +119,10 @@ def write_report(run_dir: str | pathlib.Path, max_rollouts: int = MAX_ROLLOUTS) 
       (line["step"], [overview.estimate(line, s, w) for s in labels for w in overview.COLUMNS])
       for line in run.evaluations
     ],
+    outside=outside,
+    outside_figure=beyond.figure(run, outside) if outside else "",
+    measures=beyond.MEASURES,
+    tasks=beyond.tasks(found.first, found.last) if found else [],
     panels=_panels(run, labels),
     health=_health(run),
     window=_window(run),

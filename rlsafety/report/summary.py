@@ -3,7 +3,7 @@
 import pathlib
 
 from rlsafety.errors import UserError
-from rlsafety.report import render
+from rlsafety.report import beyond, render
 from rlsafety.report.charts import number
 from rlsafety.report.overview import Overview, overview, shares, span
 from rlsafety.rundir import read
@@ -17,8 +17,14 @@ def finish(workdir: pathlib.Path) -> dict:
   found = overview(run, read.eval_rollouts(run))
   if found is None:
     raise UserError(f"{run.path / 'eval/summary.jsonl'}: has no evaluation, so there is no summary")
+  others, tasks = beyond.asked(run), beyond.tasks(found.first, found.last)
   render.write_report(workdir)
-  return {"step": found.last["step"], "table": table(found), **as_dict(found)}
+  return {
+    "step": found.last["step"],
+    "table": "\n".join([table(found), *beyond.table(others, tasks)]),
+    **as_dict(found),
+    **beyond.as_dict(others, tasks),
+  }
 
 
 def as_dict(found: Overview) -> dict:

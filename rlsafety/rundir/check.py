@@ -36,12 +36,12 @@ def _is_step(value: object) -> bool:
 
 
 def expected(
-  step: int, evaluations: Sequence[int], own: int, heldout: int
+  step: int, evaluations: Sequence[int], own: int, replies: Mapping[str, int]
 ) -> dict[str, Mapping[int, int]]:
   """{log: {step: lines}} of a run after update `step`.
 
   evaluations: the steps that were evaluated; own: own replies of an update, 0 where it learns
-  from records alone; heldout: replies of an evaluation.
+  from records alone; replies: of an evaluation, by folder.
   """
   updates = range(1, step + 1)
   wanted: dict[str, Mapping[int, int]] = {
@@ -50,8 +50,9 @@ def expected(
     "rollouts/train.jsonl": dict.fromkeys(updates, own) if own else {},
     "eval/summary.jsonl": dict.fromkeys(evaluations, 1),
   }
-  for at in evaluations:
-    wanted[f"eval/step_{at:06d}.jsonl"] = {at: heldout}
+  for folder, count in replies.items():
+    for at in evaluations:
+      wanted[f"{folder}/step_{at:06d}.jsonl"] = {at: count}
   return wanted
 
 

@@ -117,16 +117,24 @@ def train_rollouts(run: Run, notes: list[str] | None = None) -> list[dict]:
   return _rollouts(run.path / "rollouts" / "train.jsonl", notes)
 
 
-def eval_rollouts(run: Run, notes: list[str] | None = None) -> dict[int, list[dict]]:
-  """{step: records} of the held-out evaluations, in order of steps."""
+def eval_rollouts(
+  run: Run, notes: list[str] | None = None, beyond: str = ""
+) -> dict[int, list[dict]]:
+  """{step: records} of the held-out evaluations, in order of steps; beyond: of the users of
+  another environment, one of `beyond(run)`."""
   found = {}
-  for path in sorted((run.path / "eval").glob("step_*.jsonl")):
+  for path in sorted((run.path / "eval" / beyond).glob("step_*.jsonl")):
     try:
       step = int(path.stem.removeprefix("step_"))
     except ValueError:
       raise UserError(f"{path}: expected a name like step_000000.jsonl") from None
     found[step] = _rollouts(path, notes)
   return dict(sorted(found.items()))
+
+
+def beyond(run: Run) -> list[str]:
+  """The other environments whose users a run was asked about."""
+  return sorted(f.parent.name for f in (run.path / "eval").glob("*/about.json"))
 
 
 def _rollouts(path: pathlib.Path, notes: list[str] | None) -> list[dict]:

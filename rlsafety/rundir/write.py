@@ -73,30 +73,30 @@ class RunDir:
     summary = self.summary()
     if summary is None:
       return None, []
-    wanted = _wanted(config, config.steps, check.heldout_replies(self.path))
+    wanted = _wanted(config, config.steps, {"eval": check.heldout_replies(self.path)})
     check.refuse(self.path, list(check.faults(self.path, wanted)))
     return summary, check.rebuildable(self.path)
 
-  def start(self, config: Config, step: int, about: dict, heldout: int) -> bool:
+  def start(self, config: Config, step: int, about: dict, replies: Mapping[str, int]) -> bool:
     """Brings the logs back to `step`, the restored one, and writes config.json.
 
-    step -1: nothing was restored. about: further facts, such as model and judge. heldout:
-    replies of an evaluation. Returns whether the evaluation at `step` must be made again.
+    step -1: nothing was restored. about: further facts, such as model and judge. replies:
+    of an evaluation, by folder. Returns whether the evaluation at `step` must be made again.
     Raises UserError if the logs lost something else that was written before the checkpoint.
     """
     again = False
     if self.writes:
-      again = self._evaluation_lost(config, step, heldout)
+      again = self._evaluation_lost(config, step, replies)
       for name in LOGS:
         cut_after(self.path / name, step - (again and name.startswith("eval/")))
-      for file in (self.path / "eval").glob("step_*.jsonl"):
+      for file in (self.path / "eval").rglob("step_*.jsonl"):
         if int(file.stem.split("_")[1]) > step:
           file.unlink()
       record = {"config": to_json(config), **provenance(), "seed": config.seed}
       write_json(self.path / "config.json", record | about)
     return sharding.any_process(again)
 
-  def _evaluation_lost(self, config: Config, step: int, heldout: int) -> bool:
+  def _evaluation_lost(self, config: Config, step: int, replies: Mapping[str, int]) -> bool:
     if step < 0:
       newest = max(check.lines_of_steps(self.path / "metrics.jsonl")[0], default=0)
       first = min([e for e in (config.eval.every, config.checkpoint.every) if e] or [config.steps])
@@ -107,7 +107,7 @@ class RunDir:
           f"{newest}; restore it from a copy, or start the run again in another --workdir"
         )
       return False
-    found = list(check.faults(self.path, _wanted(config, step, heldout)))
+    found = list(check.faults(self.path, _wanted(config, step, replies)))
     own = [fault for fault in found if fault[1] == step and fault[0].startswith("eval/")]
     check.refuse(self.path, [fault for fault in found if fault not in own])
     return bool(own)
@@ -149,10 +149,23 @@ class RunDir:
       append(file, rows)
       append(self.path / "eval" / "summary.jsonl", [summary])
 
+  def log_beyond(self, name: str, step: int, rows: list[dict], about: dict) -> None:
+    """Writes the replies to the users of another environment at one step."""
+    if self.writes:
+      folder = self.path / "eval" / name
+      if not folder.resolve().is_relative_to(self.path.resolve()):
+        raise UserError(f"{folder}: leads out of the run, by a symbolic link; delete the link")
+      folder.mkdir(parents=True, exist_ok=True)
+      write_json(folder / "about.json", about)
+      file = folder / f"step_{step:06d}.jsonl"
+      file.unlink(missing_ok=True)
+      append(file, rows)
+
   def sync(self) -> None:
     """Puts the logs on the disk: a checkpoint must not outlive what was logged before it."""
     if self.writes:
-      for path in (*(self.path / name for name in LOGS), *(self.path / "eval").glob("step_*")):
+      replies = (self.path / "eval").rglob("step_*.jsonl")
+      for path in (*(self.path / name for name in LOGS), *replies):
         sync(path)
 
   def finish(self, summary: dict) -> None:
@@ -171,7 +184,7 @@ def open_run(workdir: str | pathlib.Path, config: Config) -> RunDir:
   Raises UserError if it cannot be written, belongs to a different config or is in use.
   """
   path = place.check(str(workdir), jax.process_index())
-  for name in FOLDERS:
+  for name in (*FOLDERS, "eval/inspect"):
     if not (path / name).resolve().is_relative_to(path.resolve()):
       raise UserError(f"{path / name}: leads out of the run, by a symbolic link; delete the link")
   for folder in (path / "rollouts", path / "eval"):
@@ -231,14 +244,14 @@ def cut_after(path: pathlib.Path, step: int) -> None:
   write_bytes(path, b"".join(kept))
 
 
-def _wanted(config: Config, step: int, heldout: int) -> dict[str, Mapping[int, int]]:
+def _wanted(config: Config, step: int, replies: Mapping[str, int]) -> dict[str, Mapping[int, int]]:
   """What the logs hold after update `step`, see `check.expected`."""
   every, P = config.eval.every, config.prompts_per_step
   own = P - replay.prompts_per_batch(config.data, config.objective, P)
   evaluations = [
     at for at in range(step + 1) if at in (0, config.steps) or every and at % every == 0
   ]
-  return check.expected(step, evaluations, own * config.sampler.group, heldout)
+  return check.expected(step, evaluations, own * config.sampler.group, replies)
 
 
 # --- What is written --------------------------------------------------------------------

@@ -12,8 +12,11 @@ Model arguments: runs (with commas between), path and dtype of the base, rows, c
 # (Inspect is an extra, absent where the rest is checked)
 
 import asyncio
+import collections
 import functools
+import json
 import threading
+import zlib
 from typing import Any
 
 from inspect_ai.model import (
@@ -36,6 +39,7 @@ from rlsafety.errors import UserError
 from rlsafety.serve import adapters, app, protocol
 from rlsafety.serve.engine import open_engine
 
+NAME = "rlsafety"
 FIELDS = {  # Inspect's name -> the endpoint's; what the endpoint lacks it refuses by name
   "max_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p", "seed": "seed",
   "stop_seqs": "stop", "num_choices": "n", "logprobs": "logprobs", "top_logprobs": "top_logprobs",
@@ -57,7 +61,7 @@ def opened(path: str, runs: tuple[str, ...], dtype: str, rows: int, context: int
   return app.Server(engine, found, seconds=24 * 3600.0)
 
 
-@modelapi(name="rlsafety")
+@modelapi(name=NAME)
 class Provider(ModelAPI):
   """See the module. Nothing is opened before the first reply is wanted: Inspect makes a model a
   second time by its name alone, without its arguments, to ask what is known of it."""
@@ -74,6 +78,7 @@ class Provider(ModelAPI):
     if model_name != adapters.BASE and not named:
       named = [model_name.rpartition("@")[0] or model_name]
     self.rows = int(rows)
+    self.asked: collections.Counter[int] | None = None  # set: seeds follow the messages
     self.settings = (path, tuple(named), dtype, self.rows, int(context))
 
   @functools.cached_property
@@ -98,6 +103,8 @@ class Provider(ModelAPI):
     body = {new: getattr(config, old) for old, new in FIELDS.items()}
     body |= {"model": self.model_name, "messages": [_message(m) for m in input]}
     body |= {"tools": [tool.name for tool in tools]}
+    if body["seed"] is None:
+      body["seed"] = self._seed(body["messages"])
     # Opening takes long, and Inspect's loop has other models and its display to see to.
     server = await asyncio.to_thread(lambda: self.server)
     engine = server.engine
@@ -125,6 +132,14 @@ class Provider(ModelAPI):
         total_tokens=usage["total_tokens"],
       ),
     )  # fmt: skip
+
+  def _seed(self, messages: list[dict]) -> int | None:
+    """The same for the same messages in whatever order they come, another when they come again."""
+    if self.asked is None:
+      return None
+    key = zlib.crc32(json.dumps(messages).encode())
+    self.asked[key] += 1
+    return zlib.crc32(f"{key} {self.asked[key]}".encode()) & 0x7FFFFFFF
 
 
 def _message(message: ChatMessage) -> dict:

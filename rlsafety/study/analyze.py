@@ -27,7 +27,8 @@ OUTCOMES = ("max_hex_gap", "max_acc_gap", "hms", "heldout_hex_gap", "heldout_acc
 FLAGS = {
   "--runs": ("GLOB[,GLOB]", "run directories; incomplete ones are left out and named"),
   "--published": ("DIR", "folder with published_results.csv, in place of or beside --runs"),
-  "--outcomes": ("A,B", f"scalars to analyse; default those there are of {', '.join(OUTCOMES)}"),
+  "--outcomes": ("A,B", "scalars to analyse; default Inspect's tasks and those there are of "
+                 + ", ".join(OUTCOMES)),
   "--benchmarks": ("FILE", "CSV with a `model` column, laid over the shipped scores; tools.lm_eval "
                    "and tools.surprise write such files"),
   "--scores": ("NAME", "ACC and HEX of a re-scoring by tools.rescore"),
@@ -64,8 +65,8 @@ def analyse(
   """Writes everything to the folder `out`; returns {table name: frame, "notes": [...]}.
 
   globs: of run directories. published: folder of published_results.csv. outcomes: "a,b";
-  empty takes those of OUTCOMES that a cell has. Raises UserError when neither source gives
-  a cell, or when an outcome or reference that was asked for is unknown.
+  empty takes those of OUTCOMES and of Inspect's tasks that a cell has. Raises UserError when
+  neither source gives a cell, or when an outcome or reference that was asked for is unknown.
   """
   cells, notes = gather.published(published) if published else ([], [])
   if globs:
@@ -83,7 +84,8 @@ def analyse(
   for name in names:
     if name not in known:
       raise UserError(f"--outcomes: {name!r} is not one of {', '.join(sorted(known))}")
-  names = names or [name for name in OUTCOMES if name in known]
+  tasks = sorted(n for n in known if n.startswith("task_") and not n.endswith("_before"))
+  names = names or [name for name in (*OUTCOMES, *tasks) if name in known]
   there = sorted({c.variant for c in cells})
   if reference and reference not in there:
     raise UserError(f"--reference={reference}: is not one of the variants: {'; '.join(there)}")

@@ -10,6 +10,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from pandas import DataFrame
 
 from rlsafety.study import statistics, tables
@@ -47,6 +48,11 @@ def save(figure: Figure, stem: Path) -> Path:
   figure.savefig(svg, metadata={"Date": None}, bbox_inches="tight")
   figure.savefig(stem.with_name(stem.name + ".png"), dpi=160, bbox_inches="tight")
   return svg
+
+
+def frame(column: int, row: int) -> Rectangle:
+  """The outline of one cell of a matrix."""
+  return Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, ec="0.1", lw=1.6)
 
 
 def _where(environment: str, variant: str) -> str:

@@ -326,7 +326,8 @@ def rollout_scores(
 
 
 def held_out_gaps(cell: Cell, runs: list[read.Run], scores: str, notes: list[str]) -> DataFrame:
-  """Frame of the seeds' "heldout_<score>_gap" and "heldout_<score>_gap_before" from eval/.
+  """Frame of the seeds' "heldout_<score>_gap" and "heldout_<score>_gap_before" from eval/, and of
+  the numbers of Inspect's tasks.
 
   Of the last evaluated step that all seeds have. With `scores`, ACC and HEX are those of
   the re-scored replies, and NaN where it has none.
@@ -349,7 +350,24 @@ def held_out_gaps(cell: Cell, runs: list[read.Run], scores: str, notes: list[str
   for name in gaps.SCORES:
     out[f"heldout_{name}_gap"] = [gap(x, name, at or max(x, default=None)) for x in lines]
     out[f"heldout_{name}_gap_before"] = [gap(x, name, min(x, default=None)) for x in lines]
-  return DataFrame(out, cell.seeds)
+  return DataFrame(out | _tasks(lines, at), cell.seeds)
+
+
+def _tasks(lines: list[dict[int, dict]], at: int | None) -> dict[str, list[float]]:
+  """{"task_<name>", "task_<name>_before": [a value for each run]} of Inspect's tasks."""
+
+  def values(found: dict[int, dict], step: int | None) -> dict:
+    kept = found.get(step, {}).get("tasks")
+    kept = kept if isinstance(kept, dict) else {}
+    return {re.sub(r"[^\w.]+", "_", k): v for k, v in kept.items() if isinstance(v, dict)}
+
+  last = [values(x, at or max(x, default=None)) for x in lines]
+  first = [values(x, min(x, default=None)) for x in lines]
+  out = {}
+  for name in sorted({n for found in (*first, *last) for n in found}):
+    for kept, end in ((last, ""), (first, "_before")):
+      out[f"task_{name}{end}"] = [read.number(x.get(name, {}).get("value")) for x in kept]
+  return out
 
 
 def _evaluations(run: read.Run, scores: str, notes: list[str]) -> dict[int, dict]:
