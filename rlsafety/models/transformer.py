@@ -21,7 +21,7 @@ from rlsafety.errors import UserError
 from rlsafety.models import int8
 from rlsafety.models.architecture import ModelConfig
 from rlsafety.models.int8 import Int8
-from rlsafety.models.lora import Adapter, Dropout, per_layer
+from rlsafety.models.lora import Adapter, Dropout, narrow, per_layer
 from rlsafety.models.rotary import cos_sin, rope_frequencies, rotate
 from rlsafety.packing import mask_from_lengths
 from rlsafety.sharding import constrain
@@ -168,10 +168,10 @@ def linear(
     key = jax.random.fold_in(dropout.key, TARGETS.index(target))
     keep = jax.random.bernoulli(key, 1.0 - dropout.rate, x.shape)
     h = jnp.where(keep, x / (1.0 - dropout.rate), 0.0).astype(x.dtype)
-  h = h @ ab["a"].astype(x.dtype)
+  h = narrow(h, ab["a"].astype(x.dtype))
   if "rows" in ab:  # [P, 1, 1, R]: which ranks a row uses, where each row has its own adapter
     h = h * ab["rows"].astype(x.dtype)
-  delta = h @ ab["b"].astype(x.dtype)
+  delta = narrow(h, ab["b"].astype(x.dtype))
   return y + delta * jnp.asarray(scale, x.dtype)
 
 
