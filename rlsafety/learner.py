@@ -186,6 +186,7 @@ def update(
       remat=settings.remat,
       dropout=drop,
       attention=settings.attention,
+      learn_entropy=objective.entropy_coef != 0.0,
     )
 
   def loss(adapter, piece, drop):

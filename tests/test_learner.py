@@ -81,10 +81,13 @@ def test_microbatches_change_nothing(model, name):
       np.testing.assert_allclose(metrics[key], results[0][1][key], rtol=2e-5, atol=1e-6)
 
 
-def test_on_policy_ratios_are_one(model):
+@pytest.mark.parametrize("group, microbatches", [(3, 1), (3, 4), (5, 2)])
+def test_sampler_and_learner_agree_however_a_batch_is_cut(model, group, microbatches):
   objective = objective_of("grpo")
-  _, metrics = step(model, make_batch(model, objective), objective)
+  batch = make_batch(model, objective, G=group)
+  _, metrics = step(model, batch, objective, Learner(microbatches=microbatches))
   assert float(metrics["ratio_deviation_max"]) < 1e-5
+  assert abs(metrics["logprob_diff"]) <= metrics["logprob_diff_abs"] < 2e-6
   assert float(metrics["clip_fraction"]) == 0.0
 
 

@@ -151,6 +151,31 @@ def test_chunked_scores_match_plain_softmax(family):
     np.testing.assert_allclose(out.entropy, -(jnp.exp(plain) * plain).sum(-1), atol=1e-5)
 
 
+def test_slopes_of_scores_are_those_of_a_plain_softmax(family):
+  config, params, _ = family
+  hidden = jax.random.normal(jax.random.key(4), (2, 3, 6, config.d_model))
+  tokens, _ = completions(config, 2, 3, 6)
+  wanted = jax.random.normal(jax.random.key(5), (2, *tokens.shape))
+
+  def plain(hidden):
+    logprobs = jax.nn.log_softmax(transformer.unembed(params, config, hidden) / 0.7)
+    picked = jnp.take_along_axis(logprobs, tokens[..., None], -1)[..., 0]
+    entropy = -(jnp.exp(logprobs) * logprobs).sum(-1)
+    return jnp.sum(wanted[0] * picked), jnp.sum(wanted[1] * entropy)
+
+  def own(hidden, learn_entropy):
+    out = scoring.score(
+      params, config, hidden, tokens,
+      temperature=0.7, chunk_tokens=12, learn_entropy=learn_entropy,
+    )  # fmt: skip
+    return jnp.sum(wanted[0] * out.logprobs) + jnp.sum(wanted[1] * out.entropy)
+
+  of_logprobs, of_entropy = jax.jit(jax.jacrev(plain))(hidden)
+  slope = jax.jit(jax.grad(own), static_argnums=1)
+  np.testing.assert_allclose(slope(hidden, False), of_logprobs, atol=1e-5)
+  np.testing.assert_allclose(slope(hidden, True), of_logprobs + of_entropy, atol=1e-5)
+
+
 def test_dropout_is_off_at_rate_zero_and_unbiased_above():
   config, (params, adapter) = LLAMA, make_model(LLAMA)
   x = jax.random.normal(jax.random.key(5), (4000, config.d_model))

@@ -2,10 +2,11 @@
 
 What predicts a token is the state before it: the prompt's last for a reply's first token, that of
 token i - 1 for token i. `predicting_states` is the one place that says so. The completion axis
-is cut into chunks; each chunk's logits are made, reduced and, in the backward pass, made again.
+is cut into chunks; each chunk's logits are made once and reduced, in learning to their slope too.
 With 64 x 8 replies of 256 tokens and V = 152,064 the full logits would be 80 GB in float32.
 """
 
+import functools
 import math
 
 import jax
@@ -69,15 +70,24 @@ def token_scores(
   remat: str = "none",
   dropout: Dropout | None = None,
   attention: str = "einsum",
+  learn_entropy: bool = False,
 ) -> TokenScores:
   """Log-prob and entropy of each completion token: tokens [P, G, T], 0 after `lengths`.
 
-  adapter=None scores under the reference, which is the base alone.
+  adapter=None scores under the reference, which is the base alone. learn_entropy: see `score`.
   """
   hidden, _ = predicting_states(
     params, adapter, config, prompts, tokens, dropout=dropout, remat=remat, attention=attention
   )
-  out = score(params, config, hidden, tokens, temperature=temperature, chunk_tokens=chunk_tokens)
+  out = score(
+    params,
+    config,
+    hidden,
+    tokens,
+    temperature=temperature,
+    chunk_tokens=chunk_tokens,
+    learn_entropy=learn_entropy,
+  )
   mask = mask_from_lengths(lengths, tokens.shape[-1])
   return jax.tree.map(lambda x: jnp.where(mask, x, 0.0), out)
 
@@ -96,35 +106,61 @@ def score(
   *,
   temperature: float = 1.0,
   chunk_tokens: int = 2048,
+  learn_entropy: bool = False,
 ) -> TokenScores:
   """Scores targets [P, G, T] under the states that predict them, hidden [P, G, T, D].
 
   Logits are divided by `temperature` first, as the sampler does: a ratio of log-probs
-  taken at two temperatures would be biased.
+  taken at two temperatures would be biased. The log-probs have a gradient with respect to
+  hidden, the entropy has one with learn_entropy, which costs another product with the head;
+  the head itself is frozen and gets none.
   """
   P, G, T, D = hidden.shape
   t = chunk_slots(P, G, T, chunk_tokens)
   head = gathered_head(params)
 
-  @jax.checkpoint
-  def one_chunk(_, xs):
-    h, target = xs  # [P, G, t, D], [P, G, t]
-    logits = constrain(unembed(head, c, h), "prompt", None, None, "vocab") / temperature
-    normaliser = jax.nn.logsumexp(logits, axis=-1)
-    logprobs = _pick(logits, target) - normaliser
-    probs = jnp.exp(logits - normaliser[..., None])
-    return None, (logprobs, normaliser - jnp.sum(probs * logits, -1))
+  def one_chunk(_, xs):  # [P, G, t, D], [P, G, t]
+    return None, _reduced(c, temperature, learn_entropy, head, *xs)
 
   split = lambda x: jnp.moveaxis(x.reshape(P, G, T // t, t, *x.shape[3:]), 2, 0)  # noqa: E731
   _, out = jax.lax.scan(one_chunk, None, (split(hidden), split(targets)))
-  return TokenScores(*(jnp.moveaxis(x, 0, 2).reshape(P, G, T) for x in out))
+  return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 2).reshape(P, G, T), out)
 
 
-def _pick(logits: jax.Array, target: jax.Array) -> jax.Array:
-  """logits [..., V] at target [...], as a masked sum: a gather along a split vocabulary
-  would bring all of it to one device."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _reduced(c, temperature: float, learn_entropy: bool, head, h, target) -> TokenScores:
+  """Logits of states h [P, G, t, D], reduced to the scores of target [P, G, t].
+
+  Each score is of one state alone, so its slope with respect to it, [P, G, t, D], says all that
+  the backward pass needs: it is made while the logits are there, which are not made again.
+  """
+  return _with_slopes(c, temperature, learn_entropy, head, h, target)[0]
+
+
+def _with_slopes(c, temperature, learn_entropy, head, h, target):
+  def logits_of(h):
+    return constrain(unembed(head, c, h), "prompt", None, None, "vocab") / temperature
+
+  logits, back = jax.vjp(logits_of, h)
+  normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+  probs = jnp.exp(logits - normaliser)
+  # A masked sum: a gather along a split vocabulary would bring all of it to one device.
   hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == target[..., None]
-  return jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
+  logprobs = jnp.sum(jnp.where(hit, logits, 0.0), -1, keepdims=True) - normaliser
+  entropy = normaliser - jnp.sum(probs * logits, -1, keepdims=True)
+  slopes = [back(hit - probs)[0]]
+  if learn_entropy:
+    slopes += [back(probs * (normaliser - logits - entropy))[0]]
+  return TokenScores(logprobs[..., 0], entropy[..., 0]), slopes
+
+
+def _backward(c, temperature, learn_entropy, slopes, wanted: TokenScores):
+  weights = (wanted.logprobs, wanted.entropy)
+  total = sum(w[..., None] * s for w, s in zip(weights, slopes, strict=False))
+  return None, total.astype(slopes[0].dtype), None
+
+
+_reduced.defvjp(_with_slopes, _backward)
 
 
 def logits_bytes(P: int, G: int, T: int, V: int, chunk_tokens: int) -> int:

@@ -15,13 +15,14 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 
 from rlsafety.config import TARGETS
 from rlsafety.errors import UserError
 from rlsafety.models import int8
 from rlsafety.models.architecture import ModelConfig
 from rlsafety.models.int8 import Int8
-from rlsafety.models.lora import Adapter, Dropout, per_layer
+from rlsafety.models.lora import Adapter, Dropout, narrow, per_layer
 from rlsafety.models.rotary import cos_sin, rope_frequencies, rotate
 from rlsafety.packing import mask_from_lengths
 from rlsafety.sharding import constrain
@@ -174,17 +175,17 @@ def linear(
   if bias is not None:
     y = y + bias
   if ab is None:
-    return y
+    return checkpoint_name(y, "linear")
   h = x
   if dropout is not None and dropout.rate > 0.0:
     key = jax.random.fold_in(dropout.key, TARGETS.index(target))
     keep = jax.random.bernoulli(key, 1.0 - dropout.rate, x.shape)
     h = jnp.where(keep, x / (1.0 - dropout.rate), 0.0).astype(x.dtype)
-  h = h @ ab["a"].astype(x.dtype)
+  h = narrow(h, ab["a"].astype(x.dtype))
   if "rows" in ab:  # [P, 1, 1, R]: which ranks a row uses, where each row has its own adapter
     h = h * ab["rows"].astype(x.dtype)
-  delta = h @ ab["b"].astype(x.dtype)
-  return y + delta * jnp.asarray(scale, x.dtype)
+  delta = narrow(h, ab["b"].astype(x.dtype))
+  return checkpoint_name(y + delta * jnp.asarray(scale, x.dtype), "linear")
 
 
 @struct.dataclass
@@ -255,7 +256,7 @@ def _layer(c: ModelConfig, fused: bool, x, w, ab, scale, dropout, view, offset, 
   else:
     shown = prompt and (*prompt, view.prompt)
     h = attend(q, (*kept, view.own), shown, scale=query_scale, softcap=c.attn_softcap)
-  h = project(h, "o")
+  h = project(checkpoint_name(h, "attended"), "o")
   x = x + (_norm(h, w["post_attn_norm"], c) if c.post_norms else h)
   h = _norm(x, w["mlp_norm"], c) if c.pre_norms else x
   h = _ACTIVATIONS[c.activation](project(h, "gate")) * project(h, "up")
@@ -275,9 +276,9 @@ def _written(cache, new, offset):
 # --- All layers ------------------------------------------------------------------------
 
 REMAT = {  # what the backward pass keeps of a layer; "none": all but the copies of weights
-  "none": lambda primitive, *_, **__: primitive.name != "cond",
+  "none": lambda primitive, *_, **__: primitive.name not in ("cond", "name"),
   "full": jax.checkpoint_policies.nothing_saveable,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "dots": jax.checkpoint_policies.save_only_these_names("linear", "attended"),
 }
 
 
