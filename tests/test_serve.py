@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import serve_load
 import uvicorn
 
 from rlsafety import checkpoints, config, files, recipes, sampler, sharding, train
@@ -32,7 +33,6 @@ from rlsafety.models.chat import byte_chat
 from rlsafety.models.model import Model
 from rlsafety.serve import adapters, app, protocol, text
 from rlsafety.serve.engine import Engine, Size, open_engine
-from rlsafety.tools import serve_load
 from rlsafety.types import Prompts
 
 LORAS = {
@@ -473,7 +473,7 @@ def test_a_full_queue_says_when_to_come_again_and_a_long_request_holds_up_no_sho
 
 
 def test_load_and_what_is_no_request_leave_no_trace(served, capsys):
-  """The short form of `tools.serve_load`; its long form and its kills are run by hand."""
+  """The short form of `serve_load`; its long form and its kills are run by hand."""
   ask = serve_load.load(served.url, ["base"], clients=12, seconds=2, memory=lambda: 0.0)
   loaded = asyncio.run(ask)
   assert loaded.faults == [] and loaded.counts["left"] and loaded.counts["known"]

@@ -98,9 +98,9 @@ def _narrow_backward(saved, dy):
   x, w = saved
   over_tokens = (tuple(range(x.ndim - 1)),) * 2
   if x.shape[-1] < dy.shape[-1]:
-    dw = jax.lax.dot_general(x, dy, (over_tokens, ((), ())))
+    dw = jnp.tensordot(x, dy, over_tokens)
   else:
-    dw = jax.lax.dot_general(dy, x, (over_tokens, ((), ())))
+    dw = jnp.tensordot(dy, x, over_tokens)
     dw = jax.lax.optimization_barrier(dw).T  # else XLA moves the transpose into the product
   return dy @ w.T, dw
 

@@ -155,8 +155,9 @@ def _with_slopes(c, temperature, learn_entropy, head, h, target):
 
 
 def _backward(c, temperature, learn_entropy, slopes, wanted: TokenScores):
-  weights = (wanted.logprobs, wanted.entropy)
-  total = sum(w[..., None] * s for w, s in zip(weights, slopes, strict=False))
+  total = wanted.logprobs[..., None] * slopes[0]
+  if learn_entropy:
+    total += wanted.entropy[..., None] * slopes[1]
   return None, total.astype(slopes[0].dtype), None
 
 

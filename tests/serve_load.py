@@ -1,8 +1,8 @@
 """Load, faults and speed of rlsafety.serve, seen from outside.
 
-  python -m rlsafety.tools.serve_load --runs runs/tiny                # everything, about 5 minutes
-  python -m rlsafety.tools.serve_load --runs runs/tiny --do=fuzz --bodies=500
-  python -m rlsafety.tools.serve_load --do=speed --ask base=http://127.0.0.1:8123/v1
+  python tests/serve_load.py --runs runs/tiny                # everything, about 5 minutes
+  python tests/serve_load.py --runs runs/tiny --do=fuzz --bodies=500
+  python tests/serve_load.py --do=speed --ask base=http://127.0.0.1:8123/v1
 
 load: clients ask for all kinds of things at once, and some of them go away in the middle.
 fuzz: bodies and bytes that are no requests. kill: kill -9 while streams run, a new start at the
@@ -490,7 +490,8 @@ PARTS = ("load", "fuzz", "kill", "term")
 
 
 def main(argv: Sequence[str]) -> None:
-  parser = flags.parser(__doc__, "tools.serve_load")
+  parser = flags.parser(__doc__, "tests/serve_load.py")
+  parser.prog = "tests/serve_load.py"
   parser.add_argument("--do", default=",".join(PARTS), help=f"of {', '.join(PARTS)}; or speed")
   parser.add_argument("--runs", nargs="*", default=[], help="run directories to serve")
   parser.add_argument("--model", default="", help="or a base alone")
