@@ -79,8 +79,8 @@ def test_the_first_plan_is_kept_and_a_changed_question_is_told(tmp_path):
   assert design.read(tmp_path / "tone-5")["plan"] == design.plan_of(first)
   assert design.changed(first, tmp_path) == []
   told = design.changed(now, tmp_path)
-  assert "tone-5: question 'q' was changed after the start" in told
-  assert "tone-5: question 'late' was added after the start" in told
+  assert "all cells: question 'q' was changed after the start" in told
+  assert "all cells: question 'late' was added after the start" in told
   file = tmp_path / "tone-5" / design.FILE
   file.write_text(file.read_text().replace("0.4", "0.1"))
   with pytest.raises(UserError, match="was changed after the start"):

@@ -184,7 +184,7 @@ def read(folder: pathlib.Path) -> dict | None:
 
 def changed(study: Study, workdir: pathlib.Path) -> list[str]:
   """What the study's questions say now and did not when its cells started, as lines to print."""
-  now, out = plan_of(study), []
+  now, cells_of = plan_of(study), {}
   for cell in study.cells:
     found = read(workdir / cell)
     if found is None or found["plan"] == now:
@@ -194,9 +194,10 @@ def changed(study: Study, workdir: pathlib.Path) -> list[str]:
     for name in sorted({*then, *after}):
       if then.get(name) != after.get(name):
         what = "added" if name not in then else "removed" if name not in after else "changed"
-        out.append(f"{cell}: question {name!r} was {what} after the start")
-    out += [
-      f"{cell}: {k} was {found['plan'][k]!r} at the start" for k in ("correction", "alpha")
-      if found["plan"][k] != now[k]
-    ]  # fmt: skip
-  return out
+        cells_of.setdefault(f"question {name!r} was {what} after the start", []).append(cell)
+    for k in ("correction", "alpha"):
+      if found["plan"][k] != now[k]:
+        cells_of.setdefault(f"{k} was {found['plan'][k]!r} at the start", []).append(cell)
+  everywhere = len(study.cells)
+  return [f"{'all cells' if 1 < len(cells) == everywhere else ', '.join(cells)}: {line}"
+          for line, cells in cells_of.items()]  # fmt: skip

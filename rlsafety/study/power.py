@@ -95,7 +95,7 @@ def main(argv: Sequence[str]) -> None:
   if math.isnan(s.seed):
     raise UserError("--pilot: one run does not show how seeds differ; add runs or give --sd_seed")
   if not s.seed + s.unit + s.rest:
-    raise UserError(f"--pilot: {args.outcome} is the same in all of it, so it says nothing of spread")
+    raise UserError(f"--pilot: {args.outcome} changes nowhere in it, so it shows no spread")
   print(f"{args.outcome}, {len(tables)} runs, {len(units)} units; SD between seeds {s.seed:.2f}, "
         f"units {s.unit:.2f}, rest {s.rest:.2f}; effect {args.effect}")  # fmt: skip
   print(f"{'seeds':>6}{'units':>6}" + "".join(f"{f'replies x{m}':>12}" for m in SAMPLES))
