@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rlsafety import beyond, environments, evaluation, files, flags, rollout, sharding
+from rlsafety import beyond, environments, evaluation, flags, rollout, sharding
 from rlsafety.beyond import Beyond
 from rlsafety.config import Config, to_json
 from rlsafety.errors import UserError, run_main
@@ -75,10 +75,9 @@ def ask_run(
                             one.users.lengths)  # fmt: skip
       folder = run.path / "eval" / name
       wanted = sorted((s.id, s.is_gameable, g) for s in users.scenarios for g in range(samples))
-      for file in folder.glob("step_*.jsonl"):  # of other users, or cut short
-        old = files.read_jsonl(file, [])
-        if sorted((r["scenario_id"], r["is_gameable"], r["sample"]) for r in old) != wanted:
-          file.unlink()
+      for step, old in read.eval_rollouts(run, beyond=name).items():
+        if sorted((str(r.get("scenario_id")), r["is_gameable"], r["sample"]) for r in old) != wanted:
+          (folder / f"step_{step:06d}.jsonl").unlink()  # of other users, or cut short
       for step, adapter in policies(run, config, model, every).items():
         file = folder / f"step_{step:06d}.jsonl"
         if file.exists():
