@@ -82,11 +82,16 @@ def places(table: DataFrame) -> list[tuple[str, str]]:
   return [p for p in found if p[1] == "all"] + [p for p in found if p[1] != "all"]
 
 
+def _name(asked: str, topic: str) -> str:
+  """Such as political_qa, or open: money."""
+  return asked if topic == "all" else f"{asked.partition('_')[0]}: {topic}"
+
+
 def text(table: DataFrame, measure: str) -> str:
   """One measure as a Markdown table: before → after of each place would not fit, so changes."""
   here, columns = table[table["measure"] == measure], places(table)
   title = beyond.MEASURES[measure][0]
-  names = [asked if topic == "all" else topic for asked, topic in columns]
+  names = [_name(*place) for place in columns]
   lines = [f"| {title}: trained in | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 1)]
   for run, rows in here.groupby("run", sort=False):
     at = {(r.asked, r.topic): r for r in rows.itertuples()}
@@ -134,7 +139,7 @@ def figure(table: DataFrame, stem: Path) -> Path:
     axis.grid(False)
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
-  names = [asked if topic == "all" else topic for asked, topic in columns]
+  names = [_name(*place) for place in columns]
   axes.flat[-1].set_xticks(range(len(columns)), names, rotation=35, ha="right", fontsize=8)
   drawn.supylabel("trained in", fontsize=8.5)
   drawn.tight_layout()

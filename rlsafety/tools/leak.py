@@ -5,7 +5,7 @@
 Every run answers the held-out users of --environments at its first and last step, with the
 adapters it left; replies go to RUN/eval/ENVIRONMENT, and its report is written again. Then the
 matrix of rlsafety.study.leak is made. An interrupted command goes on where it stopped; answers
-that config.eval.beyond left are kept if they are as many.
+that config.eval.beyond left are kept.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from rlsafety import beyond, environments, evaluation, files, flags, rollout, sharding
+from rlsafety import beyond, environments, evaluation, flags, rollout, sharding
 from rlsafety.beyond import Beyond
 from rlsafety.config import Config, to_json
 from rlsafety.errors import UserError, run_main
@@ -67,19 +67,21 @@ def ask_run(
   held = write.hold(run.path)
   try:
     for name in names:
-      if name == config.environment.name:
-        continue  # its own held-out users, who were asked already
+      if name == config.environment.name or name in config.eval.beyond:
+        continue  # asked while it trained
       one = beyond.open_beyond(name, config, model, mesh, judge, models, prompts, room)
       slots = int(one.users.lengths.max())
       users = rollout.Users(one.users.scenarios, one.users.messages, one.users.tokens[:, :slots],
                             one.users.lengths)  # fmt: skip
+      folder = run.path / "eval" / name
+      wanted = sorted((s.id, s.is_gameable, g) for s in users.scenarios for g in range(samples))
+      for step, old in read.eval_rollouts(run, beyond=name).items():
+        if sorted((str(r.get("scenario_id")), r["is_gameable"], r["sample"]) for r in old) != wanted:
+          (folder / f"step_{step:06d}.jsonl").unlink()  # of other users, or cut short
       for step, adapter in policies(run, config, model, every).items():
-        file = run.path / "eval" / name / f"step_{step:06d}.jsonl"
-        wanted = {(s.id, g) for s in users.scenarios for g in range(samples)}
+        file = folder / f"step_{step:06d}.jsonl"
         if file.exists():
-          old = files.read_jsonl(file, [])
-          if {(r.get("scenario_id"), r.get("sample")) for r in old} == wanted:
-            continue
+          continue
         rows = answers(config, model, mesh, adapter, one, users, step, samples)
         write.RunDir(run.path, True, None).log_beyond(name, step, rows, one.about)
         print(f"{file}: {len(rows)} replies", flush=True)
