@@ -76,7 +76,8 @@ def ask_run(
       folder = run.path / "eval" / name
       wanted = sorted((s.id, s.is_gameable, g) for s in users.scenarios for g in range(samples))
       for step, old in read.eval_rollouts(run, beyond=name).items():
-        if sorted((str(r.get("scenario_id")), r["is_gameable"], r["sample"]) for r in old) != wanted:
+        found = sorted((str(r.get("scenario_id")), r["is_gameable"], r["sample"]) for r in old)
+        if found != wanted:
           (folder / f"step_{step:06d}.jsonl").unlink()  # of other users, or cut short
       for step, adapter in policies(run, config, model, every).items():
         file = folder / f"step_{step:06d}.jsonl"
