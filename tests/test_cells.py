@@ -229,7 +229,7 @@ def test_a_signal_is_heard_before_an_evaluation_and_loses_nothing(
   with pytest.raises(UserError, match="x: step 2: the gradient"):
     train.run_together(configs(WITH_X), folders(tmp_path, WITH_X))
   said = capsys.readouterr().out
-  assert "SIGTERM: ended in the first evaluation" in said and "SIGTERM: saved step 2" in said
+  assert "SIGTERM: nothing to save yet" in said and "SIGTERM: saved step 2" in said
   assert "all cells: the evaluation at step 2 is missing" in said
   assert said.count("b: judge: rating judge") == 3 and said.count("judge: presence of phrases") == 3
   assert outcome(tmp_path) == outcome(together)

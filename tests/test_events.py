@@ -138,9 +138,9 @@ def test_a_writer_that_breaks_does_not_end_the_run(caplog, monkeypatch):
   both.write(2, {"loss": 2, "all": [1], "bad": math.inf})
   both.close()
   assert kept == [(1, {"loss": 1.0}), (2, {"loss": 2.0})]
-  assert [r.message for r in caplog.records] == [
+  assert {r.message for r in caplog.records} == {
     "Elsewhere: left out from here on (no route to host)"
-  ]
+  }
 
 
 def test_a_project_is_a_plain_name():

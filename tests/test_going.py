@@ -42,8 +42,7 @@ def test_a_page_that_cannot_be_drawn_ends_no_run(tmp_path, monkeypatch, caplog):
   assert [r.message for r in caplog.records] == ["a: no page at step 3: division by zero"]
 
 
-def test_a_signal_before_the_first_update_ends_the_program_there(monkeypatch):
-  """It was heard only after the first step, which may be hours away on a large model."""
+def test_who_leaves_after_a_signal_says_what_is_saved(monkeypatch):
   closed, log = [], types.SimpleNamespace(info=lambda *said: closed.append(said[0] % said[1:]))
   monkeypatch.setattr(runtime, "progress", lambda: log)
   monkeypatch.setattr(train.checkpoints, "finish", lambda manager: closed.append("finished"))
@@ -52,13 +51,12 @@ def test_a_signal_before_the_first_update_ends_the_program_there(monkeypatch):
     manager = types.SimpleNamespace(
       latest_step=lambda: newest, close=lambda: closed.append("closed")
     )
-    return types.SimpleNamespace(manager=manager, events=types.SimpleNamespace(close=lambda: None))
+    shut = types.SimpleNamespace(close=lambda: None)
+    return types.SimpleNamespace(manager=manager, events=shut, run=shut)
 
-  train.leave_if_told([cell(None)], runtime.Told())
-  assert not closed
   for newest, said in ((None, "nothing to save yet"), (0, "saved step 0")):
     with pytest.raises(SystemExit) as end:
-      train.leave_if_told([cell(newest)], runtime.Told(signal.SIGTERM))
+      train.leave([cell(newest)], runtime.Told(signal.SIGTERM))
     assert end.value.code == runtime.PREEMPTED
     assert closed == ["finished", "closed", f"SIGTERM: {said}; the same command continues"]
     closed.clear()

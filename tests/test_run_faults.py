@@ -18,14 +18,14 @@ from rlsafety.metrics import gaps
 from rlsafety.rundir import check, write
 
 CONFIG = recipes.of_run([f"--config={ROOT / 'configs/tiny_syco.py'}"])
-HELDOUT = CONFIG.eval.prompts * CONFIG.eval.samples
+HELDOUT = {"eval": CONFIG.eval.prompts * CONFIG.eval.samples}
 
 
 @pytest.fixture(scope="module")
 def runs(cache, whole, tmp_path_factory):
   """(a complete run, the same stopped by one Ctrl-C after step 4 or 5, what that said)."""
   folder = tmp_path_factory.mktemp("runs")
-  code, said = interrupt_after(start(cache, folder / "stopped"), 3, signal.SIGINT)
+  code, said = interrupt_after(start(cache, folder / "stopped"), 4, signal.SIGINT)
   assert code == 130, said
   return whole[0], folder / "stopped", said
 
