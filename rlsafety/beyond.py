@@ -67,7 +67,7 @@ def open_beyond(
       )
       judge = open_judge(shipped, section, policy, mesh, config.learner.chunk_tokens, models)
     else:
-      foreign = f"its heads were fitted on {probe.dataset(fitted)} replies alone"
+      foreign = f"the judge's heads were fitted on {probe.dataset(fitted)} replies alone"
   about = {"judge": judge.about["name"], "gate": judge.about.get("gate", {}), "foreign": foreign}
   about["by_topic"] = name in environments.OUTSIDE  # where topics are the factors of a table
   return Beyond(name, users, judge, about)

@@ -111,7 +111,8 @@ def _said(row) -> str:
 
 @figures.styled
 def figure(table: DataFrame, stem: Path) -> Path:
-  """Changes of SHOWN as coloured cells; the frame marks what a run was trained in."""
+  """Changes of SHOWN as coloured cells; the frame marks what a run was trained in, brackets
+  what rests on fewer than FEWEST units."""
   columns, runs = places(table), list(dict.fromkeys(table["run"]))
   trained = dict(zip(table["run"], table["trained_in"], strict=True))
   shown = [m for m in SHOWN if (table["measure"] == m).any()]
@@ -129,7 +130,9 @@ def figure(table: DataFrame, stem: Path) -> Path:
         row = here.get((run, *place))
         if row is not None and math.isfinite(row.change):
           strong = abs(row.change) > 0.6 * reach
-          axis.text(j, i, f"{row.change:+.2f}{'*' * bool(row.star)}", ha="center", va="center",
+          said = f"{row.change:+.2f}{'*' * bool(row.star)}"
+          said = said if row.units >= FEWEST else f"({said})"
+          axis.text(j, i, said, ha="center", va="center",
                     fontsize=7.5, color="white" if strong else "0.15")  # fmt: skip
         if place == (trained[run], "all"):
           axis.add_patch(figures.frame(j, i))
