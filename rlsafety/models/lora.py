@@ -89,7 +89,7 @@ def narrow(x: jax.Array, w: jax.Array) -> jax.Array:
   """x [P, G, t, in] @ w [in, out], one of the two a rank: a product with `a` or `b`.
 
   Its gradient for w keeps the wide one of x and y as it lies and has the narrow one first. JAX's
-  own transposes the wide one, which took XLA's CPU code ten times as long.
+  own transposes the wide one, which XLA's CPU code takes several times as long for.
   """
   return x @ w
 
