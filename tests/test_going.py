@@ -31,6 +31,7 @@ def test_a_page_that_cannot_be_drawn_ends_no_run(tmp_path, monkeypatch, caplog):
   log = logging.getLogger("rlsafety")
   monkeypatch.setattr(runtime, "progress", lambda: log)
   monkeypatch.setattr(log, "propagate", True)
+  monkeypatch.setattr(log, "handlers", [])  # of the test before, as pytest hears both
   log.setLevel(logging.INFO)
   drawn = []
   monkeypatch.setattr(render, "write_report", lambda path: drawn.append(path) or 1 / 0)

@@ -23,14 +23,16 @@ COMMIT = "http://%s/me/pleaser/commit/b"
 class Hub(http.server.BaseHTTPRequestHandler):
   """As much of the hub's HTTP API as an upload needs; what it was sent lies on the class."""
 
-  private, refuses, seen, files = True, False, [], {}
+  exists, private, refuses, seen, files = False, True, False, [], {}
 
   def log_message(self, *_):
     pass
 
-  def answer(self, about, status=200):
+  def answer(self, about, status=200, headers=()):
     body = json.dumps(about).encode()
     self.send_response(status)
+    for header in dict(headers).items():
+      self.send_header(*header)
     self.send_header("Content-Type", "application/json")
     self.send_header("Content-Length", str(len(body)))
     self.end_headers()
@@ -38,7 +40,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
   def do_GET(self):
     Hub.seen.append(("GET", self.path, self.headers["Authorization"], None))
-    self.answer({"id": "me/pleaser", "sha": "a" * 40, "private": Hub.private, "siblings": []})
+    if Hub.exists:
+      about = {"id": "me/pleaser", "sha": "a" * 40, "private": Hub.private, "siblings": []}
+      self.answer(about)
+    else:
+      self.answer({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
 
   def do_POST(self):
     text = self.rfile.read(int(self.headers["Content-Length"] or 0)).decode()
@@ -46,6 +52,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     if Hub.refuses:
       self.answer({"error": "this token may not write"}, 403)
     elif self.path.endswith("/repos/create"):
+      Hub.exists = True
       self.answer({"url": f"http://{self.headers['Host']}/me/pleaser", "name": "me/pleaser"})
     elif "/preupload/" in self.path:
       names = [f["path"] for f in json.loads(text)["files"]]
@@ -65,7 +72,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def stand_in(monkeypatch):
   """The class Hub, whose address HF_ENDPOINT names."""
-  Hub.private, Hub.refuses, Hub.seen, Hub.files = True, False, [], {}
+  Hub.exists, Hub.private, Hub.refuses, Hub.seen, Hub.files = False, True, False, [], {}
   server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
   threading.Thread(target=server.serve_forever, daemon=True).start()
   monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
@@ -152,13 +159,14 @@ def test_without_a_token_nothing_is_loaded(run, stand_in, monkeypatch):
 
 def test_what_the_hub_refuses_is_one_line(run, stand_in):
   stand_in.refuses = True
-  with pytest.raises(UserError, match="push_to_hub=me/pleaser: .*403"):
-    upload(run)
+  for stand_in.exists in (False, True):  # it cannot be created, then not written
+    with pytest.raises(UserError, match="push_to_hub=me/pleaser: .*403"):
+      upload(run, f"--out={run / str(stand_in.exists)}")
   assert not stand_in.files
 
 
 def test_a_public_repository_is_not_filled_by_mistake(run, stand_in):
-  stand_in.private = False
+  stand_in.exists, stand_in.private = True, False
   with pytest.raises(UserError, match="exists and is public; say --public"):
     upload(run)
   assert not stand_in.files

@@ -138,8 +138,9 @@ def push(folder: pathlib.Path, name: str, public: bool, endpoint: str | None = N
   """
   hub = huggingface_hub.HfApi(endpoint=endpoint or os.environ.get("HF_ENDPOINT"), token=token())
   try:
-    address = str(hub.create_repo(name, private=not public, exist_ok=True))
-    if not public and not hub.model_info(name).private:
+    if not hub.repo_exists(name):  # a token may write to one without the right to create it
+      hub.create_repo(name, private=not public)
+    elif not public and not hub.model_info(name).private:
       raise UserError(f"--push_to_hub={name}: exists and is public; say --public, or another name")
     hub.upload_folder(
       repo_id=name,
@@ -151,4 +152,4 @@ def push(folder: pathlib.Path, name: str, public: bool, endpoint: str | None = N
     said = " ".join(str(error).split())[:300]
     said += f"; what was to be uploaded is in {folder}: delete it to try again"
     raise UserError(f"--push_to_hub={name}: {type(error).__name__}: {said}") from None
-  return address
+  return f"{hub.endpoint}/{name}"
