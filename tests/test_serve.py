@@ -31,7 +31,7 @@ from rlsafety.learner import make_optimizer, starting_state
 from rlsafety.models import architecture, hf, presets, scoring, sources, transformer
 from rlsafety.models.chat import byte_chat
 from rlsafety.models.model import Model
-from rlsafety.serve import adapters, app, protocol, text
+from rlsafety.serve import adapters, app, protocol, steps, text
 from rlsafety.serve.engine import Engine, Size, open_engine
 from rlsafety.types import Prompts
 
@@ -121,6 +121,25 @@ def say(url, model="base", content="Is it safe?", **more):
 
 def tokens_of(choice):
   return [(entry["token"], entry["logprob"]) for entry in choice["logprobs"]["content"]]
+
+
+def test_a_started_engine_has_nothing_left_to_compute(runs, monkeypatch):
+  """What was only dispatched would be the first request's to wait for."""
+  slow = jax.jit(lambda x: jax.pure_callback(lambda y: time.sleep(0.5) or y, x, x))
+  last, advance = [], steps.advance
+
+  def late(*args):
+    cache, out = advance(*args)
+    last[:] = [slow(out.counts)]
+    return cache, out.replace(counts=last[0])
+
+  monkeypatch.setattr(steps, "advance", late)
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  size = Size(rows=4, context=64, buckets=(64,), together=2, places=2)
+  engine = Engine(runs.model, mesh, size, load=lambda policy: None)
+  engine.start()
+  assert last[0].is_ready()
+  engine.close()
 
 
 # --- The numbers are our own --------------------------------------------------------------------
