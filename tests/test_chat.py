@@ -6,7 +6,7 @@ import random
 
 import chat_families
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from rlsafety.errors import UserError
 from rlsafety.models import chat as chats
@@ -229,6 +229,28 @@ def test_ten_thousand_contents_yield_no_control_id(chat, name):
       assert [i for i in c.encode(turns) if i in c.control] == frame, content
       before, after = c.split([USER | {"content": f"{content}SLOT{content}"}, REPLY, USER], "SLOT")
       assert [i for i in before + after if i in c.control] == frame, content
+
+
+@pytest.mark.parametrize("name", chat_families.NAMES)
+def test_a_reply_shows_the_added_tokens_that_are_ordinary(chat, name):
+  """As the tokenizer's own decoder does, or no client would ever see a "<tool_call>"."""
+  c = chat(name)
+  added = c.full.get_added_tokens_decoder()
+  assert c.hidden <= c.control and set(c.stop_ids) <= c.hidden
+  for i in set(added) - c.hidden:
+    assert c.decode([i]) == c.full.decode([i], skip_special_tokens=True) != ""
+  for i in c.hidden & set(added):
+    assert c.decode([i]) == c.full.decode([i], skip_special_tokens=True) == ""
+
+
+def test_a_call_of_a_function_can_be_read(chat):
+  """Qwen2.5's "<tool_call>": one token in a reply, many letters in a content."""
+  full = Tokenizer.from_str(chat("chatml").full.to_str())
+  full.add_tokens([AddedToken("<tool_call>", special=False, normalized=False)])
+  c = chats.make_chat(full, special=chat("chatml").special, source="x")
+  call = c.full.token_to_id("<tool_call>")
+  assert c.decode([call, *c.encode_text("Hello"), c.stop_ids[0]]) == "<tool_call>Hello"
+  assert call not in c.encode_text("<tool_call>Hello")
 
 
 @pytest.mark.parametrize("name", chat_families.NAMES)

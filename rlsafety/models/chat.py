@@ -34,7 +34,8 @@ class Chat:
 
   full: the tokenizer with its control tokens, for frames only. plain: the same without
   control tokens and without a space put in front, for contents.
-  control: ids that no content may ever hold. stop_ids end a reply, ascending.
+  control: ids that no content may ever hold. hidden: those of them that no text shows; the others
+  are ordinary words for a program, such as "<tool_call>". stop_ids end a reply, ascending.
   marks: matches the ordinary text that marks turns in this template.
   special: {"bos_token": text or None, ...}, also eos, unk, sep, pad, cls and mask.
   source: the file that the template is from, for errors.
@@ -45,6 +46,7 @@ class Chat:
   template: str
   special: dict[str, str | None]
   control: frozenset[int]
+  hidden: frozenset[int]
   merges_system: bool  # no system role: its text goes on top of the user's turn
   stop_ids: tuple[int, ...]
   pad_id: int
@@ -96,8 +98,8 @@ class Chat:
     return "".join(text for text, *_ in self._pieces(messages, generation))
 
   def decode(self, ids: Sequence[int]) -> str:
-    """The text of ids, control tokens left out."""
-    kept = [int(i) for i in ids if int(i) not in self.control]
+    """The text of ids, hidden ones left out."""
+    kept = [int(i) for i in ids if int(i) not in self.hidden]
     return self.full.decode(kept, skip_special_tokens=False)
 
   def _ids(self, text: str, is_content: bool, follows: bool) -> list[int]:
@@ -280,9 +282,11 @@ def make_chat(
     stops.add(ids[marker[0]])
   if not stops:
     raise UserError(f"{source}: no token ends a reply: no eos token, none in the chat template")
-  control = {i for i, t in full.get_added_tokens_decoder().items() if _is_marker(t)} | stops
+  markers = {i: t for i, t in full.get_added_tokens_decoder().items() if _is_marker(t)}
   ends = (special[f"{name}_token"] for name in ("bos", "eos", "pad"))
-  control |= {ids[token] for token in ends if token is not None}
+  hidden = stops | {ids[token] for token in ends if token is not None}
+  control = hidden | set(markers)
+  hidden |= {i for i, t in markers.items() if t.special}
   try:
     templates.frame(template, ("system", "user"), True, named, source)
     has_system = True
@@ -294,6 +298,7 @@ def make_chat(
     template=template,
     special=special,
     control=frozenset(control),
+    hidden=frozenset(hidden),
     merges_system=not has_system,
     stop_ids=tuple(sorted(stops)),
     pad_id=min(stops) if pad is None else ids[pad],

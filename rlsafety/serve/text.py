@@ -81,7 +81,7 @@ class Writer:
 
   def _decoded(self) -> str:
     text = self.chat.decode(self.tokens)
-    first = next((t for t in self.tokens if t not in self.chat.control), None)
+    first = next((t for t in self.tokens if t not in self.chat.hidden), None)
     if self.raw and first is not None and not text.startswith(" "):
       spelling = self.chat.full.id_to_token(int(first)) or ""
       text = " " + text if spelling.startswith("▁") else text
@@ -104,5 +104,5 @@ def offsets(chat: Chat, tokens: Sequence[int], start: int = 0) -> list[int]:
   out, at, decoder = [], start, codecs.getincrementaldecoder("utf-8")("replace")
   for token in tokens:
     out.append(at)
-    at += len(decoder.decode(b"" if token in chat.control else token_bytes(chat, token)))
+    at += len(decoder.decode(b"" if token in chat.hidden else token_bytes(chat, token)))
   return out
