@@ -201,6 +201,20 @@ def test_a_reply_does_not_depend_on_its_companions(served):
     np.testing.assert_allclose(*([x for _, x in tokens_of(c)] for c in (a, b)), atol=1e-4)
 
 
+def test_one_chat_computes_one_row(served, monkeypatch):
+  computed, advance = [], steps.advance
+
+  def counted(*args):
+    computed.append(len(args[4].live))
+    return advance(*args)
+
+  monkeypatch.setattr(steps, "advance", counted)
+  say(served.url)
+  assert set(computed) == {1}
+  say(served.url, n=2)
+  assert served.engine.size.rows in computed
+
+
 def test_sampling_follows_the_models_own_distribution(served):
   n, body = 64, {"max_tokens": 1, "temperature": 1.0, "top_logprobs": 20, "n": 64}
   spelt, first, chosen = lambda e: bytes(e["bytes"]), None, []  # noqa: E731

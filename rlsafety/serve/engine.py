@@ -8,6 +8,7 @@ other; a job whose adapter finds no place waits, and those behind it with it, un
 
 import collections
 import dataclasses
+import itertools
 import threading
 import time
 import traceback
@@ -125,6 +126,9 @@ class Engine:
     self._compiled = 0
     self._cache = steps.empty_cache(config, size.rows, size.context, dtype, mesh)
     self._rows = steps.empty_rows(size.rows)
+    # Rows that are computed: one for who is alone, else all. More sizes would take long to compile.
+    shared = mesh.shape["data"] * mesh.shape["fsdp"] > 1  # each device has rows of its own
+    self._widths = (size.rows,) if shared else tuple(sorted({1, size.rows}))
     self._stack = None
     if rank:
       self._stack = steps.empty_stack(config, size.places, rank, targets, mesh)
@@ -141,7 +145,6 @@ class Engine:
     if warm:
       with jax.set_mesh(self.mesh):
         self._warm()
-        self._warm()  # of arrays as the first round left them
     self._compiled = _COMPILED[0]
     self._thread.start()
 
@@ -331,7 +334,10 @@ class Engine:
   # --- Tokens ---------------------------------------------------------------------------
 
   def _advance(self) -> None:
-    began, rows, size = time.monotonic(), self._rows, self.size
+    began, size = time.monotonic(), self.size
+    last = max(row for row, owner in enumerate(self._owners) if owner)
+    width = next(w for w in self._widths if last < w)
+    rows = jax.tree.map(lambda x: x[:width], self._rows)  # views: what is written reaches it
     needed = int(np.max(np.where(rows.live, rows.length, 0))) + CHUNK
     view = next((b for b in size.buckets if needed <= b), size.context)
     copy = jax.tree.map(np.copy, rows)  # the device may read it while the next turn changes it
@@ -342,7 +348,7 @@ class Engine:
     out = jax.device_get(out)
     rows.drawn[:] += out.counts
     rows.length[:] += out.counts
-    for row, owner in enumerate(self._owners):
+    for row, owner in enumerate(self._owners[:width]):
       if owner is None:
         continue
       job, index = owner
@@ -368,8 +374,8 @@ class Engine:
         begun, hidden = steps.begin(params, self._stack, config, prompts, place)
         unread.append(steps.prompt_scores(params, config, hidden, tokens, np.bool_(False)))
         self._cache = steps.insert(self._cache, begun, hidden, np.int32(0), np.int32(0))
-    for view in size.buckets:
-      rows = jax.tree.map(np.copy, self._rows)
+    for width, view in itertools.product(self._widths, size.buckets):
+      rows = jax.tree.map(lambda x, n=width: np.copy(x[:n]), self._rows)
       self._cache, out = steps.advance(
         params, self._stack, config, self._cache, rows, self.model.chat.stop_ids, view
       )

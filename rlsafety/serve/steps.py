@@ -4,7 +4,8 @@ A row is one reply being written. All rows share one cache of B rows and C slots
 row's prompt and reply lie one after the other, so that a long prompt leaves room for a short reply
 and the other way round. `begin` runs prompts on themselves, `insert` puts one of them into a row,
 `advance` draws a few tokens for all rows at once, whichever adapter each of them has. Shapes are
-few and known beforehand: a warm server compiles nothing.
+few and known beforehand: a warm server compiles nothing. A call of `advance` computes the first
+rows alone, as many as it is given, so that one chat does not pay for a full house.
 """
 
 import functools
@@ -146,16 +147,32 @@ def put_adapter(stack: Stack, weights: dict, scale: jax.Array, place: jax.Array)
   return Stack(new, stack.scales.at[place].set(scale))
 
 
-def ranks_of(stack: Stack, place: jax.Array) -> jax.Array:
-  """place [P] -> [P, A * R]: the scale at the ranks of each row's own adapter, else 0."""
-  A, R = stack.scales.shape[0], next(iter(stack.weights.values()))["a"].shape[-1]
-  own = jnp.arange(A) == place[:, None]
-  return jnp.repeat(jnp.where(own, stack.scales, 0.0), R // A, axis=1)
+def of_rows(stack: Stack | None, place: jax.Array) -> tuple[dict, jax.Array]:
+  """The weights that rows with their adapters at `place` [P] read, ranks side by side, and
+  ranks [P, K * R]: each row's own adapter's scale at its ranks, else 0.
+
+  Where rows are fewer than places, K = P and row p reads the p-th adapter alone; else K = A.
+  """
+  P = place.shape[0]
+  if stack is None:
+    return {}, jnp.zeros((P, 0))
+  A, weights, scales = stack.scales.shape[0], stack.weights, stack.scales
+  R, own = next(iter(weights.values()))["a"].shape[-1] // A, jnp.arange(A) == place[:, None]
+  if P < A:
+    at = jnp.maximum(place, 0)
+
+    def pick(x: jax.Array, axis: int) -> jax.Array:
+      apart = x.reshape(*x.shape[:axis], A, R, *x.shape[axis + 1 :])
+      return jnp.take(apart, at, axis).reshape(*x.shape[:axis], P * R, *x.shape[axis + 1 :])
+
+    weights = {name: {"a": pick(ab["a"], 2), "b": pick(ab["b"], 1)} for name, ab in weights.items()}
+    scales, own = scales[at], jnp.eye(P, dtype=bool) & (place >= 0)
+  return weights, jnp.repeat(jnp.where(own, scales, 0.0), R, axis=1)
 
 
-def by_row(stack: Stack | None, ranks: jax.Array | None) -> Adapter | None:
-  """All adapters as one whose ranks each row weighs by its own `ranks_of` [P, A * R]."""
-  return None if stack is None or ranks is None else lora.by_row(stack.weights, ranks)
+def by_row(weights: dict, ranks: jax.Array) -> Adapter | None:
+  """`of_rows` as one adapter; None without any."""
+  return lora.by_row(weights, ranks) if weights else None
 
 
 # --- Prompts ------------------------------------------------------------------------------
@@ -171,8 +188,7 @@ def begin(
   params: dict, stack: Stack | None, config: ModelConfig, prompts: Prompts, place: jax.Array
 ) -> tuple[transformer.PromptCache, jax.Array]:
   """Prompts [P, S] with their adapters' places [P] -> their cache and hidden states [P, S, D]."""
-  ranks = None if stack is None else ranks_of(stack, place)
-  return transformer.prefill(params, by_row(stack, ranks), config, prompts)
+  return transformer.prefill(params, by_row(*of_rows(stack, place)), config, prompts)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -258,9 +274,12 @@ def advance(
   stop_ids: tuple[int, ...],
   view: int,
 ) -> tuple[Cache, Drawn]:
-  """Up to CHUNK tokens for every live row. view: slots of the cache that the longest row needs."""
+  """Up to CHUNK tokens for every live row of `rows` [B], the cache's first.
+
+  view: slots of the cache that the longest of them needs.
+  """
   B, stops = rows.live.shape[0], jnp.asarray(stop_ids, jnp.int32)
-  ranks = jnp.zeros((B, 0)) if stack is None else ranks_of(stack, rows.place)
+  weights, ranks = of_rows(stack, rows.place)
   wanted = jnp.any(rows.live & rows.tops)
   # A prompt segment of no token: the row's own cache holds the prompt too.
   nothing = jnp.zeros((1, 1, config.n_kv_heads, config.head_dim), cache.hidden.dtype)
@@ -271,7 +290,7 @@ def advance(
     """A row by itself, [1, 1, C, K, Dh] its cache: rows are at different slots."""
     k, v = jax.tree.map(lambda x: x[None, None], (k, v))
     own = transformer.CompletionCache(k, v)
-    adapter = by_row(stack, ranks[None])
+    adapter = by_row(weights, ranks[None])
     hidden, own = transformer.decode(
       params, adapter, config, prompt, own, token[None, None], length
     )
@@ -308,9 +327,8 @@ def advance(
     counts=jnp.zeros(B, jnp.int32),
     stopped=jnp.zeros(B, bool),
   )
-  k, v = jax.tree.map(lambda x: x[:, :view], (cache.k, cache.v))
-  part = Cache(k, v, cache.hidden)
+  k, v = jax.tree.map(lambda x: x[:B, :view], (cache.k, cache.v))
+  part = Cache(k, v, cache.hidden[:B])
   _, _, part, out = jax.lax.while_loop(going, step, (jnp.zeros((), jnp.int32), rows, part, out))
-  into = lambda whole, new: jax.lax.dynamic_update_slice(whole, new, (0, 0, 0, 0))  # noqa: E731
-  k, v = jax.tree.map(into, (cache.k, cache.v), (part.k, part.v))
-  return Cache(k, v, part.hidden), out
+  into = lambda whole, new: jax.lax.dynamic_update_slice(whole, new, (0,) * whole.ndim)  # noqa: E731
+  return jax.tree.map(into, cache, part), out
