@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlsafety import progress, runtime, sampler, sharding
+from rlsafety import config, progress, runtime, sampler, sharding
+from rlsafety.errors import UserError
 from rlsafety.metrics import gaps, matched
 from rlsafety.models import scoring
 from rlsafety.models.architecture import ModelConfig
@@ -118,3 +119,18 @@ def task_lines(summary: Mapping) -> list[str]:
       stderr = f" (stderr {found['stderr']:.3f})" if np.isfinite(found["stderr"]) else ""
       out.append(f"{where}: {found['value']:.3f}{stderr}, {found['n']} samples")
   return out
+
+
+def tasks_of(settings: config.Eval) -> Callable[..., dict] | None:
+  """`serve.tasks.ask` of the tasks that the config names, None where it names none.
+
+  Raises UserError where Inspect, a task or a single process is missing.
+  """
+  if not settings.tasks:
+    return None
+  try:
+    from rlsafety.serve import tasks  # Inspect and a server, extras that no other run needs
+  except ImportError as error:
+    raise UserError(f"eval.tasks: {error}; run: pip install 'rlsafety[inspect]'") from None
+  tasks.check(settings.tasks)
+  return functools.partial(tasks.ask, settings)

@@ -27,6 +27,7 @@ from rlsafety import (
   cells,
   checkpoints,
   errors,
+  evaluation,
   flags,
   recipes,
   replay,
@@ -86,7 +87,7 @@ def run_on(
   sharding.check_batch(mesh, P, common.learner.microbatches)
   live: list[Cell] = []
   if runs:
-    ask_tasks = tasks_of(common)  # before the weights: what is not there is said at once
+    ask_tasks = evaluation.tasks_of(common.eval)  # before the weights: a fault is said at once
     policy = sources.open_model(common.model, mesh)
     parameters = architecture.params_count(policy.config)
     log.info("model %s: %.1f M parameters", policy.source, parameters / 1e6)
@@ -181,21 +182,6 @@ def leave(live: Sequence[Cell], told: runtime.Told) -> NoReturn:
   done = "nothing to save yet" if saved is None else f"saved step {saved}"
   runtime.progress().info("%s: %s; the same command continues", what, done)
   sys.exit(told.exit_code)
-
-
-def tasks_of(common: Config) -> Callable[..., dict] | None:
-  """`serve.tasks.ask` of the tasks that the config names, None where it names none.
-
-  Raises UserError where Inspect, a task or a single process is missing.
-  """
-  if not common.eval.tasks:
-    return None
-  try:
-    from rlsafety.serve import tasks  # Inspect and a server, extras that no other run needs
-  except ImportError as error:
-    raise UserError(f"eval.tasks: {error}; run: pip install 'rlsafety[inspect]'") from None
-  tasks.check(common.eval.tasks)
-  return functools.partial(tasks.ask, common.eval)
 
 
 def experience(

@@ -10,7 +10,7 @@ import pytest
 from test_cells import ROOT, SMALL, rows
 from test_serve import LORAS, random_adapter
 
-from rlsafety import cells, config, recipes, sharding, train
+from rlsafety import cells, config, evaluation, recipes, sharding, train
 from rlsafety.errors import UserError
 from rlsafety.models import sources
 
@@ -136,8 +136,8 @@ def test_without_inspect_the_extra_is_named(monkeypatch):
   monkeypatch.delitem(sys.modules, "rlsafety.serve.tasks", raising=False)
   monkeypatch.delattr("rlsafety.serve.tasks", raising=False)
   with pytest.raises(UserError, match="eval.tasks: .*pip install 'rlsafety.inspect.'"):
-    train.tasks_of(recipes.replaced(tiny, {"eval.tasks": ["a.py@x"]}))
-  assert train.tasks_of(tiny) is None
+    evaluation.tasks_of(recipes.replaced(tiny, {"eval.tasks": ["a.py@x"]}).eval)
+  assert evaluation.tasks_of(tiny.eval) is None
 
 
 def test_a_run_that_was_killed_ends_in_the_same_numbers(file, tmp_path, monkeypatch):

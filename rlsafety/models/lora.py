@@ -31,8 +31,7 @@ class Adapter:
   scale: float = struct.field(pytree_node=False)
 
 
-@struct.dataclass
-class Dropout:
+class Dropout(struct.PyTreeNode):
   """Inverted dropout on adapter inputs. key: folded with layer and target. rate: static."""
 
   key: jax.Array

@@ -11,6 +11,7 @@ token may see.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,19 +27,18 @@ from rlsafety.models.lora import Adapter, Dropout, narrow, per_layer
 from rlsafety.models.rotary import cos_sin, rope_frequencies, rotate
 from rlsafety.packing import mask_from_lengths
 from rlsafety.sharding import constrain
-from rlsafety.types import Prompts
+from rlsafety.types import Array, Prompts
 
 
-@struct.dataclass
-class PromptCache:
+class PromptCache(struct.PyTreeNode):
   """Keys and values of the prompts: k, v [L, P, S, K, Dh], arrays or Int8; lengths [P].
 
   `decode` reads them layer by layer: tuples of L arrays [P, S, K, Dh] (`sampler.by_layer`).
   """
 
-  k: jax.Array | Int8 | tuple
-  v: jax.Array | Int8 | tuple
-  lengths: jax.Array
+  k: Any
+  v: Any
+  lengths: Array
 
 
 @struct.dataclass
@@ -282,7 +282,7 @@ REMAT = {  # what the backward pass keeps of a layer; "none": all but the copies
 }
 
 
-def _embed(params: dict, c: ModelConfig, tokens: jax.Array) -> jax.Array:
+def _embed(params: dict, c: ModelConfig, tokens: Array) -> jax.Array:
   # Rows first whole (an fsdp gather of the table), then looked up: split both ways, the lookup
   # would gather every prompt's states instead.
   x = jnp.take(constrain(params["embed"], "vocab", None), tokens, axis=0, mode="clip")
@@ -294,7 +294,7 @@ def _through_layers(
   params: dict,
   adapter: Adapter | None,
   c: ModelConfig,
-  tokens: jax.Array,
+  tokens: Array,
   prompt: PromptCache | None,
   pool: jax.Array | None,
   dropout: Dropout | None,
@@ -375,7 +375,7 @@ def prefill(
   return cache, _finish(params, c, x)[:, 0]
 
 
-def last_hidden(hidden: jax.Array, lengths: jax.Array) -> jax.Array:
+def last_hidden(hidden: jax.Array, lengths: Array) -> jax.Array:
   """hidden [P, S, D], lengths [P] -> the state of each prompt's last token, [P, D]."""
   return jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
 
