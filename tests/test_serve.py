@@ -123,23 +123,17 @@ def tokens_of(choice):
   return [(entry["token"], entry["logprob"]) for entry in choice["logprobs"]["content"]]
 
 
-def test_a_started_engine_has_nothing_left_to_compute(runs, monkeypatch):
-  """What was only dispatched would be the first request's to wait for."""
-  slow = jax.jit(lambda x: jax.pure_callback(lambda y: time.sleep(0.5) or y, x, x))
-  last, advance = [], steps.advance
-
-  def late(*args):
-    cache, out = advance(*args)
-    last[:] = [slow(out.counts)]
-    return cache, out.replace(counts=last[0])
-
-  monkeypatch.setattr(steps, "advance", late)
-  mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  size = Size(rows=4, context=64, buckets=(64,), together=2, places=2)
-  engine = Engine(runs.model, mesh, size, load=lambda policy: None)
-  engine.start()
-  assert last[0].is_ready()
-  engine.close()
+def test_a_started_engine_has_compiled_all_that_will_be_asked(served):
+  """Short and long prompts, one and several together, scored, with an adapter: nothing compiles."""
+  before = served.engine.compilations
+  for content in ("Hi", "word " * 30):
+    say(served.url, content=content)
+    say(served.url, content=content, n=3)
+    prompts = [content, content + "?"]
+    post(served.url, "/v1/completions", model="base", prompt=prompts, echo=True, logprobs=2,
+         max_tokens=1)  # fmt: skip
+  say(served.url, model=[*served.adapters][1])
+  assert served.engine.compilations == before
 
 
 # --- The numbers are our own --------------------------------------------------------------------

@@ -100,10 +100,10 @@ class Size:
 
   @classmethod
   def of(cls, rows: int, context: int, places: int) -> "Size":
-    """Buckets that grow fourfold up to the context."""
+    """Buckets that grow fourfold to some 512 tokens, where padding is cheap, then twofold."""
     buckets = [context]
     while buckets[-1] > 64:
-      buckets.append(max(64, buckets[-1] // 4))
+      buckets.append(max(64, buckets[-1] // (2 if buckets[-1] > 512 else 4)))
     return cls(rows, context, tuple(reversed(buckets)), min(4, rows), places)
 
 
@@ -321,6 +321,7 @@ class Engine:
       if job.max_tokens and job.begun < len(job.seeds):
         with self._wake:
           self._waiting.append(job)  # its other replies wait behind what has come meanwhile
+    jax.block_until_ready(self._cache)  # else the next chunk would be said to have taken it
     self.begin_seconds += time.monotonic() - began
 
   def _take(self, row: int, job: Job, index: int, place: int) -> None:
@@ -365,26 +366,28 @@ class Engine:
     self.chunk_seconds += time.monotonic() - began
 
   def _warm(self) -> None:
-    """Every shape once, with rows that are nobody's; returns when all has been computed."""
-    params, config, size, unread = self.model.params, self.model.config, self.size, []
-    for P in sorted({1, size.together}):
-      for bucket in size.buckets:
-        tokens, place = np.zeros((P, bucket), np.int32), np.full(P, -1, np.int32)
-        prompts = steps.prompts_of(tokens, np.ones(P, np.int32))
-        begun, hidden = steps.begin(params, self._stack, config, prompts, place)
-        unread.append(steps.prompt_scores(params, config, hidden, tokens, np.bool_(False)))
-        self._cache = steps.insert(self._cache, begun, hidden, np.int32(0), np.int32(0))
+    """Compiles every shape and computes nothing: on a CPU that would take minutes."""
+    params, config, size = self.model.params, self.model.config, self.size
+    zero, flag = np.int32(0), np.bool_(False)
+    for P, bucket in itertools.product(sorted({1, size.together}), size.buckets):
+      tokens, place = np.zeros((P, bucket), np.int32), np.full(P, -1, np.int32)
+      prompts = steps.prompts_of(tokens, np.ones(P, np.int32))
+      begun, hidden = _compiled(steps.begin, params, self._stack, config, prompts, place)
+      _compiled(steps.prompt_scores, params, config, hidden, tokens, flag)
+      _compiled(steps.insert, self._cache, begun, hidden, zero, zero)
     for width, view in itertools.product(self._widths, size.buckets):
-      rows = jax.tree.map(lambda x, n=width: np.copy(x[:n]), self._rows)
-      self._cache, out = steps.advance(
-        params, self._stack, config, self._cache, rows, self.model.chat.stop_ids, view
-      )
-      unread.append(out)
+      rows, stops = jax.tree.map(lambda x, n=width: x[:n], self._rows), self.model.chat.stop_ids
+      _compiled(steps.advance, params, self._stack, config, self._cache, rows, stops, view)
     if self._stack is not None:
       empty = steps.padded(Adapter({}, 1.0), self._stack)
-      self._stack = steps.put_adapter(self._stack, empty, np.float32(0), np.int32(0))
-    # Else the first request would wait for what was only dispatched: 28 s of SmolLM2 on a CPU.
-    jax.block_until_ready((unread, self._cache, self._stack))
+      _compiled(steps.put_adapter, self._stack, empty, np.float32(0), zero)
+
+
+def _compiled(function: Any, *args: Any) -> Any:
+  """Compiles a call of a jitted function, and returns the shapes of what it would return."""
+  program = function.lower(*args).compile()
+  shaped = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
+  return jax.tree.map(shaped, program.out_info, program.output_shardings)
 
 
 def _scored(job: Job, logprobs: np.ndarray, ids: np.ndarray, values: np.ndarray) -> Piece:
