@@ -110,7 +110,8 @@ def compilation_cache() -> None:
   if not jax.config.values["jax_compilation_cache_dir"]:
     folder = pathlib.Path.home() / ".cache" / "rlsafety" / "jax"
     jax.config.update("jax_compilation_cache_dir", str(folder))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 # --- Other processes --------------------------------------------------------------------

@@ -4,9 +4,13 @@ NPROC must be twice the devices, set before jax is imported: with fewer threads 
 devices, XLA's CPU collectives wait for each other for ever.
 """
 
+import atexit
 import fcntl
 import importlib.metadata
 import os
+import pathlib
+import shutil
+import tempfile
 
 # Tests compile far longer than they compute: generating the code takes two thirds less time so.
 FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -21,6 +25,14 @@ os.environ["XLA_FLAGS"] = " ".join(
   ]
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# One folder for all workers and the programs that tests start: what one has compiled none
+# compiles again.
+if "RLSAFETY_TESTS" not in os.environ:
+  os.environ["RLSAFETY_TESTS"] = tempfile.mkdtemp(prefix="rlsafety_tests_")
+  atexit.register(shutil.rmtree, os.environ["RLSAFETY_TESTS"], ignore_errors=True)
+SHARED = pathlib.Path(os.environ["RLSAFETY_TESTS"])
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(SHARED / "jax")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
@@ -106,22 +118,15 @@ def family(request):
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-  """One compilation cache for all files that start the trainer, and for all workers."""
-  base = tmp_path_factory.getbasetemp()
-  return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "jax_cache"
-
-
-@pytest.fixture(scope="session")
-def whole(cache):
+def whole():
   """(directory, what it said) of tiny_syco, uninterrupted: one run for all files and workers."""
   from test_train import finish, start
 
-  workdir, said = cache.with_name("whole"), cache.with_name("whole.txt")
-  with cache.with_name("whole.lock").open("w") as lock:
+  workdir, said = SHARED / "whole", SHARED / "whole.txt"
+  with (SHARED / "whole.lock").open("w") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
     if not said.exists():
-      code, output = finish(start(cache, workdir))
+      code, output = finish(start(workdir))
       assert code == 0, output
       said.write_text(output)
   return workdir, said.read_text()

@@ -167,9 +167,9 @@ errors.run_main(train.run_together, configs, test_cells.folders(path, configs))
 """
 
 
-def start(path, cache):
+def start(path):
   code = PROGRAM.format(tests=str(ROOT / "tests"))
-  env = dict(os.environ, JAX_COMPILATION_CACHE_DIR=str(cache), PYTHONPATH=str(ROOT))
+  env = dict(os.environ, PYTHONPATH=str(ROOT))
   return subprocess.Popen(
     [sys.executable, "-c", code, str(path)], env=env, text=True,
     stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -182,16 +182,16 @@ def outcome(path):
   return {str(f.relative_to(path)): f.read_bytes() for f in files if f.name in kept}
 
 
-def test_killed_twice_every_cell_ends_in_the_same_bits(together, tmp_path, cache):
+def test_killed_twice_every_cell_ends_in_the_same_bits(together, tmp_path):
   for cell, step in (("b", 1), ("a", 3)):  # in the middle of saving a step of all cells
-    process = start(tmp_path, cache)
+    process = start(tmp_path)
     end = time.monotonic() + 300
     while not (tmp_path / cell / "checkpoints" / str(step)).exists():
       assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
       time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-  said, _ = start(tmp_path, cache).communicate(timeout=300)
+  said, _ = start(tmp_path).communicate(timeout=300)
   assert "resuming after step" in said, said
   assert outcome(tmp_path) == outcome(together)
 

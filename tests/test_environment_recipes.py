@@ -22,11 +22,11 @@ for name in {names}:
 
 
 @pytest.fixture(scope="module")
-def folder(cache, tmp_path_factory):
+def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp("recipes")
   done = subprocess.run(
     [sys.executable, "-c", TRAIN.format(names=ENVIRONMENTS), str(folder), *FLAGS],
-    cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=600,
+    cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600,
   )  # fmt: skip
   assert done.returncode == 0, done.stdout + done.stderr
   return folder

@@ -111,14 +111,14 @@ def test_an_install_that_fails_says_why(colab, monkeypatch):
     exec(install_cell("explore"), {})
 
 
-def test_every_notebook_runs(tmp_path, cache):
+def test_every_notebook_runs(tmp_path):
   """All four in one process, which compiles what they share once; nothing is shown."""
   (tmp_path / "configs").symlink_to(REPO / "configs")
   program = (
     "import runpy, sys\nfor path in sys.argv[1:]:\n  runpy.run_path(path)\n  print('ran', path)"
   )
   env = dict(os.environ, PYTHONPATH=str(REPO), MPLBACKEND="Agg", JAX_PLATFORMS="cpu")
-  env |= {"XLA_FLAGS": FAST_COMPILE, "JAX_COMPILATION_CACHE_DIR": str(cache)}
+  env["XLA_FLAGS"] = FAST_COMPILE
   paths = [str(FOLDER / f"{name}.py") for name in notebooks.NAMES]
   out = subprocess.run(
     [sys.executable, "-c", program, *paths], cwd=tmp_path, env=env, capture_output=True, text=True

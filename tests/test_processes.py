@@ -30,7 +30,7 @@ FLAGS = (
 ).split()
 
 
-def launch(workdir, count, cache, *flags, program=("rlsafety.train", *FLAGS)):
+def launch(workdir, count, *flags, program=("rlsafety.train", *FLAGS)):
   """Starts `count` processes of one program; their output goes to workdir-N.log."""
   with socket.socket() as s:
     s.bind(("127.0.0.1", 0))
@@ -38,7 +38,7 @@ def launch(workdir, count, cache, *flags, program=("rlsafety.train", *FLAGS)):
   children = []
   for index in range(count):
     env = dict(os.environ, PYTHONPATH=str(REPO), JAX_PLATFORMS="cpu", XLA_FLAGS=FAST_COMPILE)
-    env |= {"NPROC": "4", "RLSAFETY_HEARTBEAT": "10", "JAX_COMPILATION_CACHE_DIR": str(cache)}
+    env |= {"NPROC": "4", "RLSAFETY_HEARTBEAT": "10"}
     command = [sys.executable, "-m", *program, *flags, f"--workdir={workdir}"]
     if count > 1:
       values = (address, count, index)
@@ -83,16 +83,16 @@ def assert_same_numbers(workdir, reference):
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory, cache):
+def reference(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("one") / "run"
-  assert finish(launch(workdir, 1, cache)) == [0]
+  assert finish(launch(workdir, 1)) == [0]
   return workdir
 
 
-def test_four_processes_lose_one_and_one_process_goes_on(tmp_path, cache, reference):
+def test_four_processes_lose_one_and_one_process_goes_on(tmp_path, reference):
   workdir = tmp_path / "run"
   # Every array of the state is split over all four, and none of them holds a whole one.
-  children = launch(workdir, 4, cache, "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
+  children = launch(workdir, 4, "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
   wait_for_step(workdir, 1, children)
   children[3].kill()
   killed = time.monotonic()
@@ -102,18 +102,18 @@ def test_four_processes_lose_one_and_one_process_goes_on(tmp_path, cache, refere
   said = pathlib.Path(f"{workdir}-0.log").read_text()
   assert re.search(r"task[ :]*3\b", said, re.I), said  # the error names who died
   assert not (workdir / "summary.json").exists()
-  (alone,) = finish(launch(workdir, 1, cache))
+  (alone,) = finish(launch(workdir, 1))
   assert alone == 0
   assert_same_numbers(workdir, reference)
 
 
-def test_one_process_is_preempted_and_two_go_on(tmp_path, cache, reference):
+def test_one_process_is_preempted_and_two_go_on(tmp_path, reference):
   workdir = tmp_path / "run"
-  children = launch(workdir, 1, cache)
+  children = launch(workdir, 1)
   wait_for_step(workdir, 1, children)
   children[0].send_signal(signal.SIGTERM)
   assert finish(children) == [75]
-  assert finish(launch(workdir, 2, cache, "--config.mesh.fsdp=2")) == [0, 0]
+  assert finish(launch(workdir, 2, "--config.mesh.fsdp=2")) == [0, 0]
   assert_same_numbers(workdir, reference)
 
 
@@ -131,13 +131,13 @@ def get_study(tensor="1"):
 """
 
 
-def test_two_processes_train_two_cells_together_as_one_does(tmp_path, cache):
+def test_two_processes_train_two_cells_together_as_one_does(tmp_path):
   file, workdir = tmp_path / "study.py", tmp_path / "study"
   file.write_text(STUDY.format(repo=REPO, flags=FLAGS[1:]))
   one = design.load(f"{file}:2").cells  # in this process, on 8 devices
   train.run_together(one, {name: str(tmp_path / "one" / name) for name in one})
   program = ("rlsafety.study.run", f"--study={file}")
-  assert finish(launch(workdir, 2, cache, program=program)) == [0, 0]
+  assert finish(launch(workdir, 2, program=program)) == [0, 0]
   for name in one:
     assert_same_numbers(workdir / name, tmp_path / "one" / name)
   said = [pathlib.Path(f"{workdir}-{i}.log").read_text() for i in range(2)]

@@ -39,14 +39,14 @@ def outcome(workdir):
   return {name: (workdir / name).read_bytes() for name in names}
 
 
-def test_killed_run_ends_in_the_same_bits(cache, dataset, tmp_path):
+def test_killed_run_ends_in_the_same_bits(dataset, tmp_path):
   """A batch half sampled and half recorded, learned from twice."""
   flags, config = recipe("mixed", dataset, "--config.epochs=2")
-  code, output = finish(start(cache, tmp_path / "whole", *flags, config=config))
+  code, output = finish(start(tmp_path / "whole", *flags, config=config))
   assert code == 0, output
-  killed = start(cache, tmp_path / "killed", *flags, config=config)
+  killed = start(tmp_path / "killed", *flags, config=config)
   assert interrupt_after(killed, 2, signal.SIGKILL)[0] == -signal.SIGKILL
-  code, output = finish(start(cache, tmp_path / "killed", *flags, config=config))
+  code, output = finish(start(tmp_path / "killed", *flags, config=config))
   assert code == 0 and "resuming after step" in output, output
   assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
 
@@ -64,9 +64,9 @@ def check(workdir, sampled):
     assert row["staleness"] > 0
 
 
-def test_a_run_from_records_alone_samples_nothing_to_learn_from(cache, dataset, tmp_path):
+def test_a_run_from_records_alone_samples_nothing_to_learn_from(dataset, tmp_path):
   flags, config = recipe("offpolicy", dataset, "--config.steps=2")
-  code, output = finish(start(cache, tmp_path, *flags, config=config))
+  code, output = finish(start(tmp_path, *flags, config=config))
   assert code == 0, output
   check(tmp_path, sampled=False)
 

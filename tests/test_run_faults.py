@@ -22,27 +22,27 @@ HELDOUT = {"eval": CONFIG.eval.prompts * CONFIG.eval.samples}
 
 
 @pytest.fixture(scope="module")
-def runs(cache, whole, tmp_path_factory):
+def runs(whole, tmp_path_factory):
   """(a complete run, the same stopped by one Ctrl-C after step 4 or 5, what that said)."""
   folder = tmp_path_factory.mktemp("runs")
-  code, said = interrupt_after(start(cache, folder / "stopped"), 4, signal.SIGINT)
+  code, said = interrupt_after(start(folder / "stopped"), 4, signal.SIGINT)
   assert code == 130, said
   return whole[0], folder / "stopped", said
 
 
-def test_ctrl_c_saves_the_step_and_the_same_command_ends_in_the_same_bits(cache, runs, tmp_path):
+def test_ctrl_c_saves_the_step_and_the_same_command_ends_in_the_same_bits(runs, tmp_path):
   whole, stopped, said = runs
   assert "Ctrl-C: saving after this step" in said and "Traceback" not in said
   step = int(said.split("SIGINT: saved step ")[1].split(";")[0])
   assert (stopped / "checkpoints" / str(step)).is_dir()
   copy = shutil.copytree(stopped, tmp_path / "copy")
-  code, said = finish(start(cache, copy))
+  code, said = finish(start(copy))
   assert code == 0 and f"resuming after step {step}" in said, said
   assert outcome(copy) == outcome(whole)
 
 
-def test_the_second_ctrl_c_stops_at_once(cache, tmp_path):
-  process = start(cache, tmp_path / "run", "--config.steps=1000")
+def test_the_second_ctrl_c_stops_at_once(tmp_path):
+  process = start(tmp_path / "run", "--config.steps=1000")
   for line in process.stdout:
     if "step 1/" in line:
       break
@@ -129,7 +129,7 @@ def test_the_evaluation_at_the_checkpoint_is_made_again(runs, tmp_path):
     assert [r["step"] for r in files.read_jsonl(copy / "eval/summary.jsonl")] == [0]
 
 
-def test_lost_files_of_a_complete_run_are_written_again_to_the_same_bits(cache, runs, tmp_path):
+def test_lost_files_of_a_complete_run_are_written_again_to_the_same_bits(runs, tmp_path):
   copy = shutil.copytree(runs[0], tmp_path / "copy")
   assert write.RunDir(copy, True, None).complete(CONFIG)[1] == []
   weights = copy / "adapter/adapter_model.safetensors"
@@ -137,13 +137,13 @@ def test_lost_files_of_a_complete_run_are_written_again_to_the_same_bits(cache, 
   (copy / "adapter/adapter_config.json").unlink()
   page = copy / "report.html"
   page.write_bytes(page.read_bytes()[:999])
-  code, said = finish(start(cache, copy))
+  code, said = finish(start(copy))
   assert code == 0 and "lost adapter/adapter_config.json, adapter/adapter_model" in said, said
   assert outcome(copy) == outcome(runs[0])
   assert page.read_text().rstrip().endswith("</html>")
   shutil.rmtree(copy / "checkpoints")
   weights.unlink()
-  code, said = finish(start(cache, copy))
+  code, said = finish(start(copy))
   assert code == 2 and "checkpoints: holds no checkpoint" in said, said
 
 
@@ -180,10 +180,10 @@ def test_nothing_is_opened_through_a_link_out_of_the_run(tmp_path, name):
 # --- Rewards ------------------------------------------------------------------------------
 
 
-def test_a_run_without_rewards_stops_with_the_reason(cache, tmp_path):
+def test_a_run_without_rewards_stops_with_the_reason(tmp_path):
   flags = ["--config.judge.name=http", "--config.judge.url=http://127.0.0.1:9/v1"]
   flags += ["--config.judge.model=m", "--config.judge.degenerate=nan", "--config.judge.attempts=1"]
-  code, said = finish(start(cache, tmp_path / "run", *flags))
+  code, said = finish(start(tmp_path / "run", *flags))
   assert code == 2 and "Traceback" not in said, said
   assert "no reply got a reward, 3 times in a row (judge_ConnectError=" in said, said
   assert not (tmp_path / "run/summary.json").exists()

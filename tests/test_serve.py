@@ -526,8 +526,8 @@ def test_an_adapter_that_cannot_be_read_is_an_error_of_its_own_requests(served):
   say(served.url, f"{served.folder}/b")
 
 
-def test_sigterm_ends_the_program_and_what_was_asked_is_answered(runs, cache):
-  env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache), "XLA_FLAGS": ""}
+def test_sigterm_ends_the_program_and_what_was_asked_is_answered(runs):
+  env = {**os.environ, "XLA_FLAGS": ""}
   command = [sys.executable, "-m", "rlsafety.serve", f"--runs={runs.folder}/a", "--port=0",
              "--rows=2", "--context=64"]  # fmt: skip
   with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:

@@ -22,15 +22,15 @@ TINY = f"--config={ROOT / 'configs/tiny_syco.py'}"
 FAST = FAST_COMPILE.replace("level=0", "level=1")
 
 
-def environment(cache):
+def environment():
   env = dict(os.environ, XLA_FLAGS=FAST, JAX_PLATFORMS="cpu")
-  return env | {"JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONUNBUFFERED": "1"}
+  return env | {"PYTHONUNBUFFERED": "1"}
 
 
-def start(cache, workdir, *flags, config=TINY):
+def start(workdir, *flags, config=TINY):
   command = [sys.executable, "-m", "rlsafety.train", config, f"--workdir={workdir}", *flags]
   return subprocess.Popen(
-    command, cwd=ROOT, env=environment(cache), text=True,
+    command, cwd=ROOT, env=environment(), text=True,
     stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
   )  # fmt: skip
 
@@ -59,16 +59,16 @@ def outcome(workdir):
   return {n: (workdir / n).read_bytes() for n in [*names, "adapter/adapter_model.safetensors"]}
 
 
-def test_killed_and_terminated_run_ends_in_the_same_bits(cache, whole, tmp_path):
+def test_killed_and_terminated_run_ends_in_the_same_bits(whole, tmp_path):
   workdir = tmp_path / "killed"
-  code, _ = interrupt_after(start(cache, workdir), 3, signal.SIGKILL)
+  code, _ = interrupt_after(start(workdir), 3, signal.SIGKILL)
   assert code == -signal.SIGKILL
   with open(workdir / "metrics.jsonl", "a") as f:
     f.write('{"step": 4, "rew')  # a line torn by the kill
-  code, output = interrupt_after(start(cache, workdir), 4, signal.SIGTERM)
+  code, output = interrupt_after(start(workdir), 4, signal.SIGTERM)
   assert code == 75 and "SIGTERM: saved step" in output, output
   assert "resuming after step" in output
-  code, output = finish(start(cache, workdir))
+  code, output = finish(start(workdir))
   assert code == 0 and "resuming after step" in output, output
   assert outcome(workdir) == outcome(whole[0])
 
@@ -105,10 +105,10 @@ def test_held_out_users_are_never_trained_on(whole):
   assert read("eval/step_000000.jsonl") == read("eval/step_000006.jsonl")
 
 
-def test_a_run_goes_on_from_the_adapter_of_another(cache, whole, tmp_path):
+def test_a_run_goes_on_from_the_adapter_of_another(whole, tmp_path):
   """Its held-out replies before the first update are the other run's last ones."""
   flags = [f"--config.model.adapter={whole[0] / 'adapter'}", "--config.steps=1"]
-  code, output = finish(start(cache, tmp_path, *flags))
+  code, output = finish(start(tmp_path, *flags))
   assert code == 0, output
   ended, began = (
     [json.loads(line) | {"step": None} for line in open(path)]
@@ -117,10 +117,10 @@ def test_a_run_goes_on_from_the_adapter_of_another(cache, whole, tmp_path):
   assert ended == began
 
 
-def test_complete_run_says_so_and_another_config_is_refused(cache, whole, refuse):
+def test_complete_run_says_so_and_another_config_is_refused(whole, refuse):
   workdir, _ = whole
   before = outcome(workdir)
-  code, output = finish(start(cache, workdir))
+  code, output = finish(start(workdir))
   assert code == 0 and "run is complete" in output
   said = refuse(f"--workdir={workdir}", "--config.sampler.group=2")
   assert "sampler.group: 4 there, 2 here" in said
@@ -152,7 +152,6 @@ BAD = {
 @pytest.fixture
 def refuse(tmp_path, monkeypatch, capfd):
   """refuse(flags) -> what the program says, in this process, before it ends with code 2."""
-  monkeypatch.setattr(runtime, "compilation_cache", lambda: None)
   monkeypatch.setattr(runtime.signal, "signal", lambda *_: None)
 
   def run(*flags, config=TINY):
