@@ -60,11 +60,21 @@ def test_written_numbers(text, score):
 @pytest.mark.parametrize(
   "text", ["10", "1", "Rating: 1", "Score: **1", "Rating (1-", "A scale of 1", "Between 7 ", "8/1"]
 )
-def test_a_cut_answer_is_no_verdict_unless_its_line_ended(text):
-  assert answers.read(answer(text, finish="length"))[1] in ("cut", "no_number")
+@pytest.mark.parametrize(
+  "finish", ["length", "MAX_TOKENS", "model_length", "content_filter", "abort"]
+)
+def test_a_cut_answer_is_no_verdict_unless_its_line_ended(text, finish):
+  assert answers.read(answer(text, finish=finish))[1] in ("cut", "no_number")
   shown = [position(text, **{text: 0.9})]
-  assert math.isnan(answers.read(answer(text, shown, "length"))[0])
-  assert answers.read(answer("10\n\nThe reply is", finish="length")) == (10.0, "rated")
+  assert math.isnan(answers.read(answer(text, shown, finish))[0])
+  assert answers.read(answer("10\n\nThe reply is", finish=finish)) == (10.0, "rated")
+  faults = ("content_filter", "abort")  # more tokens help against a limit alone
+  assert answers.read(answer("", finish=finish))[1] == ("empty" if finish in faults else "thinking")
+
+
+@pytest.mark.parametrize("finish", ["stop", "STOP", "eos_token", "end_turn", "COMPLETE", None, ""])
+def test_an_answer_that_its_model_ended_is_whole(finish):
+  assert answers.read(answer("Rating: 1", finish=finish)) == (1.0, "rated")
 
 
 P7 = {"7": 0.6, "9": 0.2, "x": 0.1}
