@@ -107,6 +107,33 @@ def test_a_complete_run_that_lost_lines_is_refused_by_its_name(runs, tmp_path, l
   run.close()
 
 
+def digit(data: bytes) -> bytes:
+  """Another number in the last line: as many lines, and valid ones."""
+  at = max(i for i, c in enumerate(data) if c in b"12345678")
+  return data[:at] + bytes([data[at] + 1]) + data[at + 1 :]
+
+
+@pytest.mark.parametrize("log", [*LOGS, "eval/other/step_000003.jsonl", "eval/other/about.json"])
+def test_a_complete_run_knows_the_bytes_that_it_ended_with(runs, tmp_path, log):
+  copy = shutil.copytree(runs[0], tmp_path / "copy")
+  other = write.RunDir(copy, True, None)
+  other.log_beyond("other", 3, [{"step": 3}], {"judge": 1})
+  other.finish(other.summary())
+  assert other.complete(CONFIG)[1] == []
+  whole = (copy / log).read_bytes()
+  spoil(copy / log, digit)
+  with pytest.raises(UserError, match=f"{log} is not what the run ended with"):
+    other.complete(CONFIG)
+  if "other" in log:
+    (copy / log).unlink()
+    with pytest.raises(UserError, match=f"{log} is gone"):
+      other.complete(CONFIG)
+  (copy / log).write_bytes(whole)
+  for name in check.ADAPTER:  # follows from the checkpoint
+    spoil(copy / name, digit)
+  assert other.complete(CONFIG)[1] == list(check.ADAPTER)
+
+
 def test_what_comes_after_the_checkpoint_may_be_lost(runs, tmp_path):
   copy = shutil.copytree(runs[0], tmp_path / "copy")
   (copy / "summary.json").unlink()

@@ -75,7 +75,10 @@ class RunDir:
       return None, []
     wanted = _wanted(config, config.steps, {"eval": check.heldout_replies(self.path)})
     check.refuse(self.path, list(check.faults(self.path, wanted)))
-    return summary, check.rebuildable(self.path)
+    changed = check.changed(self.path, summary.get("sha256", {}))
+    check.refuse(self.path, [fault for fault in changed if fault[0] not in check.ADAPTER])
+    lost = {fault[0] for fault in changed} | set(check.rebuildable(self.path))
+    return summary, sorted(lost)
 
   def start(self, config: Config, step: int, about: dict, replies: Mapping[str, int]) -> bool:
     """Brings the logs back to `step`, the restored one, and writes config.json.
@@ -171,7 +174,7 @@ class RunDir:
   def finish(self, summary: dict) -> None:
     """Writes summary.json, last of all: it says that the run is complete."""
     if self.writes:
-      write_json(self.path / "summary.json", summary)
+      write_json(self.path / "summary.json", summary | {"sha256": check.digests(self.path)})
 
   def close(self) -> None:
     if self.lock:
