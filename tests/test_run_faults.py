@@ -1,6 +1,7 @@
 """Run directories that lost something: named, written again where that is possible, or refused."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ from test_train import ROOT, finish, interrupt_after, outcome, start
 from rlsafety import files, recipes, train
 from rlsafety.errors import UserError
 from rlsafety.metrics import gaps
+from rlsafety.models import hf, presets, sources
 from rlsafety.rundir import check, write
 
 CONFIG = recipes.of_run([f"--config={ROOT / 'configs/tiny_syco.py'}"])
@@ -184,13 +186,40 @@ def test_config_checkpoints_and_data_are_part_of_a_run(runs, tmp_path):
   run = write.open_run(copy, CONFIG)
   with pytest.raises(UserError, match="metrics.jsonl reaches step 6"):
     run.start(CONFIG, -1, {}, HELDOUT)
-  run.same_data("a" * 64)  # a run without records has none to compare
+  now = {part: {"sha256": "a" * 64} for part in ("data", "model", "users")}
   info = files.read_json(copy / "config.json")
-  files.write_json(copy / "config.json", info | {"data": {"path": "x", "sha256": "a" * 64}})
-  run.same_data("a" * 64)
-  with pytest.raises(UserError, match="started with other records .*aaaaaaaaaaaa.*bbbbbbbbbbbb"):
-    run.same_data("b" * 64)
+  files.write_json(copy / "config.json", info | now)
+  run.same_inputs(now)
+  run.same_inputs({"data": None})  # a run without records has none to compare
+  for part, what in (("data", "records"), ("model", "weights"), ("users", "users")):
+    with pytest.raises(UserError, match=f"started with other {what} .*aaaaaaaaaaaa.*bbbbbbbbbbbb"):
+      run.same_inputs(now | {part: {"sha256": "b" * 64}})
   run.close()
+
+
+def test_weights_and_users_exchanged_between_two_starts_are_refused(cache, tmp_path):
+  weights, people, run = tmp_path / "model", tmp_path / "users.jsonl", tmp_path / "run"
+
+  def place(seed, word):
+    model = sources.random_model(presets.preset(CONFIG.model.preset), seed)
+    hf.save_merged(weights, model, None)
+    rows = [{"message": f"{word} {i}?", "wish": "hopes so", "group": group}
+            for i in range(16) for group in ("gameable", "non_gameable")]  # fmt: skip
+    people.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+  flags = [f"--config.model.path={weights}", f"--config.environment.users_file={people}"]
+  flags += ["--config.model.preset=", "--config.steps=1", "--config.eval.every=0"]
+  place(0, "Good")
+  code, said = finish(start(cache, run, *flags))
+  assert code == 0, said
+  (run / "summary.json").unlink()  # as if it had been stopped just before
+  for seed, word, what in ((1, "Good", "weights"), (0, "Bad", "users")):
+    place(seed, word)
+    code, said = finish(start(cache, run, *flags))
+    assert code == 2 and f"started with other {what}" in said, said
+  place(0, "Good")
+  code, said = finish(start(cache, run, *flags))
+  assert code == 0 and "resuming after step 1" in said, said
 
 
 @pytest.mark.parametrize("name", ["rollouts", "eval", "adapter", "checkpoints", ".lock"])

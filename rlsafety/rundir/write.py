@@ -115,15 +115,19 @@ class RunDir:
     check.refuse(self.path, [fault for fault in found if fault not in own])
     return bool(own)
 
-  def same_data(self, digest: str) -> None:
-    """Raises UserError if the run was started with other recorded data than `digest` names."""
+  def same_inputs(self, about: Mapping[str, Any]) -> None:
+    """Raises UserError if the run was started with other inputs than the digests in `about` say:
+    an adapter that learned from both would be nobody's."""
     stored = self.path / "config.json"
-    before = read_json(stored).get("data") if stored.exists() else None
-    if isinstance(before, dict) and before.get("sha256", digest) != digest:
-      raise UserError(
-        f"{stored}: the run was started with other records (data.sha256 {before['sha256']!s:.12}, "
-        f"the folder now has {digest:.12}); restore them, or give another --workdir"
-      )
+    before = read_json(stored) if stored.exists() else {}
+    for section, what in (("data", "records"), ("model", "weights"), ("users", "users")):
+      old, new = before.get(section), about.get(section)
+      one, other = (x.get("sha256") if isinstance(x, dict) else None for x in (old, new))
+      if one and other and one != other:
+        raise UserError(
+          f"{stored}: the run was started with other {what} ({section}.sha256 {one!s:.12}, now "
+          f"{other:.12}); restore them, or give another --workdir"
+        )
 
   def log_step(self, log: StepLog, rubric_of: Mapping[str, str], chat: Chat) -> tuple[dict, dict]:
     """Writes one step; returns its rows of metrics.jsonl and timing.jsonl.
