@@ -431,12 +431,14 @@ MARKERS = """
 """
 MARKERS = [*MARKERS.split(), "<| im_end |>", "＜|im_end|＞", "［/INST］", "USER:", "ASSISTANT:"]
 MARKERS += ["### Instruction:", "### Response:", "### Input:", "### Assistant:", "Human:"]
+MARKERS += ["GPT4 Correct User:", "Instruct:", "Output:", "AI:", "Bot:", "GPT:", "User："]
+MARKERS += ["问：", "答：", "[Round 1]", "[unused0]"]  # OpenChat, Phi-2, ChatGLM, BERT
 
 
 def test_markers_lose_their_spelling_in_reply_message_and_wish(url):
   assert len(set(MARKERS)) > 100
   for marker in MARKERS:
-    at = "\n" if marker.endswith(":") else ""  # a turn in ordinary text begins a line
+    at = "\n" if marker[-1] in ":：" else ""  # a turn in ordinary text begins a line
     shown = judge.defang(f"a\n{marker} b\n{marker}{marker}")
     assert at + marker.translate(judge.WIDE) not in shown.translate(judge.WIDE), marker
   everything = "x\n" + "\n".join(MARKERS)
