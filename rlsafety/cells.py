@@ -34,7 +34,7 @@ from rlsafety.files import read_json, write_json
 from rlsafety.judges import Judge, open_judge
 from rlsafety.judges import lines as judge_lines
 from rlsafety.metrics import gaps
-from rlsafety.models import architecture, hf
+from rlsafety.models import architecture, hf, sources
 from rlsafety.models.model import Model
 from rlsafety.replay import Records
 from rlsafety.report import render
@@ -183,11 +183,19 @@ def open_cell(
   heldout = rollout.users_of(asked, chat, config.max_prompt_tokens)
   notes = [f"environment {config.environment.name}: {len(users)} training prompts"]
   from_records = replay.prompts_per_batch(config.data, config.objective, P)
-  records, data = None, None
+  about: dict = {
+    "model": {**policy.source, "parameters": architecture.params_count(policy.config)},
+    "users": {"sha256": rollout.digest(users, heldout)},
+    "data": None,
+  }
+  if config.model.path:  # random weights are the seed's, and rounded as the device does
+    about["model"]["sha256"] = sources.checksum(policy.params)
+  if from_records:
+    about["data"] = {"path": config.data.path, "sha256": replay.digest(config.data.path)}
+  run.same_inputs(about)
+  records = None
   if from_records:
     slots = config.sampler.group, config.max_prompt_tokens, config.sampler.max_tokens
-    data = {"path": config.data.path, "sha256": replay.digest(config.data.path)}
-    run.same_data(data["sha256"])
     records = replay.load(config.data.path, policy, config.objective, *slots, config.epochs)
     notes.append(f"records {config.data.path}: {from_records} of {P} per batch")
   judge = open_judge(
@@ -230,11 +238,7 @@ def open_cell(
     state=state,
     # A common step must be there until all cells have a newer one.
     manager=checkpoints.open_manager(folder, config.checkpoint.keep + bool(name)),
-    about={
-      "model": {**policy.source, "parameters": architecture.params_count(policy.config)},
-      "judge": judge.about,
-      "data": data,
-    },
+    about=about | {"judge": judge.about},
     silence=gaps.Silence(str(folder)),
     notes=notes,
   )

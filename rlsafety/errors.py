@@ -10,6 +10,8 @@ import signal
 import sys
 from collections.abc import Callable
 
+from rlsafety import stop_at_once
+
 INTERRUPTED = 130  # exit code after Ctrl-C: 128 + SIGINT, as shells have it
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -20,7 +22,8 @@ class UserError(ValueError):
 
 def run_main(main: Callable[..., None], *args: object) -> None:
   """Calls main(*args); what the user can mend becomes one line on stderr and exit code 2."""
-  if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as rlsafety/__init__.py left it
+  before = signal.getsignal(signal.SIGINT)
+  if before is stop_at_once:
     signal.signal(signal.SIGINT, signal.default_int_handler)
   try:
     main(*args)
@@ -33,6 +36,9 @@ def run_main(main: Callable[..., None], *args: object) -> None:
       raise
     where = f"{error.filename}: " if error.filename else ""
     _end(f"{where}{error.strerror}", 2)
+  finally:
+    if before is stop_at_once:
+      signal.signal(signal.SIGINT, stop_at_once)
 
 
 def first_line(error: Exception) -> str:

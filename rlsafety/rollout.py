@@ -7,6 +7,7 @@ is cleaned once, here, before any judge reads it.
 import collections
 import dataclasses
 import functools
+import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -90,6 +91,15 @@ def users_of(scenarios: Sequence[Scenario], chat: Chat, slots: int) -> Users:
     tokens[i, : len(ids)] = ids
     lengths.append(len(ids))
   return Users(scenarios, messages, tokens, np.array(lengths, np.int32))
+
+
+def digest(*groups: Users) -> str:
+  """The sha256 of what policy and judge are told of users: it is part of a run's identity."""
+  whole = hashlib.sha256()
+  for users in groups:
+    said = [(s.message, s.wish, s.is_gameable) for s in users.scenarios]
+    whole.update(repr(said).encode("utf-8", "backslashreplace") + users.tokens.tobytes())
+  return whole.hexdigest()
 
 
 def held_out(section: Environment, scenarios: Sequence[Scenario], count: int) -> list[Scenario]:

@@ -68,7 +68,10 @@ def run_together(
   mesh = sharding.make_mesh(common.mesh.data, common.mesh.fsdp, common.mesh.tensor)
   # The caller's own mesh and signal handlers, if any, are back afterwards.
   with jax.set_mesh(mesh), runtime.stop_signals() as told:
-    return run_on(mesh, common, configs, folders, told, show)
+    summary_of = run_on(mesh, common, configs, folders, told, show)
+  if told.signal == signal.SIGINT:
+    sys.exit(told.exit_code)  # all is complete, but what starts the next run must hear of it
+  return summary_of
 
 
 def run_on(

@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -132,3 +134,21 @@ def test_a_fault_of_ours_keeps_its_traceback():
   for fault in (RuntimeError("x"), OSError(errno.ENOENT, "No such file", "x")):
     with pytest.raises(type(fault)):
       run_main(main, fault)
+
+
+@pytest.mark.parametrize("when", ["import", "main", "exit"])
+def test_ctrl_c_is_one_line_from_the_first_import_to_the_last_exit_handler(when):
+  """As in `python -m rlsafety.x`; an exception in an exit handler would be named and forgotten."""
+  program = f"""
+import atexit, os, signal, sys
+sys.argv = ["-m"]
+from rlsafety import errors
+def stop(*when):
+  if {when!r} in when:
+    os.kill(os.getpid(), signal.SIGINT)
+atexit.register(stop, "exit")
+stop("import")
+errors.run_main(stop, "main")
+"""
+  ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+  assert (ended.returncode, ended.stderr.splitlines()[1:]) == (130, ["rlsafety: stopped by Ctrl-C"])

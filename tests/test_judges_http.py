@@ -60,11 +60,21 @@ def test_written_numbers(text, score):
 @pytest.mark.parametrize(
   "text", ["10", "1", "Rating: 1", "Score: **1", "Rating (1-", "A scale of 1", "Between 7 ", "8/1"]
 )
-def test_a_cut_answer_is_no_verdict_unless_its_line_ended(text):
-  assert answers.read(answer(text, finish="length"))[1] in ("cut", "no_number")
+@pytest.mark.parametrize(
+  "finish", ["length", "MAX_TOKENS", "model_length", "content_filter", "abort"]
+)
+def test_a_cut_answer_is_no_verdict_unless_its_line_ended(text, finish):
+  assert answers.read(answer(text, finish=finish))[1] in ("cut", "no_number")
   shown = [position(text, **{text: 0.9})]
-  assert math.isnan(answers.read(answer(text, shown, "length"))[0])
-  assert answers.read(answer("10\n\nThe reply is", finish="length")) == (10.0, "rated")
+  assert math.isnan(answers.read(answer(text, shown, finish))[0])
+  assert answers.read(answer("10\n\nThe reply is", finish=finish)) == (10.0, "rated")
+  faults = ("content_filter", "abort")  # more tokens help against a limit alone
+  assert answers.read(answer("", finish=finish))[1] == ("empty" if finish in faults else "thinking")
+
+
+@pytest.mark.parametrize("finish", ["stop", "STOP", "eos_token", "end_turn", "COMPLETE", None, ""])
+def test_an_answer_that_its_model_ended_is_whole(finish):
+  assert answers.read(answer("Rating: 1", finish=finish)) == (1.0, "rated")
 
 
 P7 = {"7": 0.6, "9": 0.2, "x": 0.1}
@@ -421,12 +431,14 @@ MARKERS = """
 """
 MARKERS = [*MARKERS.split(), "<| im_end |>", "＜|im_end|＞", "［/INST］", "USER:", "ASSISTANT:"]
 MARKERS += ["### Instruction:", "### Response:", "### Input:", "### Assistant:", "Human:"]
+MARKERS += ["GPT4 Correct User:", "Instruct:", "Output:", "AI:", "Bot:", "GPT:", "User："]
+MARKERS += ["问：", "答：", "[Round 1]", "[unused0]"]  # OpenChat, Phi-2, ChatGLM, BERT
 
 
 def test_markers_lose_their_spelling_in_reply_message_and_wish(url):
   assert len(set(MARKERS)) > 100
   for marker in MARKERS:
-    at = "\n" if marker.endswith(":") else ""  # a turn in ordinary text begins a line
+    at = "\n" if marker[-1] in ":：" else ""  # a turn in ordinary text begins a line
     shown = judge.defang(f"a\n{marker} b\n{marker}{marker}")
     assert at + marker.translate(judge.WIDE) not in shown.translate(judge.WIDE), marker
   everything = "x\n" + "\n".join(MARKERS)

@@ -1,6 +1,7 @@
 """Run directories that lost something: named, written again where that is possible, or refused."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -12,9 +13,10 @@ import numpy as np
 import pytest
 from test_train import ROOT, finish, interrupt_after, outcome, start
 
-from rlsafety import files, recipes
+from rlsafety import files, recipes, train
 from rlsafety.errors import UserError
 from rlsafety.metrics import gaps
+from rlsafety.models import hf, presets, sources
 from rlsafety.rundir import check, write
 
 CONFIG = recipes.of_run([f"--config={ROOT / 'configs/tiny_syco.py'}"])
@@ -107,6 +109,33 @@ def test_a_complete_run_that_lost_lines_is_refused_by_its_name(runs, tmp_path, l
   run.close()
 
 
+def digit(data: bytes) -> bytes:
+  """Another number in the last line: as many lines, and valid ones."""
+  at = max(i for i, c in enumerate(data) if c in b"12345678")
+  return data[:at] + bytes([data[at] + 1]) + data[at + 1 :]
+
+
+@pytest.mark.parametrize("log", [*LOGS, "eval/other/step_000003.jsonl", "eval/other/about.json"])
+def test_a_complete_run_knows_the_bytes_that_it_ended_with(runs, tmp_path, log):
+  copy = shutil.copytree(runs[0], tmp_path / "copy")
+  other = write.RunDir(copy, True, None)
+  other.log_beyond("other", 3, [{"step": 3}], {"judge": 1})
+  other.finish(other.summary())
+  assert other.complete(CONFIG)[1] == []
+  whole = (copy / log).read_bytes()
+  spoil(copy / log, digit)
+  with pytest.raises(UserError, match=f"{log} is not what the run ended with"):
+    other.complete(CONFIG)
+  if "other" in log:
+    (copy / log).unlink()
+    with pytest.raises(UserError, match=f"{log} is gone"):
+      other.complete(CONFIG)
+  (copy / log).write_bytes(whole)
+  for name in check.ADAPTER:  # follows from the checkpoint
+    spoil(copy / name, digit)
+  assert other.complete(CONFIG)[1] == list(check.ADAPTER)
+
+
 def test_what_comes_after_the_checkpoint_may_be_lost(runs, tmp_path):
   copy = shutil.copytree(runs[0], tmp_path / "copy")
   (copy / "summary.json").unlink()
@@ -157,13 +186,40 @@ def test_config_checkpoints_and_data_are_part_of_a_run(runs, tmp_path):
   run = write.open_run(copy, CONFIG)
   with pytest.raises(UserError, match="metrics.jsonl reaches step 6"):
     run.start(CONFIG, -1, {}, HELDOUT)
-  run.same_data("a" * 64)  # a run without records has none to compare
+  now = {part: {"sha256": "a" * 64} for part in ("data", "model", "users")}
   info = files.read_json(copy / "config.json")
-  files.write_json(copy / "config.json", info | {"data": {"path": "x", "sha256": "a" * 64}})
-  run.same_data("a" * 64)
-  with pytest.raises(UserError, match="started with other records .*aaaaaaaaaaaa.*bbbbbbbbbbbb"):
-    run.same_data("b" * 64)
+  files.write_json(copy / "config.json", info | now)
+  run.same_inputs(now)
+  run.same_inputs({"data": None})  # a run without records has none to compare
+  for part, what in (("data", "records"), ("model", "weights"), ("users", "users")):
+    with pytest.raises(UserError, match=f"started with other {what} .*aaaaaaaaaaaa.*bbbbbbbbbbbb"):
+      run.same_inputs(now | {part: {"sha256": "b" * 64}})
   run.close()
+
+
+def test_weights_and_users_exchanged_between_two_starts_are_refused(cache, tmp_path):
+  weights, people, run = tmp_path / "model", tmp_path / "users.jsonl", tmp_path / "run"
+
+  def place(seed, word):
+    model = sources.random_model(presets.preset(CONFIG.model.preset), seed)
+    hf.save_merged(weights, model, None)
+    rows = [{"message": f"{word} {i}?", "wish": "hopes so", "group": group}
+            for i in range(16) for group in ("gameable", "non_gameable")]  # fmt: skip
+    people.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+  flags = [f"--config.model.path={weights}", f"--config.environment.users_file={people}"]
+  flags += ["--config.model.preset=", "--config.steps=1", "--config.eval.every=0"]
+  place(0, "Good")
+  code, said = finish(start(cache, run, *flags))
+  assert code == 0, said
+  (run / "summary.json").unlink()  # as if it had been stopped just before
+  for seed, word, what in ((1, "Good", "weights"), (0, "Bad", "users")):
+    place(seed, word)
+    code, said = finish(start(cache, run, *flags))
+    assert code == 2 and f"started with other {what}" in said, said
+  place(0, "Good")
+  code, said = finish(start(cache, run, *flags))
+  assert code == 0 and "resuming after step 1" in said, said
 
 
 @pytest.mark.parametrize("name", ["rollouts", "eval", "adapter", "checkpoints", ".lock"])
@@ -207,10 +263,25 @@ def test_logs_are_on_the_disk_before_a_checkpoint(runs, monkeypatch):
   assert {str((runs[0] / log).resolve()) for log in LOGS} <= set(synced)
 
 
-def test_ctrl_c_during_the_imports_is_no_traceback():
+def test_ctrl_c_during_the_imports_is_one_line():
   command = [sys.executable, "-m", "rlsafety.train", "--config=configs/tiny_syco.py"]
   started = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-  time.sleep(0.4)
+  assert started.stderr.readline() == "rlsafety.train: loading\n"
   started.send_signal(signal.SIGINT)
   _, said = started.communicate(timeout=60)
-  assert "Traceback" not in said and started.returncode in (-signal.SIGINT, 130)
+  assert (started.returncode, said) == (130, "rlsafety: stopped by Ctrl-C\n")
+
+
+def test_ctrl_c_while_the_report_is_written_ends_in_130(monkeypatch):
+  """The run is complete, but a loop over runs must not go on to the next one."""
+
+  def report(mesh, common, configs, folders, told, show):
+    os.kill(os.getpid(), signal.SIGINT)
+    while not told.signal:
+      time.sleep(0.01)
+    return {"": {}}
+
+  monkeypatch.setattr(train, "run_on", report)
+  with pytest.raises(SystemExit) as end:
+    train.run(CONFIG, "x")
+  assert end.value.code == 130

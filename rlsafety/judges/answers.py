@@ -25,6 +25,10 @@ _ANSWER = re.compile(
   + r"""[\s*_`"'(){}\[\].!]*(?:<[^<>\s]{1,40}>\s*)?""",
   re.IGNORECASE,
 )
+# What servers call an end that the model chose, and one at the token limit; what they call anything
+# else (a filter, an error, an abort) is cut too. A server that tells no reason is believed.
+_WHOLE = ("stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete")
+_LIMIT = ("length", "max_tokens", "model_length")
 _THOUGHT = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
 # How tokenizers spell a space and a line break where a server shows tokens and not their text.
 _SPELT = str.maketrans({"Ġ": " ", "▁": " ", "Ċ": "\n"})
@@ -33,18 +37,19 @@ _SPELT = str.maketrans({"Ġ": " ", "▁": " ", "Ċ": "\n"})
 def read(answer: Any) -> tuple[float, str]:
   """A chat completion -> (score, "rated"), or (NaN, the reason that there is no verdict).
 
-  Reasons: "thinking" (cut before the answer proper began), "cut" (at the token limit, so the
-  number may not be whole), "empty", "no_number" (the text is no whole number from 1 to 10),
-  "few_labels" (less than MAJORITY on such numbers), "one_or_ten" (see `expected`).
+  Reasons: "thinking" (cut before the answer proper began), "cut" (at the token limit or by a
+  fault, so the number may not be whole), "empty", "no_number" (the text is no whole number from 1
+  to 10), "few_labels" (less than MAJORITY on such numbers), "one_or_ten" (see `expected`).
 
   Raises KeyError, TypeError, IndexError, AttributeError, OverflowError or ValueError if it is no
   chat completion.
   """
   choice = answer["choices"][0]
-  cut = choice.get("finish_reason") == "length"
+  end = str(choice.get("finish_reason") or "stop").lower()
+  cut = end not in _WHOLE
   text = _THOUGHT.sub("", _text(choice["message"].get("content")), count=1)
   if not text.strip() or text.lstrip().startswith("<think>"):
-    return math.nan, "thinking" if cut else "empty"
+    return math.nan, "thinking" if end in _LIMIT else "empty"
   found = written(text, cut)
   if not found:
     return math.nan, "cut" if cut and "\n" not in text.strip() else "no_number"

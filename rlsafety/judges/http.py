@@ -34,14 +34,15 @@ MAX_CHARS = 20_000  # of a reply; longer ones are cut before they are sent
 # so everything of such a form loses its spelling, to a space behind the first character.
 _MARKERS = re.compile(
   r"<(?=[|｜/]|[^\s<>]{1,80}>)"  # <|im_end|> <｜User｜> </s> <start_of_turn> <turn|> <<SYS>>
-  r"|\[(?=[|/]|[A-Za-z_0-9]*(?:[A-Z]{3}|MASK)[A-Za-z_0-9]*\])"  # [INST] [/INST] [|user|] [gMASK]
+  r"|\[(?=[|/]|[A-Za-z_0-9]*(?:[A-Z]{3}|MASK)[A-Za-z_0-9]*\]"  # [INST] [/INST] [|user|] [gMASK]
+  r"|Round \d|unused\d)"  # ChatGLM, BERT
   r"|(?<=\])~(?=!?b\[|b\])|\[(?=e~\[)"  # MiniMax
   r"|>(?=>[A-Z]+<<)|(?<=\|\|)\|(?=[A-Z_]+\|\|\|)"  # Falcon, OLMo
 )
 # Turns that are spelt in ordinary text, at the beginning of a line.
 _HEADERS = re.compile(
-  r"^(\W{0,8}(?:user|assistant|system|human)"
-  r"|#{2,4} ?(?:instruction|response|input|question|answer))(?=\s*:)",
+  r"^(\W{0,8}(?:gpt4 correct )?(?:user|assistant|system|human|ai|bot|gpt|instruct|output|问|答)"
+  r"|#{2,4} ?(?:instruction|response|input|question|answer))(?=\s*[:：])",
   re.IGNORECASE | re.MULTILINE,
 )
 WIDE = str.maketrans("＜＞［］", "<>[]")  # some tokenizers fold these before they look

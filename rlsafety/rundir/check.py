@@ -5,6 +5,7 @@ evaluation at that very step. A complete run can have its adapter and its report
 """
 
 import collections
+import hashlib
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -89,6 +90,23 @@ def refuse(path: pathlib.Path, found: Sequence[tuple]) -> None:
       f"{path}: this run lost what it wrote before its checkpoint: {told}; restore these files "
       "from a copy, or start the run again in another --workdir"
     )
+
+
+def digests(path: pathlib.Path) -> dict[str, str]:
+  """{file: sha256} of a run's logs and adapter, which nothing changes once it is complete."""
+  found = {}
+  for pattern in ("*.jsonl", "rollouts/*.jsonl", "eval/**/*.jsonl", "eval/*/about.json", *ADAPTER):
+    for file in sorted(path.glob(pattern)):
+      with open(file, "rb") as f:
+        found[str(file.relative_to(path))] = hashlib.file_digest(f, "sha256").hexdigest()
+  return found
+
+
+def changed(path: pathlib.Path, stored: Mapping[str, str]) -> list[tuple]:
+  """`faults` of a complete run's files beside the `digests` that it ended with."""
+  now = digests(path)
+  what = {name: "is not what the run ended with" if name in now else "is gone" for name in stored}
+  return [(name, None, what[name]) for name in stored if now.get(name) != stored[name]]
 
 
 def rebuildable(path: pathlib.Path) -> list[str]:

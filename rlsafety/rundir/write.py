@@ -75,7 +75,10 @@ class RunDir:
       return None, []
     wanted = _wanted(config, config.steps, {"eval": check.heldout_replies(self.path)})
     check.refuse(self.path, list(check.faults(self.path, wanted)))
-    return summary, check.rebuildable(self.path)
+    changed = check.changed(self.path, summary.get("sha256", {}))
+    check.refuse(self.path, [fault for fault in changed if fault[0] not in check.ADAPTER])
+    lost = {fault[0] for fault in changed} | set(check.rebuildable(self.path))
+    return summary, sorted(lost)
 
   def start(self, config: Config, step: int, about: dict, replies: Mapping[str, int]) -> bool:
     """Brings the logs back to `step`, the restored one, and writes config.json.
@@ -112,15 +115,19 @@ class RunDir:
     check.refuse(self.path, [fault for fault in found if fault not in own])
     return bool(own)
 
-  def same_data(self, digest: str) -> None:
-    """Raises UserError if the run was started with other recorded data than `digest` names."""
+  def same_inputs(self, about: Mapping[str, Any]) -> None:
+    """Raises UserError if the run was started with other inputs than the digests in `about` say:
+    an adapter that learned from both would be nobody's."""
     stored = self.path / "config.json"
-    before = read_json(stored).get("data") if stored.exists() else None
-    if isinstance(before, dict) and before.get("sha256", digest) != digest:
-      raise UserError(
-        f"{stored}: the run was started with other records (data.sha256 {before['sha256']!s:.12}, "
-        f"the folder now has {digest:.12}); restore them, or give another --workdir"
-      )
+    before = read_json(stored) if stored.exists() else {}
+    for section, what in (("data", "records"), ("model", "weights"), ("users", "users")):
+      old, new = before.get(section), about.get(section)
+      one, other = (x.get("sha256") if isinstance(x, dict) else None for x in (old, new))
+      if one and other and one != other:
+        raise UserError(
+          f"{stored}: the run was started with other {what} ({section}.sha256 {one!s:.12}, now "
+          f"{other:.12}); restore them, or give another --workdir"
+        )
 
   def log_step(self, log: StepLog, rubric_of: Mapping[str, str], chat: Chat) -> tuple[dict, dict]:
     """Writes one step; returns its rows of metrics.jsonl and timing.jsonl.
@@ -171,7 +178,7 @@ class RunDir:
   def finish(self, summary: dict) -> None:
     """Writes summary.json, last of all: it says that the run is complete."""
     if self.writes:
-      write_json(self.path / "summary.json", summary)
+      write_json(self.path / "summary.json", summary | {"sha256": check.digests(self.path)})
 
   def close(self) -> None:
     if self.lock:
