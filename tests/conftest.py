@@ -31,7 +31,7 @@ if "RLSAFETY_TESTS" not in os.environ:
   os.environ["RLSAFETY_TESTS"] = tempfile.mkdtemp(prefix="rlsafety_tests_")
   atexit.register(shutil.rmtree, os.environ["RLSAFETY_TESTS"], ignore_errors=True)
 SHARED = pathlib.Path(os.environ["RLSAFETY_TESTS"])
-os.environ["JAX_COMPILATION_CACHE_DIR"] = str(SHARED / "jax")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(SHARED / "jax"))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax  # noqa: E402
