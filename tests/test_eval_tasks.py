@@ -66,7 +66,8 @@ def asked(file, tmp_path_factory):
   folder = tmp_path_factory.mktemp("runs") / "x"
 
   def ask(*names, adapter=adapter, limit=0):
-    settings = config.Eval(tasks=tuple(f"{file}@{n}" for n in names), task_samples=limit)
+    called = tuple(n if "/" in n else f"{file}@{n}" for n in names)
+    settings = config.Eval(tasks=called, task_samples=limit)
     with jax.set_mesh(mesh):
       return tasks.ask(settings, model, mesh, LORAS["a"], adapter, folder, 3)
 
@@ -88,6 +89,26 @@ def test_numbers_are_the_scorers_and_come_again(asked, file):
   other = adapter.replace(scale=-adapter.scale)
   assert ask("sums", adapter=other) != found  # the adapter that is given, not an earlier one
   assert ask("sums", limit=2)["sums/mean"]["n"] == 2
+
+
+def test_a_task_of_an_installed_package_is_found_by_its_name(asked, tmp_path, monkeypatch):
+  from inspect_ai._util import entrypoints
+
+  from rlsafety.serve import tasks  # needs the extra
+
+  place = tmp_path / "site-packages"  # what Inspect takes for installed
+  info, package = place / "others_evals-1.0.dist-info", place / "others_evals"
+  for folder in (info, package):
+    folder.mkdir(parents=True)
+  (info / "METADATA").write_text("Metadata-Version: 2.1\nName: others-evals\nVersion: 1.0\n")
+  (info / "entry_points.txt").write_text("[inspect_ai]\nothers_evals = others_evals\n")
+  (package / "__init__.py").write_text(TASKS)
+  monkeypatch.syspath_prepend(place)
+  entrypoints.clear_entry_points_state()  # Inspect may have looked before
+  tasks.check(["others_evals/sums"])
+  found = asked[0]("others_evals/sums", "sums")
+  assert set(found) == {"others_evals/sums/mean", "sums/mean"}
+  assert found["others_evals/sums/mean"] == found["sums/mean"]
 
 
 def test_a_task_that_fails_is_named_and_the_others_are_asked(asked):
