@@ -197,7 +197,7 @@ def test_config_checkpoints_and_data_are_part_of_a_run(runs, tmp_path):
   run.close()
 
 
-def test_weights_and_users_exchanged_between_two_starts_are_refused(cache, tmp_path):
+def test_weights_and_users_exchanged_between_two_starts_are_refused(tmp_path):
   weights, people, run = tmp_path / "model", tmp_path / "users.jsonl", tmp_path / "run"
 
   def place(seed, word):
@@ -210,15 +210,15 @@ def test_weights_and_users_exchanged_between_two_starts_are_refused(cache, tmp_p
   flags = [f"--config.model.path={weights}", f"--config.environment.users_file={people}"]
   flags += ["--config.model.preset=", "--config.steps=1", "--config.eval.every=0"]
   place(0, "Good")
-  code, said = finish(start(cache, run, *flags))
+  code, said = finish(start(run, *flags))
   assert code == 0, said
   (run / "summary.json").unlink()  # as if it had been stopped just before
   for seed, word, what in ((1, "Good", "weights"), (0, "Bad", "users")):
     place(seed, word)
-    code, said = finish(start(cache, run, *flags))
+    code, said = finish(start(run, *flags))
     assert code == 2 and f"started with other {what}" in said, said
   place(0, "Good")
-  code, said = finish(start(cache, run, *flags))
+  code, said = finish(start(run, *flags))
   assert code == 0 and "resuming after step 1" in said, said
 
 

@@ -32,10 +32,10 @@ analyze.main(["analyze", every, f"--out={folder}/results", "--scores=again",
 """
 
 
-def test_two_variants_and_two_seeds_become_a_page(cache, tmp_path):
+def test_two_variants_and_two_seeds_become_a_page(tmp_path):
   done = subprocess.run(
     [sys.executable, "-c", STUDY, str(tmp_path)],
-    cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=600,
+    cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600,
   )  # fmt: skip
   assert done.returncode == 0, done.stdout + done.stderr
   cells = list(csv.DictReader((tmp_path / "results/cells.csv").open()))
