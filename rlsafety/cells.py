@@ -34,7 +34,7 @@ from rlsafety.files import read_json, write_json
 from rlsafety.judges import Judge, open_judge
 from rlsafety.judges import lines as judge_lines
 from rlsafety.metrics import gaps
-from rlsafety.models import architecture, hf, sources
+from rlsafety.models import architecture, hf
 from rlsafety.models.model import Model
 from rlsafety.replay import Records
 from rlsafety.report import render
@@ -188,8 +188,6 @@ def open_cell(
     "users": {"sha256": rollout.digest(users, heldout)},
     "data": None,
   }
-  if config.model.path:  # random weights are the seed's, and rounded as the device does
-    about["model"]["sha256"] = sources.checksum(policy.params)
   if from_records:
     about["data"] = {"path": config.data.path, "sha256": replay.digest(config.data.path)}
   run.same_inputs(about)

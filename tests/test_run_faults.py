@@ -92,7 +92,7 @@ def test_a_stopped_run_that_lost_lines_is_refused_by_its_name(runs, tmp_path, lo
   before = (copy / "config.json").read_bytes()
   spoil(copy / log, DAMAGE[damage])
   run = write.open_run(copy, CONFIG)
-  with pytest.raises(UserError, match=f"before its checkpoint: .*{log} has") as error:
+  with pytest.raises(UserError, match=f"not what it wrote: .*{log} has") as error:
     run.start(CONFIG, max(check.lines_of_steps(runs[1] / "metrics.jsonl")[0]), {}, HELDOUT)
   run.close()
   assert str(copy) in str(error.value) and (copy / "config.json").read_bytes() == before

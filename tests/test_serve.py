@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import re
@@ -134,6 +135,14 @@ def test_a_started_engine_has_compiled_all_that_will_be_asked(served):
          max_tokens=1)  # fmt: skip
   say(served.url, model=[*served.adapters][1])
   assert served.engine.compilations == before
+
+
+@pytest.mark.parametrize("context", [40, 64, 256, 1024, 2816, 8192])
+def test_buckets_reach_from_short_to_whole_and_pad_long_prompts_at_most_twofold(context):
+  buckets = Size.of(16, context, 8).buckets
+  assert buckets[0] <= 64 and buckets[-1] == context
+  for below, above in itertools.pairwise(buckets):
+    assert below < above <= (2 if above > 512 else 4) * below + 3
 
 
 # --- The numbers are our own --------------------------------------------------------------------

@@ -83,12 +83,12 @@ def faults(path: pathlib.Path, wanted: Mapping[str, Mapping[int, int]]) -> Itera
 
 
 def refuse(path: pathlib.Path, found: Sequence[tuple]) -> None:
-  """Raises UserError that names what is missing, if anything is."""
+  """Raises UserError that names what is missing or changed, if anything is."""
   if found:
     told = "; ".join(f"{name} {what}" for name, _, what in found[:4])
     raise UserError(
-      f"{path}: this run lost what it wrote before its checkpoint: {told}; restore these files "
-      "from a copy, or start the run again in another --workdir"
+      f"{path}: this run's files are not what it wrote: {told}; restore them from a copy, or start "
+      "the run again in another --workdir"
     )
 
 
