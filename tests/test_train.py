@@ -191,7 +191,7 @@ def test_library_does_not_pull_in_heavy_or_foreign_packages():
   code = (
     "import sys; import rlsafety.sampler, rlsafety.learner, rlsafety.train; "
     "print([m for m in ('tensorflow', 'torch', 'matplotlib', 'pandas', 'inspect_ai', "
-    "'tensorflow_datasets') if m in sys.modules])"
+    "'tensorflow_datasets', 'scipy.stats') if m in sys.modules])"
   )
   out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
   assert out.stdout.strip() == "[]", out.stdout + out.stderr
