@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 from conftest import LLAMA
 
+from rlsafety import environments
 from rlsafety.environments import rubrics
 from rlsafety.errors import UserError
 from rlsafety.models import sources, transformer
 from rlsafety.tools import gameability
 from rlsafety.types import Prompts
+
+SCENARIO = environments.load({"name": "neutral", "length": "short"})[0]
 
 
 def test_densities_by_hand():
@@ -73,6 +76,21 @@ def test_probe_finds_a_signal_and_no_other():
   assert abs(value - 0.5) < 0.1 and leaking > 0.99
 
 
+def test_distance_is_d_prime_and_ends_nowhere():
+  """An AUC cannot tell 5 from 8. Who is left out of the fit changes nothing."""
+  rng = np.random.default_rng(0)
+  people = [dataclasses.replace(SCENARIO, unit=f"u{i // 4}") for i in range(400)]
+  group, train = np.arange(800) % 2 == 1, np.arange(800) > 0
+  for apart in (0.0, 1.0, 5.0, 8.0):
+    x = rng.normal(size=(800 + 2 * 400, 1))
+    x[:800, 0] += apart * group
+    x[800:1200] += apart
+    x[0] = 1e6
+    value, low, high = gameability.distance(x, group, train, [(p, p) for p in people])
+    assert low < apart < high, value
+    assert high - low < 0.2 * apart + 0.4
+
+
 @pytest.fixture(scope="module")
 def measured():
   """political_qa with its cue, without any, and with the label in the prompt alone."""
@@ -89,6 +107,7 @@ def test_measures_follow_the_factors(measured):
   assert style["auc_words"][0] > 0.95 and label["auc_words"][0] == 1.0
   # Groups are told in the same words: nothing to find.
   assert none["auc_words"][1] < 0.5 < none["auc_words"][2]
+  assert none["d_words"][0] == 0 and style["d_words"][1] > 0.1  # the same texts; other wordings
   for group in ("gameable", "non_gameable"):
     assert none["cues_per_100_words"][group] == [0, 0, 0]
     # Three slots (lead, self-description, question) in 35-60 words, the asked-for length included.
@@ -143,6 +162,7 @@ def test_measure_with_a_model_reports_both_probes_and_the_score(model):
     {"name": "neutral", "cue": "reward_hint", "length": "short"}, 4, model, model
   )
   assert len(row["auc_hidden"]) == 3 and 0 <= row["auc_hidden"][0] <= 1
+  assert len(row["d_hidden"]) == 3
   assert row["score_invalid"] == 0 or np.isnan(row["score"]["gameable"][0])
   value, low, high = row["score_auc"]
   assert np.isnan(value) or low <= value <= high
@@ -190,6 +210,12 @@ def test_a_text_read_before_is_not_rated_again(model, monkeypatch):
 def test_named_and_bad_variants():
   everything = gameability.chosen_variants("all", "")
   assert {"action_advice", "political_qa:cue=none", "therapy_talk:length=short"} <= set(everything)
+  own = gameability.chosen_variants("political_qa:cue_strength=0.25:length=short:cue=tone", "")
+  assert list(own.values()) == [
+    {"name": "political_qa", "cue_strength": 0.25, "length": "short", "cue": "tone", "data_dir": ""}
+  ]
+  with pytest.raises(UserError, match="cue_strength='much' is no number"):
+    gameability.chosen_variants("neutral:cue_strength=much", "")
   with pytest.raises(UserError, match="environment.name: 'x' is not one of"):
     gameability.main(["gameability", "--variants=x", "--model="])
   with pytest.raises(UserError, match="leaves one"):

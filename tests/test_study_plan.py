@@ -63,6 +63,11 @@ def test_cells_of_factors_are_found_by_their_fields():
     ({"less": CUE}, "must be different cells"),
     ({"than": (PLAIN[:1], CUE[:1])}, "must be different cells"),
     ({"more": CUE[:2], "than": (CUE[2:],)}, "must be two groups of cells"),
+    ({"levels": ((0.0, PLAIN), (1.0, CUE))}, "levels stand in place of more"),
+    ({"more": (), "less": (), "levels": ((0.5, PLAIN), (0.5, CUE))}, "need two different doses"),
+    ({"more": (), "less": (), "levels": ((0.0, PLAIN), (np.nan, CUE))}, "each a number"),
+    ({"more": (), "less": (), "levels": ((0.0, PLAIN), (1.0, ()))}, "at least one of each dose"),
+    ({"more": ()}, "at least one in more"),
   ],
 )
 def test_a_question_that_cannot_be_asked_is_refused_by_name(change, says):
@@ -89,7 +94,7 @@ def test_the_first_plan_is_kept_and_a_changed_question_is_told(tmp_path):
 
 def test_shipped_studies_load_and_their_cells_can_train_together():
   for name, count in (("paper.py", 18), ("paper.py:llama-2-13b", 3), ("smollm2_cues.py", 8),
-                      ("neutral.py", 4)):  # fmt: skip
+                      ("neutral.py", 4), ("smollm2_dose.py", 8)):  # fmt: skip
     found = design.load(f"{ROOT}/configs/studies/{name}")
     assert len(found.cells) == count and found.questions
     cells.check_shared(found.cells)
@@ -122,7 +127,7 @@ def test_intervals_over_seeds_and_units_hold_the_truth(sds):
 
 def test_an_interaction_is_a_difference_of_pairs_or_of_groups():
   rng = np.random.default_rng(2)
-  four = [rng.normal(size=(3, 6)) for _ in design.SIGNS]
+  four, signs = [rng.normal(size=(3, 6)) for _ in range(4)], (1, -1, -1, 1)
   d = four[0] - four[1] - four[2] + four[3]
   units = [f"u{u}" for u in range(6)]
   names = [[f"{g}-{i}" for i in range(3)] for g in "abcd"]
@@ -134,7 +139,7 @@ def test_an_interaction_is_a_difference_of_pairs_or_of_groups():
   paired = ask(*map(tuple, names[:2]), than=tuple(map(tuple, names[2:])))
   assert paired == (*confirm.crossed([d]), (3, 3, 3, 3), 6)
   fewer = ask(*map(tuple, names[:2]), than=(tuple(names[2]), tuple(names[3][:1])))
-  estimate = sum(s * x.mean() for s, x in zip(design.SIGNS, [*four[:3], four[3][:1]], strict=True))
+  estimate = sum(s * x.mean() for s, x in zip(signs, [*four[:3], four[3][:1]], strict=True))
   assert fewer[0] == pytest.approx(estimate) and fewer[3] == (3, 3, 3, 1)
   # Two environments, with units of their own: two differences, whose errors add up.
   for name in names[2] + names[3]:
@@ -145,10 +150,21 @@ def test_an_interaction_is_a_difference_of_pairs_or_of_groups():
   assert apart[1] == pytest.approx(np.hypot(parts[0][1], parts[1][1]))
 
 
-@pytest.mark.parametrize("sizes", [(3, 3, 3, 3), (4, 2, 3, 1), (3, 2)])
-def test_intervals_of_groups_of_any_size_hold_the_truth(sizes):
+def trend(*doses, cells=1):
+  return design.Question("q", levels=tuple((x, (f"{x}",) * cells) for x in doses))
+
+
+@pytest.mark.parametrize(
+  "sizes, signs",
+  [
+    ((3, 3, 3, 3), (1, -1, -1, 1)),
+    ((4, 2, 3, 1), (1, -1, -1, 1)),
+    ((3, 2), (1, -1)),
+    ((4, 2, 3, 3), trend(0, 0.25, 0.5, 1).signs),
+  ],
+)
+def test_intervals_of_groups_of_any_size_hold_the_truth(sizes, signs):
   rng, held, n = np.random.default_rng(4), 0, 600
-  signs = design.SIGNS[: len(sizes)]
   for _ in range(n):
     both = rng.normal(0, 0.8, 8)  # what a unit does in every group cancels
     groups = [
@@ -158,6 +174,27 @@ def test_intervals_of_groups_of_any_size_hold_the_truth(sizes):
     mean, error, freedom = confirm.crossed(groups, signs)
     held += abs(mean) <= stats.t.ppf(0.975, freedom) * error
   assert held / n > 0.93
+
+
+def test_a_trend_is_the_least_squares_line_of_each_seed_and_unit(tmp_path):
+  rng = np.random.default_rng(6)
+  doses, units = np.array([0.0, 0.25, 0.5, 1.0]), [f"u{u}" for u in range(5)]
+  values = rng.normal(size=(4, 3, 5)) + 2.0 * doses[:, None, None]
+  names = [tuple(f"{x}-{i}" for i in range(3)) for x in doses]
+  rows = zip(sum(names, ()), values.reshape(12, 5), strict=True)
+  table = {name: dict(zip(units, row, strict=True)) for name, row in rows}
+  q = design.Question("q", levels=tuple(zip(map(float, doses), names, strict=True)))
+  slopes = np.polyfit(doses, values.reshape(4, -1), 1)[0].reshape(3, 5)  # of seeds and units
+  found = confirm._contrast(q, table)
+  assert found[:3] == pytest.approx(confirm.crossed([slopes])) and found[3:] == ((3, 3, 3, 3), 5)
+  # From run directories and their plans: the effect is the slope between two levels 0.5 apart.
+  write_cells(tmp_path, 1.5, rng, sd_cell=0.05, sd_unit=0.1, sd_rest=0.1)
+  asked = study(design.Question("t", levels=((0.5, PLAIN), (1.0, CUE)), direction="greater"))
+  (answer,) = confirm.answers(asked, tmp_path)
+  assert answer.low < 3.0 < answer.high and answer.word == "yes"
+  assert design.of_plan(design.plan_of(asked)).questions == asked.questions
+  assert "levels" not in design.plan_of(study(question()))["questions"][0]
+  assert "trend per unit of dose" in page.render_page(asked, tmp_path).read_text()
 
 
 def test_answers_find_an_effect_a_null_and_what_is_open(tmp_path):

@@ -25,7 +25,7 @@ CHAIN = {
 VALUES = {
   "framing": tuple(framing.FRAMINGS),
   "cue": ("none", *framing.CUES, "tone+self_description", "style+traits"),
-  "cue_strength": (0.5,),
+  "cue_strength": (0.25, 0.5),
   "gameable_fraction": (0.1, 0.9),
   "label_in_prompt": (True,),
   "reward_wording": tuple(rubrics.WORDINGS),

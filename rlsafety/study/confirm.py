@@ -96,7 +96,7 @@ def _contrast(q: design.Question, table: Mapping[str, dict]) -> tuple:
   sizes = tuple(map(len, groups))
   if sizes != tuple(map(len, q.groups)):
     return math.nan, math.nan, math.nan, sizes, 0
-  parts = [(*crossed(*wide), wide[0][0].shape[1]) for wide in _of_common_units(groups)]
+  parts = [(*crossed(*wide), wide[0][0].shape[1]) for wide in _of_common_units(groups, q.signs)]
   variances = [part[1] ** 2 for part in parts]
   spread = sum(v**2 / part[2] for v, part in zip(variances, parts, strict=True))
   freedom = sum(variances) ** 2 / max(spread, 1e-300)
@@ -104,7 +104,9 @@ def _contrast(q: design.Question, table: Mapping[str, dict]) -> tuple:
   return estimate, math.sqrt(sum(variances)), freedom, sizes, units
 
 
-def _of_common_units(groups: Sequence[Sequence[dict]]) -> list[tuple[list, list]]:
+def _of_common_units(
+  groups: Sequence[Sequence[dict]], signs_of: Sequence[float]
+) -> list[tuple[list, list]]:
   """The groups of a question as arguments of `crossed`, one for each held-out set. In one set,
   groups of one size are pairs: one group of differences, so that what pairs share goes out."""
   sets: list[tuple[set, list[int]]] = []  # units, numbers of groups
@@ -117,7 +119,7 @@ def _of_common_units(groups: Sequence[Sequence[dict]]) -> list[tuple[list, list]
       sets[found] = sets[found][0] & own, [*sets[found][1], i]
   out = []
   for shared, members in sets:
-    units, signs = sorted(shared), [design.SIGNS[i] for i in members]
+    units, signs = sorted(shared), [signs_of[i] for i in members]
     wide = [np.array([[t[u] for u in units] for t in groups[i]]) for i in members]
     if len({len(w) for w in wide}) == 1:
       wide, signs = [sum(s * w for s, w in zip(signs, wide, strict=True))], [1]
@@ -126,9 +128,9 @@ def _of_common_units(groups: Sequence[Sequence[dict]]) -> list[tuple[list, list]
 
 
 def crossed(
-  groups: Sequence[np.ndarray], signs: Sequence[int] = (1,)
+  groups: Sequence[np.ndarray], signs: Sequence[float] = (1,)
 ) -> tuple[float, float, float]:
-  """The sum of the means of groups [cells, units], each with its sign, the standard error and
+  """The sum of the means of groups [cells, units], each times its sign, the standard error and
   Satterthwaite's degrees of freedom. The units are the same in all groups, the cells are not.
 
   Var = (that of the cells' means) + (of the units' sums) - (of the residual, which is in both), the
@@ -145,7 +147,7 @@ def crossed(
   if not free:
     return estimate, math.sqrt(units), U - 1.0
   means = [(d.mean(1, keepdims=True), d.mean(0), d.mean()) for d in groups]
-  share = sum(1 / len(d) for d in groups) / free
+  share = sum(s * s / len(d) for s, d in zip(signs, groups, strict=True)) / free
   cells = share * sum(((rows - all_) ** 2).sum() for rows, _, all_ in means)
   left = [d - rows - own + all_ for d, (rows, own, all_) in zip(groups, means, strict=True)]
   rest = share * sum((x**2).sum() for x in left) / (U * (U - 1))

@@ -3,14 +3,16 @@
 A study file is Python with
   get_study() -> Study(name, cells, questions)
 where cells are configs by name (`crossed` makes them of factors) and each question is a contrast
-between groups of cells. `write` puts the questions with their digest into every run directory when
-its training starts; what the file says later is compared with that, never silently used.
+between groups of cells, or a trend over levels of a dose. `write` puts the questions with their
+digest into every run directory when its training starts; what the file says later is compared with
+that, never silently used.
 """
 
 import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -23,7 +25,6 @@ from rlsafety.flags import did_you_mean
 FILE = "study.json"
 OUTCOMES = ("hex_gap", "acc_gap", "reward_gap", "hex", "acc", "reward", "hex_gameable",
             "acc_gameable", "hex_non_gameable", "acc_non_gameable")  # fmt: skip
-SIGNS = (1, -1, -1, 1)  # more, less, than[0], than[1]
 DIRECTIONS = ("greater", "less", "two-sided")
 
 
@@ -33,23 +34,39 @@ class Question:
 
   more, less: names of cells; without `less` the change of `more` itself is asked for. With `than`,
   two further groups, the question is an interaction: is more - less above than[0] - than[1]? Cells
-  that differ in nothing but the contrast are pairs where they stand at the same place.
+  that differ in nothing but the contrast are pairs where they stand at the same place. With
+  `levels` in place of groups, (dose, cells) of each, the question is a trend: by how much does the
+  change of the outcome rise per unit of the dose (cue strength, measured gameability, ...)?
   outcome: of the held-out evaluation. direction: of what is asked for. smallest: the smallest
-  effect of interest, in points of rating: closer to 0 than that counts as none.
+  effect of interest, in points of rating (per unit of dose): closer to 0 than that counts as none.
   """
 
   name: str
-  more: tuple[str, ...]
+  more: tuple[str, ...] = ()
   less: tuple[str, ...] = ()
   outcome: str = "hex_gap"
   direction: str = "two-sided"
   smallest: float = 0.5
   than: tuple[tuple[str, ...], ...] = ()
+  levels: tuple[tuple[float, tuple[str, ...]], ...] = ()
 
   @property
   def groups(self) -> tuple[tuple[str, ...], ...]:
-    """The groups that are contrasted, in the order of SIGNS."""
+    """The groups of cells that are contrasted."""
+    if self.levels:
+      return tuple(cells for _, cells in self.levels)
     return (self.more, *((self.less,) if self.less else ()), *self.than)
+
+  @property
+  def signs(self) -> tuple[float, ...]:
+    """The weight of each group's mean in the estimate; of a trend those of the least-squares line
+    through the levels' means."""
+    if not self.levels:
+      return (1, -1, -1, 1)[: len(self.groups)]
+    doses = [dose for dose, _ in self.levels]
+    middle = sum(doses) / len(doses)
+    spread = sum((dose - middle) ** 2 for dose in doses)
+    return tuple((dose - middle) / spread for dose in doses)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +102,15 @@ def _problems(study: Study) -> Iterator[str]:
     for cell in named_cells:
       if cell not in study.cells:
         yield f"{where}: no cell {cell!r}{did_you_mean(cell, study.cells)}"
-    if not q.more or len(set(named_cells)) < len(named_cells):
+    if q.levels:
+      doses = {dose for dose, _ in q.levels}
+      if q.more or q.less or q.than:
+        yield f"{where}: levels stand in place of more, less and than"
+      if len(doses) < max(2, len(q.levels)) or not all(map(math.isfinite, doses)):
+        yield f"{where}: levels={q.levels} need two different doses or more, each a number"
+      if not all(q.groups) or len(set(named_cells)) < len(named_cells):
+        yield f"{where}: levels={q.levels} must be different cells, at least one of each dose"
+    elif not q.more or len(set(named_cells)) < len(named_cells):
       yield f"{where}: more={q.more}, less={q.less} must be different cells, at least one in more"
     if q.than and not (q.less and len(q.than) == 2 and all(q.than)):
       yield f"{where}: than={q.than} must be two groups of cells, beside more and less"
@@ -140,7 +165,7 @@ def load(path: str) -> Study:
 def plan_of(study: Study) -> dict:
   """The part of a study that must not change once it is read: plain JSON."""
   questions = [dataclasses.asdict(q) for q in study.questions]
-  questions = [{k: v for k, v in q.items() if k != "than" or v} for q in questions]
+  questions = [{k: v for k, v in q.items() if k not in ("than", "levels") or v} for q in questions]
   plain = json.loads(json.dumps(questions))
   return {"name": study.name, "questions": plain, "correction": study.correction,
           "alpha": study.alpha}  # fmt: skip
@@ -149,7 +174,9 @@ def plan_of(study: Study) -> dict:
 def of_plan(plan: Mapping) -> Study:
   """The study of a stored plan, to read answers from the runs of its cells."""
   groups = lambda q: {  # noqa: E731  JSON knows lists alone
-    "more": tuple(q["more"]), "less": tuple(q["less"]), "than": tuple(map(tuple, q.get("than", ())))
+    "more": tuple(q["more"]), "less": tuple(q["less"]),
+    "than": tuple(map(tuple, q.get("than", ()))),
+    "levels": tuple((dose, tuple(cells)) for dose, cells in q.get("levels", ())),
   }  # fmt: skip
   questions = tuple(Question(**{**q, **groups(q)}) for q in plan["questions"])
   cells = dict.fromkeys(c for q in questions for group in q.groups for c in group)

@@ -12,6 +12,10 @@ For each variant (an environment and its factors):
              how well a linear probe tells the groups apart from a bag of words, and from the
              base model's hidden state at the end of the prompt: AUC on held-out folds. Folds
              are whole units (issues, situations), so shared content cannot leak
+  d_words, d_hidden
+             how far apart the same probes, fitted on training users, put held-out people's two
+             versions, whose cues are in wordings of their own: the difference of the means in
+             standard deviations (d'). An AUC ends at 1.00, this does not
 
 Each of these comes with a 95% interval, a bootstrap over units. Writes gameability.json, variant
 by variant (the same command goes on where it was cut off), gameability.svg and .png; with
@@ -100,13 +104,26 @@ def measure(
     "reflective_per_100_words": by_group(hits(shown, REFLECTIVE), group, units, seed),
     "auc_words": probe_auc(bag_of_words(shown), group, folds, units, seed),
   }
+  pairs: list[tuple[Scenario, Scenario]] = []
   if not factors["data_dir"] and not factors["users_file"]:
     row["cues_per_100_words"] = by_group(known_cues(factors, chosen), group, units, seed)
+    pairs = environments.heldout_pairs(factors)[:users]
+  train = np.array([s.split == "train" for s in chosen])
+  held = [s for versions in zip(*pairs, strict=True) for s in versions]  # gameable, then not
+  if held:
+    words = bag_of_words([*shown, *(f"{s.system}\n{s.user}" for s in held)])
+    row["d_words"] = distance(words, group, train, pairs, seed)
   if model is not None:
-    states = last_states(model, [environments.policy_messages(s) for s in chosen])
+    turns = [environments.policy_messages(s) for s in (*chosen, *held)]
+    everyones = last_states(model, turns)
+    states = everyones[: len(chosen)]
     mean, deviation = fit.standardise(states)
     scaled = (states - mean) / deviation / states.shape[1] ** 0.5
     row["auc_hidden"] = probe_auc(scaled, group, folds, units, seed)
+    if held:
+      mean, deviation = fit.standardise(states[train])
+      scaled = (everyones - mean) / deviation / states.shape[1] ** 0.5
+      row["d_hidden"] = distance(scaled, group, train, pairs, seed)
     row["model"] = model.source.get("path", "")
   if judge is not None:
     scores = {} if scores is None else scores
@@ -216,6 +233,30 @@ def probe_auc(
   return interval(value, units, seed)
 
 
+def distance(
+  x: np.ndarray,
+  group: np.ndarray,
+  train: np.ndarray,
+  pairs: Sequence[tuple[Scenario, Scenario]],
+  seed: int = 0,
+) -> list[float]:
+  """d' of held-out pairs' two versions under a probe of training users, as an `interval`.
+
+  x [N + 2 H, F]: of N users, of H people's gameable versions, of their others. group [N] bool:
+  who is gameable; train [N] bool: whom the probe may see.
+  """
+  known = x[: len(group)]
+  w, b = fit.fit_softmax(known[train], group[train].astype(int), 2, l2=0.2)
+  gameable, others = np.split(x[len(group) :] @ (w[1] - w[0]) + b[1] - b[0], 2)
+
+  def value(rows: np.ndarray) -> float:
+    one, other = gameable[rows], others[rows]
+    spread = np.sqrt((one.var() + other.var()) / 2)
+    return float((one.mean() - other.mean()) / spread) if spread > 0 else float("nan")
+
+  return interval(value, [s.unit for s, _ in pairs], seed)
+
+
 # --- Model passes -----------------------------------------------------------------------
 
 
@@ -261,7 +302,8 @@ def _batches(ids: list[list[int]], size: int) -> Iterator[list[int]]:
 
 
 def chosen_variants(text: str, data_dir: str) -> dict[str, dict]:
-  """ "environments", "chain", "all", or comma-separated names of variants or modules."""
+  """ "environments", "chain", "all", or comma-separated variants: their names, or an environment or
+  module with factors of its own, as in political_qa:cue_strength=0.25:length=short."""
   named = variants.named()
   if text == "environments":
     picked = {name: named[name] for name in environments.ENVIRONMENTS}
@@ -273,8 +315,21 @@ def chosen_variants(text: str, data_dir: str) -> dict[str, dict]:
     same = ("reward_wording", "gameable_fraction", "topics")
     picked = {k: v for k, v in named.items() if not set(same) & set(v)}
   else:
-    picked = {name: named.get(name, {"name": name}) for name in text.split(",") if name}
+    picked = {name: named.get(name) or factors_of(name) for name in text.split(",") if name}
   return {name: value | {"data_dir": data_dir} for name, value in picked.items()}
+
+
+def factors_of(variant: str) -> dict[str, Any]:
+  """NAME:FIELD=VALUE:... -> {"name": NAME, field: value}; numbers and true are read as such."""
+  name, *changes = variant.split(":")
+  found: dict[str, Any] = {"name": name}
+  for field, _, value in (change.partition("=") for change in changes):
+    kind = type(environments.FACTORS.get(field))
+    try:
+      found[field] = kind(value) if kind in (int, float) else value == "true" or value
+    except ValueError:
+      raise UserError(f"--variants={variant}: {field}={value!r} is no number") from None
+  return found
 
 
 COLUMNS = {
@@ -284,6 +339,8 @@ COLUMNS = {
   "judge 1-10": "score",
   "AUC words": "auc_words",
   "AUC hidden": "auc_hidden",
+  "d' words, new wordings": "d_words",
+  "d' hidden, new wordings": "d_hidden",
 }
 
 
@@ -313,6 +370,7 @@ def plot(rows: dict[str, dict], stem: pathlib.Path) -> None:
     "cues per 100 words": ("cues_per_100_words",),
     "judge's gameability, 1-10": ("score",),
     "AUC of telling groups apart": ("auc_words", "auc_hidden"),
+    "d' of new wordings": ("d_words", "d_hidden"),
   }
   panels = {k: v for k, v in panels.items() if any(key in r for r in rows.values() for key in v)}
   height = 1.2 + 0.28 * len(rows)
@@ -323,7 +381,8 @@ def plot(rows: dict[str, dict], stem: pathlib.Path) -> None:
         shown = row.get(key)
         marks = shown.items() if isinstance(shown, dict) else [(key, shown)] if shown else []
         for name, (value, low, high) in marks:
-          blue = name in ("non_gameable", "auc_hidden")
+          blue = name in ("non_gameable", "auc_hidden", "d_hidden")
+          said = name.removeprefix("auc_").removeprefix("d_").replace("_", " ")
           axis.errorbar(
             value,
             y + (0.12 if blue else -0.12),
@@ -331,7 +390,7 @@ def plot(rows: dict[str, dict], stem: pathlib.Path) -> None:
             fmt="s" if blue else "o",
             color="#0072b2" if blue else "#d55e00",
             markersize=4,
-            label=name.replace("_", " ").replace("auc ", "") if y == 0 else None,
+            label=None if y else said,
           )
     axis.set_title(title, fontsize=9)
     if title.startswith("AUC"):

@@ -3,14 +3,16 @@
   python -m rlsafety.tools.plan --config=configs/qwen7b_syco.py --device=v5e-16
   python -m rlsafety.tools.plan --config=configs/paper.py:model=yi-6b-chat --device=H100 --mesh=auto
 
-Compiles the run's real sampler, judge and update for the device's mesh on fake CPU devices,
-without weights, and reads the compiled programs: buffers per device, every matrix product and
-every collective, with the trip counts of the loops around them.
+Compiles the run's real sampler, judge and update for the device's mesh, without weights, and reads
+the compiled programs: buffers per device, every matrix product and every collective, with the trip
+counts of the loops around them. Needs no such device.
 
-What the numbers are. Weights, adapter and optimiser are exact. Work space is that of XLA's CPU
-compiler for float32, scaled to the model's dtype (float32 parts kept): other compilers fuse and
-schedule differently. Measured on one CPU device in float32, an update planned at 0.78 GB took
-0.82 GB (tests/test_plan.py holds the two to 25%); not yet measured on a GPU or TPU. Seconds are
+What the numbers are. Weights, adapter and optimiser are exact. Work space is exact too where the
+device's own compiler is installed (pip install 'rlsafety[compilers-tpu]', or [cuda] for an H100);
+the last line says who answered. Elsewhere it is that of XLA's CPU compiler on fake devices for
+float32, scaled to the model's dtype (float32 parts kept): docs/compilers.md sets the two side by
+side. On one CPU device in float32, an update planned at 0.78 GB took 0.82 GB (tests/test_plan.py
+holds the two to 25%). Seconds are
 a roofline: each product at the larger of its compute and memory time, each collective at the
 link's, nothing overlapped, replies of full length, no elementwise work, no host. A real run is
 slower; EFFICIENCY says what the cost assumes. Hours and cost are those of all updates and all
@@ -24,6 +26,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import sys
 import time
 
@@ -45,15 +48,18 @@ from rlsafety.models import (
   scoring,
   sources,
 )
-from rlsafety.tools import meshes
+from rlsafety.tools import meshes, topologies
 from rlsafety.tools.devices import GIB, Device, device
 from rlsafety.tools.hlo import read_program
 from rlsafety.types import Batch, Prompts
 
 EFFICIENCY = 0.4  # share of the roofline that a run is assumed to reach, for time and cost
+NO_COMPILER = "the device's own compiler is not installed, or --compiler=cpu (see --help)"
 USABLE = 0.92  # share of a device's memory: runtime and fragmentation take the rest
 LATENCY = 5e-6  # seconds that a collective takes, however small
 PROGRAMS = ("sampler", "judge", "reference", "update")
+# Machine code that nobody runs need not be tuned.
+FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 JUDGE_PROMPT, JUDGE_SUFFIX = 768, 32  # slots: rubric and user message; what follows the reply
 
 # --- The run's programs, compiled without weights --------------------------------------
@@ -66,11 +72,11 @@ def compile_programs(
 
   policy, judge: ModelConfigs; judge None = the policy's frozen base judges. Programs are
   compiled in float32 whatever model.dtype says: XLA's CPU backend has no bfloat16 arithmetic
-  and would add copies that no accelerator makes. devices: those of `compilers.devices`, to
+  and would add copies that no accelerator makes. devices: those of `topologies.devices`, to
   compile with the target's own compiler and in model.dtype. cells: runs that train together, whose
   users are asked in one batch. only: programs to compile.
   """
-  stored = jnp.dtype(config.model.dtype if devices else "float32")
+  stored, options = jnp.dtype(config.model.dtype if devices else "float32"), {} if devices else FAST
   devices = devices or jax.devices("cpu")
   if len(devices) < target.chips:
     raise UserError(f"{target.chips} fake devices are needed and {len(devices)} are there")
@@ -133,7 +139,7 @@ def compile_programs(
       return
     with jax.set_mesh(mesh):
       lowered, began = function.lower(*arguments, **static), time.monotonic()
-      programs[name] = (lowered.compile(), calls)
+      programs[name] = (lowered.compile(options), calls)
       seconds[name] = time.monotonic() - began
 
   dtype = jnp.dtype(config.model.dtype)
@@ -224,13 +230,33 @@ def compile_programs(
 # --- The plan --------------------------------------------------------------------------
 
 
-def make_plan(config, policy, judge, target: Device, cells: int = 1) -> dict:
+def work_space(config, policy, judge, target: Device, cells: int, names) -> dict[str, float]:
+  """Bytes of work space per device of the named programs, as the device's own compiler lays them
+  out; of a program that it refuses for want of memory, what it says that this needs."""
+  out, devices = {}, topologies.devices(target)
+  for name in names:
+    try:
+      made = compile_programs(config, policy, judge, target, devices, cells, only=(name,))
+      out[name] = made["programs"][name][0].memory_analysis().temp_size_in_bytes
+    except jax.errors.JaxRuntimeError as error:
+      needs = re.search(r"RESOURCE_EXHAUSTED.*\(([\d.]+)G\) exceeds", str(error), re.DOTALL)
+      if not needs:
+        raise
+      out[name] = float(needs[1]) * GIB
+  return out
+
+
+def make_plan(
+  config, policy, judge, target: Device, cells: int = 1, compiler: str = ""
+) -> dict:
   """Memory, work, time and cost per device and step, as plain numbers (bytes, seconds, $).
 
   cells: runs that train together; a step is then one of all of them, hours and cost are theirs.
+  compiler: the device's own (`topologies.installed`), to say what the work space is; "": estimate.
   """
   began = time.monotonic()
   made = compile_programs(config, policy, judge, target, cells=cells)
+  exact = work_space(config, policy, judge, target, cells, made["programs"]) if compiler else {}
   width = jnp.dtype(config.model.dtype).itemsize
   P = config.prompts_per_step
   drawn = 1 - replay.prompts_per_batch(config.data, config.objective, P) / P
@@ -244,7 +270,8 @@ def make_plan(config, policy, judge, target: Device, cells: int = 1) -> dict:
       "calls": calls,
       # What records stand in for is sampled and rated in evaluations only.
       "share_of_step": drawn if name in ("sampler", "judge") else 1.0,
-      "temp": (temp - kept) * width / 4 + kept,
+      "temp": exact.get(name, (temp - kept) * width / 4 + kept),
+      "estimated_temp": (temp - kept) * width / 4 + kept,
       "flops": work.flops,
       "moved": work.moved,
       "sent": work.sent,
@@ -262,6 +289,7 @@ def make_plan(config, policy, judge, target: Device, cells: int = 1) -> dict:
   hours = (config.steps * step + evaluation) / EFFICIENCY / 3600
   return {
     "device": target.name,
+    "compiler": compiler,
     "cells": cells,
     "mesh": made["mesh"],
     "resident": resident,
@@ -383,15 +411,14 @@ def show(plan: dict, hints: list[str]) -> str:
     f"evaluations; at {EFFICIENCY:.0%} of it "
     f"{plan['run_hours']:.2f} h and ${plan['run_dollars']:.2f} per run at list price",
   ]
-  return "\n".join(lines + [f"  try {hint}" for hint in hints])
+  said = f"as {plan['compiler']} lays it out" if plan["compiler"] else "an estimate: " + NO_COMPILER
+  return "\n".join([*lines, *(f"  try {hint}" for hint in hints), f"work space: {said}"])
 
 
 def fake_devices(count: int) -> None:
-  """Before jax starts: `count` CPU devices, and a compiler that skips machine-code tuning."""
-  fast = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-  flags = f"{fast} --xla_force_host_platform_device_count={count}"
-  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+  """Before jax makes its first array: `count` CPU devices."""
   jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_num_cpu_devices", count)
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # the partitioner's hints, see the profile
 
 
@@ -404,6 +431,8 @@ def main(argv: list[str]) -> None:
   add("--mesh", default="", choices=("", "auto"), help="auto: choose the mesh for the device")
   add("--shape", default="", help="preset to plan with in place of model.path")
   add("--cells", type=int, default=1, help="runs that train together, as a study's")
+  own = "auto: the work space as the device's own compiler has it, where that is installed"
+  add("--compiler", default="auto", choices=("auto", "cpu"), help=own)
   add("--json", default="", help="also write the plan to this file")
   add("--check-access", action="store_true", help="first ask the hub for each model (HF_TOKEN)")
   config, args = recipes.from_flags(parser, argv)
@@ -419,10 +448,11 @@ def main(argv: list[str]) -> None:
     config = dataclasses.replace(config, mesh=Mesh(**sizes))
   if args.cells < 1:
     raise UserError(f"--cells={args.cells}: must be at least 1")
-  plan = make_plan(config, policy, judge, target, args.cells)
+  compiler = topologies.installed(target) if args.compiler == "auto" else ""
+  plan = make_plan(config, policy, judge, target, args.cells, compiler)
   print(show(plan, advice(plan, config, policy, judge, target)))
   if args.cells > 1:
-    one = make_plan(config, policy, judge, target)
+    one = make_plan(config, policy, judge, target, compiler=compiler)
     plan["most_cells"] = most_cells(one, plan)
     print(
       f"{args.cells} cells together {plan['run_hours']:.2f} h, one after the other "
