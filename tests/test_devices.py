@@ -110,9 +110,10 @@ def hub(monkeypatch, tmp_path):
   server.shutdown()
 
 
-def config(path, judge="", name="lm"):
+def config(path, judge="", name="lm", **more):
   part = types.SimpleNamespace
-  return part(model=part(path=path), judge=part(name=name, model=judge))
+  judge = {"name": name, "model": judge, "evaluator": "", "evaluator_model": "", "also": ()} | more
+  return part(model=part(path=path), judge=part(**judge))
 
 
 def test_only_hub_names_are_asked_for(tmp_path):
@@ -122,6 +123,14 @@ def test_only_hub_names_are_asked_for(tmp_path):
   ]
   assert access.hub_names(config("package:x", "gated/model", "http")) == []
   assert access.hub_names(config(str(tmp_path), "")) == []
+  # Evaluators and further rewards load models too.
+  two = ["judge.model=gated/model", "judge.evaluator_model=gated/other"]
+  one = config(str(tmp_path), "gated/model", evaluator_model="gated/other")
+  assert access.hub_names(one) == two
+  for more in ({"evaluator": "lm"}, {"also": ("lm=0.5",)}):
+    assert access.hub_names(config(str(tmp_path), "gated/model", "phrases", **more)) == two[:1]
+  only = {"evaluator": "lm", "evaluator_model": "gated/other"}
+  assert access.hub_names(config(str(tmp_path), "", "phrases", **only)) == two[1:]
 
 
 def test_every_model_that_may_not_be_read_is_named_before_anything_is_booked(hub, monkeypatch):
