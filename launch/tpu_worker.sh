@@ -26,6 +26,10 @@ source "$code/launch/lib.sh"
 venv=$HOME/rlsafety-venv
 mount=$HOME/bucket
 runs=$HOME/rlsafety-runs
+# On machine types of large slices gcsfuse believes for ever what it once saw under a name, and lets
+# folders of a bucket that has none be renamed, file by file (Cloud Storage FUSE, "Automated
+# configurations"). Here every worker sees what the first one wrote, and such a bucket is refused.
+mount_options=(--implicit-dirs --metadata-cache-ttl-secs=0 --rename-dir-limit=0)
 bucket='' image='' hf_secret=''
 
 alive() {
@@ -61,9 +65,9 @@ setup() {
     [[ ${DRY_RUN:-0} == 1 ]] || bring_gcsfuse
     run mkdir -p "$mount"
     if [[ -n $image ]]; then # the container is root's, and sees the mount only if that is too
-      run sudo -n gcsfuse -o allow_other --implicit-dirs "$bucket" "$mount"
+      run sudo -n gcsfuse -o allow_other "${mount_options[@]}" "$bucket" "$mount"
     else
-      run gcsfuse --implicit-dirs "$bucket" "$mount"
+      run gcsfuse "${mount_options[@]}" "$bucket" "$mount"
     fi
   fi
   if [[ -n $image ]]; then

@@ -8,6 +8,7 @@ checkpoint catches up first.
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -31,7 +32,7 @@ from rlsafety.config import Config, differences, to_json
 from rlsafety.environments import scenario
 from rlsafety.errors import UserError
 from rlsafety.files import read_json, write_json
-from rlsafety.judges import Judge, open_judge
+from rlsafety.judges import Judge, check_names, open_judge
 from rlsafety.judges import lines as judge_lines
 from rlsafety.metrics import gaps
 from rlsafety.models import architecture, hf
@@ -119,6 +120,16 @@ def check_shared(configs: Mapping[str, Config]) -> Config:
         f"are {', '.join(SHARED)} (but model.adapter)"
       )
   return one
+
+
+def check_inputs(config: Config) -> None:
+  """Raises UserError for what a user wrote beside the config, before weights are loaded for it:
+  an environment or users of one's own, a reward function, records."""
+  everyone = environments.load(config.environment)
+  rollout.held_out(config.environment, everyone, config.eval.prompts)
+  check_names(config.judge)
+  if config.data.path and not pathlib.Path(config.data.path).is_dir():
+    raise UserError(f"data.path {config.data.path!r}: no such folder")
 
 
 def tell(notes_of: Mapping[str, Sequence[str]]) -> None:

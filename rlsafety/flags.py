@@ -48,6 +48,11 @@ def refuse(
     if meant and word.lstrip("-") in meant:
       found = meant[word.lstrip("-")]
       raise UserError(f"unknown argument {unknown[0]!r}; did you mean {found}?")
+    if not word.startswith("-"):
+      raise UserError(
+        f"unknown argument {unknown[0]!r}: a value without a flag; several values of one flag are "
+        "joined by commas, and a glob is quoted: --runs='runs/a*,runs/b'"
+      )
     known = [option for action in parser._actions for option in action.option_strings]
     raise UserError(f"unknown argument {unknown[0]!r}{did_you_mean(word, known)}")
 

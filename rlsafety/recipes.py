@@ -161,7 +161,9 @@ def from_flags(
   fields = [f"--config.{field}" for field in all_fields(base())]
   refuse(parser, rest, {field.rpartition(".")[2]: field for field in fields})
   if not args.config:
-    raise UserError("no recipe: give --config=configs/<name>.py")
+    raise UserError(
+      "no recipe: give --config=configs/<name>.py; configs/tiny_syco.py runs anywhere in a minute"
+    )
   config = load_recipe(args.config)
   for override in overrides:
     override_field(config, override)
@@ -183,7 +185,11 @@ def override_field(config: ConfigDict, text: str) -> None:
     if not isinstance(node, ConfigDict) or part not in node:
       known = all_fields(config)
       hint = did_you_mean(field, [f"config.{f}" for f in known], f"; fields: {', '.join(known)}")
-      raise UserError(f"--config.{field}: no such field at {'.'.join(parts[: i + 1])!r}{hint}")
+      group = ""
+      if i and isinstance(node, ConfigDict):
+        group = f" ({'.'.join(parts[:i])} has {', '.join(node)})"
+      where = ".".join(parts[: i + 1])
+      raise UserError(f"--config.{field}: no such field at {where!r}{hint}{group}")
     node = node[part]
   if isinstance(node, ConfigDict):
     raise UserError(f"--config.{field}: is a group of fields; set one of {', '.join(node)}")

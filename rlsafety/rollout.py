@@ -124,7 +124,11 @@ def held_out(section: Environment, scenarios: Sequence[Scenario], count: int) ->
     pairs = sorted(pairs, key=lambda pair: rank[pair[0].person])[:number]
     chosen = [pair[version] for version in (0, 1) for pair in pairs]
   if not chosen:
-    raise UserError("the environment has no held-out users: environment.heldout_fraction > 0")
+    raise UserError(
+      f"environment {section.users_file or section.name}: no users are held out: environment."
+      f"heldout_fraction={section.heldout_fraction} of its units rounds to none; raise it, or give "
+      "users of more units"
+    )
   return chosen
 
 

@@ -91,6 +91,8 @@ def run_on(
   live: list[Cell] = []
   if runs:
     ask_tasks = evaluation.tasks_of(common.eval)  # before the weights: a fault is said at once
+    for name in runs:
+      cells.check_inputs(configs[name])
     policy = sources.open_model(common.model, mesh)
     parameters = architecture.params_count(policy.config)
     log.info("model %s: %.1f M parameters", policy.source, parameters / 1e6)

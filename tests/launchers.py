@@ -4,13 +4,16 @@ The stand-in refuses every flag outside the documented set, plays the states of 
 and runs `tpu-vm ssh` commands on this machine, so that launch/tpu_worker.sh is the real one.
 """
 
+import importlib.metadata
 import importlib.util
 import json
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
 import textwrap
+import zipfile
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 TINY_RECIPE = f"--config={REPO}/configs/tiny_syco.py"
@@ -116,21 +119,24 @@ elif command.endswith("ssh"):
     shutil.copy(folder / "trainer", python)
   else:
     env = dict(os.environ, HOME=str(home))
+    if (folder / "enter").exists():  # a root of its own
+      sys.exit(subprocess.run([folder / "enter", flags["--command"]], cwd=home).returncode)
     if (folder / "vm").exists():  # the programs of a VM, in place of this machine's
       env["PATH"] = f"{{folder}}/vm"
     sys.exit(subprocess.run(["bash", "-c", flags["--command"]], cwd=home, env=env).returncode)
 """
 
 
-def machine(folder, **programs):
+def machine(folder, at="/usr/bin", **programs):
   """folder/vm: what PATH holds on a TPU VM, with a Python 3.10 that has neither venv nor pip; and
-  `programs`, name to script, in addition or in place of what is there."""
+  `programs`, name to script, in addition or in place of what is there. at: where it finds the
+  programs of this machine's /usr/bin."""
   vm = folder / "vm"
   vm.mkdir()
   absent = ("python", "pip", "gcloud", "uv", "sudo", "docker", "curl", "gcsfuse", "mountpoint")
   for path in pathlib.Path("/usr/bin").iterdir():
     if not path.name.startswith(absent):
-      (vm / path.name).symlink_to(path)
+      (vm / path.name).symlink_to(f"{at}/{path.name}")
   old = (
     "case $1 in -c) [[ $2 != *version_info* ]] ;; *) echo No module named pip >&2; exit 1 ;; esac"
   )
@@ -140,6 +146,63 @@ def machine(folder, **programs):
     if script:
       executable(vm / name, f"#!/bin/bash\n{script}\n")
   (folder / "real-setup").touch()
+
+
+ENTER = """\
+#!/bin/bash
+set -e
+if [[ $1 != inside ]]; then exec unshare --user --map-root-user --mount "$0" inside "$1"; fi
+root={folder}/root
+bind() {{ mkdir -p "$root$2"; mount --rbind "$1" "$root$2"; }}
+bind {folder}/vm /usr/bin
+bind /usr/bin /host
+for part in /usr/lib /usr/lib64 /usr/share /dev /proc {prefixes} {folder}/shared; do
+  if [[ -e $part ]]; then bind "$part" "$part"; fi
+done
+bind {folder}/home /home/user
+for part in bin lib lib64; do ln -sfn "usr/$part" "$root/$part"; done
+mkdir -p "$root/tmp" "$root/etc"
+exec chroot "$root" /usr/bin/env -i -C /home/user HOME=/home/user PATH=/usr/bin LANG=C.UTF-8 \\
+  {settings} bash -c "$2"
+"""
+
+
+def root(folder, prefixes, **settings):
+  """folder/enter: runs a line of shell in a root of its own that holds of this machine the
+  libraries, the programs of folder/vm, the folders `prefixes` and folder/shared (where they are
+  here), and folder/home as /home/user. settings: further variables. Needs user namespaces."""
+  words = " ".join(shlex.quote(f"{name}={value}") for name, value in settings.items())
+  text = ENTER.format(folder=folder, prefixes=" ".join(prefixes), settings=words)
+  return executable(folder / "enter", text)
+
+
+def wheel(folder, name, version, files=(), tag="py3-none-any", extras=()):
+  """Writes a wheel into `folder`. files: name -> bytes."""
+  about = f"{name.replace('-', '_')}-{version}"
+  metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+  metadata += "".join(f"Provides-Extra: {extra}\n" for extra in extras)
+  contents = dict(files) | {
+    f"{about}.dist-info/METADATA": metadata,
+    f"{about}.dist-info/WHEEL": f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tag}\n",
+  }
+  record = "".join(f"{path},,\n" for path in [*contents, f"{about}.dist-info/RECORD"])
+  with zipfile.ZipFile(folder / f"{about}-{tag}.whl", "w") as archive:
+    for path, data in (contents | {f"{about}.dist-info/RECORD": record}).items():
+      entry = zipfile.ZipInfo(path)
+      entry.external_attr = 0o100755 << 16
+      archive.writestr(entry, data)
+
+
+def installed_wheel(folder, name):
+  """A wheel of a package as it is installed here, its programs included."""
+  found = importlib.metadata.distribution(name)
+  files, about = {}, f"{name}-{found.version}"
+  for file in found.files or ():
+    if "__pycache__" in file.parts or file.name == "RECORD":
+      continue
+    path = f"{about}.data/scripts/{file.name}" if file.parts[0] == ".." else str(file)
+    files[path] = file.locate().read_bytes()
+  wheel(folder, name, found.version, files)
 
 
 def stand_in(folder):

@@ -14,7 +14,7 @@ import types
 import pytest
 
 from rlsafety.errors import UserError
-from rlsafety.rundir import place, write
+from rlsafety.rundir import write
 from rlsafety.tools import access
 from rlsafety.tools.devices import CHIPS, cost_line, device
 
@@ -110,9 +110,10 @@ def hub(monkeypatch, tmp_path):
   server.shutdown()
 
 
-def config(path, judge="", name="lm"):
+def config(path, judge="", name="lm", **more):
   part = types.SimpleNamespace
-  return part(model=part(path=path), judge=part(name=name, model=judge))
+  judge = {"name": name, "model": judge, "evaluator": "", "evaluator_model": "", "also": ()} | more
+  return part(model=part(path=path), judge=part(**judge))
 
 
 def test_only_hub_names_are_asked_for(tmp_path):
@@ -122,6 +123,14 @@ def test_only_hub_names_are_asked_for(tmp_path):
   ]
   assert access.hub_names(config("package:x", "gated/model", "http")) == []
   assert access.hub_names(config(str(tmp_path), "")) == []
+  # Evaluators and further rewards load models too.
+  two = ["judge.model=gated/model", "judge.evaluator_model=gated/other"]
+  one = config(str(tmp_path), "gated/model", evaluator_model="gated/other")
+  assert access.hub_names(one) == two
+  for more in ({"evaluator": "lm"}, {"also": ("lm=0.5",)}):
+    assert access.hub_names(config(str(tmp_path), "gated/model", "phrases", **more)) == two[:1]
+  only = {"evaluator": "lm", "evaluator_model": "gated/other"}
+  assert access.hub_names(config(str(tmp_path), "", "phrases", **only)) == two[1:]
 
 
 def test_every_model_that_may_not_be_read_is_named_before_anything_is_booked(hub, monkeypatch):
@@ -157,47 +166,7 @@ def test_a_hub_out_of_reach_is_one_line(hub):
     access.check(["model.path=open/model"], "http://127.0.0.1:9")
 
 
-# --- where a run directory can lie -----------------------------------------------------------
-
-
-@pytest.mark.parametrize("address", ["gs://b/runs/x", "s3://b/x", "gs:/b/x", "file:///tmp/x"])
-def test_an_address_is_refused_before_anything_is_made(tmp_path, monkeypatch, address):
-  monkeypatch.chdir(tmp_path)
-  with pytest.raises(UserError, match="a folder, not an address; mount the"):
-    place.check(address)
-  assert not list(tmp_path.iterdir())
-
-
-def test_training_into_an_address_is_one_line_and_exit_code_2(tmp_path):
-  command = [sys.executable, "-m", "rlsafety.train", f"--config={REPO}/configs/tiny_syco.py"]
-  env = dict(os.environ, PYTHONPATH=str(REPO))
-  out = subprocess.run(
-    [*command, "--workdir=gs://b/x"], cwd=tmp_path, env=env, capture_output=True, text=True
-  )
-  assert out.returncode == 2 and "--workdir=gs://b/x: a run directory is a folder" in out.stderr
-  assert len(out.stderr.splitlines()) == 2 and not list(tmp_path.iterdir())
-
-
-def test_a_file_system_without_renames_or_appends_is_refused(tmp_path, monkeypatch):
-  """What a bucket mounted without a hierarchical namespace, or without staging, answers."""
-  assert list(place.check(str(tmp_path / "run")).iterdir()) == []  # nothing is left behind
-
-  def refuse(*_, **__):
-    raise OSError(38, "Function not implemented")
-
-  with monkeypatch.context() as patched:
-    patched.setattr(place.os, "replace", refuse)
-    with pytest.raises(UserError, match=r"cannot rename a folder there \(Function not impl"):
-      place.check(str(tmp_path / "run"))
-  with monkeypatch.context() as patched:
-    patched.setattr(place, "open", refuse, raising=False)
-    with pytest.raises(UserError, match="cannot append to a file there"):
-      place.check(str(tmp_path / "run"))
-  with monkeypatch.context() as patched:  # a rename that reports success and copies
-    patched.setattr(place.os, "replace", lambda a, b: None)
-    with pytest.raises(UserError, match="workdir .*: cannot "):
-      place.check(str(tmp_path / "run"))
-  assert list((tmp_path / "run").iterdir()) == []
+# --- copies of the code ----------------------------------------------------------------------
 
 
 def test_a_copy_without_history_knows_its_revision(tmp_path, monkeypatch):

@@ -2,8 +2,11 @@
 
 import importlib.util
 import math
+import os
 import pathlib
 import sqlite3
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -51,35 +54,81 @@ def records(data):
       parts = b""
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("wandb"), reason="pip install wandb")
-def test_wandb_offline_continues_the_same_run(tmp_path, monkeypatch):
-  monkeypatch.setenv("WANDB_MODE", "offline")
-  name = run_twice(tmp_path / "run", settings_of(wandb="exploits"))
+def offline(folder):
+  """The .wandb files of a run in the order they were begun: [(run id, project, {step: row})]."""
   from wandb.proto import wandb_internal_pb2
 
-  files = sorted((tmp_path / "run/events/wandb").glob("offline-run-*/*.wandb"))
-  assert [f.name for f in files] == [f"run-{name}.wandb"] * 2
-  seen = {}
-  for file in files:
+  found = []
+  for file in sorted((folder / "events/wandb").glob("offline-run-*/*.wandb")):
+    names, rows = set(), {}
     for data in records(file.read_bytes()):
       record = wandb_internal_pb2.Record()
       record.ParseFromString(data)
       if record.run.run_id:
-        assert (record.run.run_id, record.run.project) == (name, "exploits")
+        names.add((record.run.run_id, record.run.project))
       row = {i.key or i.nested_key[0]: i.value_json for i in record.history.item}
       if row:
-        seen.setdefault(int(row["_step"]), {}).update(
-          {k: float(v) for k, v in row.items() if not k.startswith("_")}
-        )
-  assert seen == {
-    1: {"loss": 0.25}, 2: {"loss": 0.5, "held_out/hex": 2.5}, 3: {"loss": 0.75, "held_out/hex": 2.5}
-  }  # fmt: skip
+        kept = {k: float(v) for k, v in row.items() if not k.startswith("_")}
+        rows.setdefault(int(row["_step"]), {}).update(kept)
+    ((name, project),) = names
+    found.append((name, project, rows))
+  return found
+
+
+needs_wandb = pytest.mark.skipif(not importlib.util.find_spec("wandb"), reason="pip install wandb")
+
+
+@needs_wandb
+def test_wandb_offline_continues_the_same_run(tmp_path, monkeypatch):
+  monkeypatch.setenv("WANDB_MODE", "offline")
+  name = run_twice(tmp_path / "run", settings_of(wandb="exploits"))
+  first, second = offline(tmp_path / "run")
+  assert first[:2] == second[:2] == (name, "exploits")
+  assert first[2] == {1: {"loss": 0.25}, 2: {"loss": 0.5, "held_out/hex": 2.5}}
+  assert second[2] == {2: {"loss": 0.5}, 3: {"loss": 0.75, "held_out/hex": 2.5}}
+
+
+KILLED = """\
+import os, pathlib, signal, sys, time
+sys.path.insert(0, {tests!r})
+from test_events import events, settings_of, write
+settings = settings_of(wandb="exploits")
+run = write.open_run(pathlib.Path({folder!r}), settings)
+opened = events.open_events(run, settings)
+for step in (1, 2, 3):
+  opened.write(step, {{"loss": step / 4}})
+time.sleep(3)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@needs_wandb
+def test_a_killed_run_keeps_what_it_logged_offline(tmp_path, monkeypatch):
+  """W&B wrote its file every 15 seconds: all of a short run was lost, and the end of a long one."""
+  monkeypatch.setenv("WANDB_MODE", "offline")
+  folder, tests = tmp_path / "run", pathlib.Path(__file__).parent
+  program = KILLED.format(tests=str(tests), folder=str(folder))
+  env = dict(os.environ, PYTHONPATH=str(ROOT))
+  env.pop("WANDB_SERVICE", None)  # that of this process, which would outlive the kill
+  assert subprocess.run([sys.executable, "-c", program], env=env).returncode == -9
+  # W&B ends a step when the next begins, so the last one is missing: the run makes it again.
+  ((name, project, rows),) = offline(folder)
+  assert rows == {1: {"loss": 0.25}, 2: {"loss": 0.5}}
+  settings = settings_of(wandb="exploits")
+  run = write.open_run(folder, settings)
+  opened = events.open_events(run, settings)
+  opened.write(3, {"loss": 0.75})
+  opened.close()
+  run.close()
+  first, second = offline(folder)
+  assert first == (name, project, rows) and second == (name, project, {3: {"loss": 0.75}})
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("trackio"), reason="pip install trackio")
 def test_trackio_continues_the_same_run(tmp_path, monkeypatch, capsys):
   monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
   name = run_twice(tmp_path / "run", settings_of(trackio="exploits"))
+  assert "\33[" not in capsys.readouterr().out  # its greeting, in colours, in every log
   (database,) = (tmp_path / "trackio").rglob("exploits.db")
   with sqlite3.connect(database) as found:
     rows = found.execute(

@@ -167,6 +167,10 @@ def test_gpu_hosts_find_their_coordinator_and_their_driver(capsys):
   assert env["JAX_COORDINATOR_ADDRESS"] == f"qwen-5-{host}-0-0.qwen-5:{render.PORT}"
   assert env["JAX_NUM_PROCESSES"] == "2"
   assert container["command"][-1] == "--workdir=/bucket/runs/qwen-5"
+  (job,) = run["spec"]["replicatedJobs"]
+  (volume,) = job["template"]["spec"]["template"]["spec"]["volumes"]
+  mounted = volume["csi"]["volumeAttributes"]["mountOptions"].split(",")
+  assert {"metadata-cache:ttl-secs:0", "file-system:rename-dir-limit:0"} <= set(mounted)
   # python:slim has no NVIDIA image's settings: without it JAX finds no libcuda and takes the CPU.
   for name, path in (("H100-16", render.DRIVER), ("H100-1", render.DRIVER), ("v5e-16", None)):
     (run,) = manifests(capsys, f"--device={name}", *K8S, *TINY)

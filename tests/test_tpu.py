@@ -1,14 +1,16 @@
 """The TPU loop, launch/tpu_pod.sh with launch/tpu_worker.sh, against a stand-in of gcloud."""
 
+import importlib.metadata
 import os
 import pathlib
 import re
 import shutil
+import subprocess
 import sys
 import time
 
 import pytest
-from launchers import REPO, executable, machine, sh, stand_in
+from launchers import REPO, executable, installed_wheel, machine, root, sh, stand_in, wheel
 
 
 @pytest.fixture
@@ -147,6 +149,66 @@ def test_a_vm_with_python_3_10_gets_a_newer_one(old_vm):
   )
 
 
+def find_python_3_10():
+  """A real one: on PATH, or where a version manager keeps it, beside ours."""
+  beside = pathlib.Path(sys.base_prefix).parent.glob("*3.10*/bin/python3.10")
+  for path in filter(None, [shutil.which("python3.10"), *beside]):
+    code = "import pip, sys; print(sys.base_prefix)"
+    out = subprocess.run([path, "-c", code], capture_output=True, text=True)
+    if out.returncode == 0:
+      return str(path), out.stdout.strip()
+  return None
+
+
+@pytest.fixture
+def real_vm(cloud, tmp_path):
+  """A VM whose root holds a real Python 3.10 and no other: what pip, uv and the programs there do
+  is real. Packages come from a folder: uv and setuptools are themselves, the others empty but JAX,
+  which says who imports it."""
+  old = find_python_3_10()
+  if not UV or not old:
+    pytest.skip("no uv, or no Python 3.10 with pip beside this Python")
+  if "/usr" in (sys.base_prefix, old[1]):
+    pytest.skip("Python lies in /usr, which the root does not take over")
+  if subprocess.run(["unshare", "--user", "--map-root-user", "--mount", "true"]).returncode:
+    pytest.skip("this user may not make a root of its own (unshare --user)")
+  folder, version = cloud.folder, sys.version_info
+  machine(folder, at="/host", python3=f'exec {old[0]} "$@"')
+  packages = folder / "shared/packages"
+  packages.mkdir(parents=True)
+  for name in ("uv", "setuptools"):
+    installed_wheel(packages, name)
+  says = "import sys\nprint('trained by', sys.version_info[:2], sys.prefix)\nsys.exit()\n"
+  wheel(packages, "jax", "99", {"jax/__init__.py": says}, extras=["tpu"])
+  for wanted in importlib.metadata.requires("rlsafety") or ():
+    if "extra ==" not in wanted and not wanted.startswith("jax"):
+      name, oldest = re.match(r"([\w.-]+).*>=([\d.]+)", wanted).groups()
+      wheel(packages, name, oldest)
+  name = f"cpython-{version.major}.{version.minor}.{version.micro}-linux-x86_64-gnu"
+  python = folder / "shared/pythons" / name / "bin" / f"python{version.major}.{version.minor}"
+  python.parent.mkdir(parents=True)
+  python.symlink_to(os.path.realpath(sys.executable))
+  root(
+    folder,
+    [sys.base_prefix, old[1]],
+    PIP_NO_INDEX=1,
+    PIP_FIND_LINKS=packages,
+    UV_OFFLINE=1,
+    UV_FIND_LINKS=packages,
+    UV_PYTHON_INSTALL_DIR=folder / "shared/pythons",
+    UV_PYTHON_DOWNLOADS="never",
+  )
+  return cloud
+
+
+def test_a_root_with_a_real_python_3_10_alone_comes_to_train(real_vm):
+  out = real_vm("train", *POD, "--delete-when-done", "--", "--config=c.py")
+  assert out.returncode == 0, out.stderr
+  here = f"({sys.version_info.major}, {sys.version_info.minor})"
+  assert f"trained by {here} /home/user/rlsafety-venv" in out.stdout
+  assert "rlsafety.train: loading" in out.stdout  # it is this package, not a stand-in
+
+
 def test_an_installation_that_fails_is_tried_three_times(old_vm):
   out = old_vm("train", *POD, "--delete-when-done", "--", "--config=c.py")
   assert out.returncode == 2 and "the set-up failed 3 times" in out.stderr
@@ -186,6 +248,18 @@ case $1 in
   kill) kill -TERM "$(cat {folder}/pid)" ;;
 esac
 """
+
+
+def test_the_bucket_is_mounted_so_that_all_workers_see_it_and_folders_are_renamed_at_once(cloud):
+  """gcsfuse's own defaults on these machines: names are cached for ever, renames may be copies."""
+  called = f'echo "$*" >>{cloud.folder}/gcsfuse-calls'
+  machine(cloud.folder, gcsfuse=called, sudo=SUDO, docker="exit 1")
+  for options in ([], ["--image=i"]):
+    cloud("train", *POD, *options, "--delete-when-done", "--", "--config=c.py", timeout=60)
+  calls = (cloud.folder / "gcsfuse-calls").read_text().splitlines()
+  assert len(calls) == 2 and calls[1].startswith("-o allow_other ")
+  for call in calls:
+    assert " b " in f"{call} " and "--metadata-cache-ttl-secs=0 --rename-dir-limit=0" in call
 
 
 def test_a_gated_model_in_a_container(cloud):

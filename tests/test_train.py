@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 from rlsafety import runtime, train
 from rlsafety.errors import run_main
 from rlsafety.rundir import write
+from rlsafety.tools import record
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = f"--config={ROOT / 'configs/tiny_syco.py'}"
@@ -99,6 +100,14 @@ def test_run_directory_holds_what_was_promised(whole):
   assert "HEX" in output and str(workdir / "report.html") in output
 
 
+def test_what_a_run_wrote_can_be_recorded(whole, tmp_path):
+  """Fields were added to rollouts, and every line of every run was malformed."""
+  record.main(["record", "--runs", str(whole[0]), "--out", str(tmp_path / "set")])
+  fields = {*record.FIELDS, *record.LEFT_OUT}
+  row = json.loads((whole[0] / "rollouts/train.jsonl").open().readline())
+  assert row.keys() <= fields and "verdict" in fields  # which a probe adds
+
+
 def test_held_out_users_are_never_trained_on(whole):
   read = lambda name: {json.loads(line)["scenario_id"] for line in open(whole[0] / name)}  # noqa: E731
   assert not read("rollouts/train.jsonl") & read("eval/step_000000.jsonl")
@@ -127,8 +136,10 @@ def test_complete_run_says_so_and_another_config_is_refused(whole, refuse):
   assert outcome(workdir) == before
 
 
+NO_WEIGHTS = ["--config.model.preset=", "--config.model.path=/no/model.gguf"]
 BAD = {
   "unknown_field": (["--config.sampler.grop=2"], "did you mean config.sampler.group"),
+  "field_of_a_group": (["--config.objective.method=dpo"], "(objective has "),
   "bad_value": (["--config.steps=ten"], "--config.steps=ten: needs int"),
   "unknown_flag": (["--workdri=x"], "did you mean --workdir"),
   "long_prompt": (["--config.max_prompt_tokens=64"], "--config.max_prompt_tokens"),
@@ -142,6 +153,10 @@ BAD = {
   ),
   "unknown_environment": (["--config.environment.name=chess"], "political_qa"),
   "unknown_topic": (["--config.environment.topics=martian"], "liberal"),
+  # Said before the weights are asked for, which are not there.
+  "own_judge": ([*NO_WEIGHTS, "--config.judge.name=no_study.kind"], "judge.name=no_study.kind"),
+  "own_users": ([*NO_WEIGHTS, "--config.environment.users_file=no.jsonl"], "no.jsonl"),
+  "no_records": ([*NO_WEIGHTS, "--config.data.path=no/records"], "data.path 'no/records'"),
   "unknown_judge": (["--config.judge.name=oracle"], "phrases"),
   "bad_lora": (["--config.lora.targets=q,x"], "lora.targets"),
   "bad_mesh": (["--config.mesh.tensor=3"], "config.mesh"),

@@ -33,6 +33,9 @@ MOUNT = "/bucket"
 BAD_INPUT = 2
 KUEUE = "kueue.x-k8s.io/v1beta2"  # served from Kueue 0.15 on; from 0.20 on alone
 DRIVER = "/usr/local/nvidia/lib64"  # GKE mounts libcuda there, where no loader looks by itself
+# As launch/tpu_worker.sh mounts it, and why: by its own defaults for such machines gcsfuse never
+# looks again at a name that it has seen, and renames folders of a bucket without them file by file.
+MOUNT_OPTIONS = "implicit-dirs,metadata-cache:ttl-secs:0,file-system:rename-dir-limit:0"
 GRACE_SECONDS = 120  # SIGTERM to SIGKILL; spot nodes give 25 at most, whatever is written here
 
 
@@ -93,7 +96,7 @@ def job_spec(name: str, target: Device, options: argparse.Namespace, flags: list
         "name": "bucket",
         "csi": {
           "driver": "gcsfuse.csi.storage.gke.io",
-          "volumeAttributes": {"bucketName": options.bucket, "mountOptions": "implicit-dirs"},
+          "volumeAttributes": {"bucketName": options.bucket, "mountOptions": MOUNT_OPTIONS},
         },
       }
     ],

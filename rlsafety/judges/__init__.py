@@ -38,6 +38,14 @@ class Judge:
   about: dict[str, Any]
 
 
+def check_names(settings: config.Judge) -> None:
+  """Raises UserError for a function of the user's that cannot be imported."""
+  further = [text.partition("=")[0] for text in settings.also]
+  for name in (settings.name, settings.evaluator, *further):
+    if "." in name:
+      own.find(name)
+
+
 def open_judge(
   settings: config.Judge,
   environment: Environment,

@@ -4,10 +4,13 @@ The run directory stays the truth: these see copies, and one that fails is left 
 the log while the run goes on. A resumed run continues what it began: its id lies in `ID`.
 """
 
+import contextlib
 import contextvars
 import dataclasses
 import importlib.util
+import io
 import logging
+import os
 import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -113,6 +116,9 @@ def _tensorboard(run: RunDir) -> Sink:
 
 
 def _wandb(project: str, name: str, run: RunDir, values: dict) -> Sink:
+  # By default W&B keeps 15 seconds of an offline run in memory: a kill loses them, and a run that
+  # goes on from a checkpoint after them never logs them again. Versions without it ignore it.
+  os.environ.setdefault("WANDB__TRANSACTION_LOG_FLUSH_INTERVAL", "1")
   import wandb  # an extra  # pyright: ignore[reportMissingImports]
 
   (run.path / "events").mkdir(exist_ok=True)
@@ -134,14 +140,15 @@ def _trackio(project: str, name: str, run: RunDir, values: dict) -> Sink:
 
   # In a context of its own: init ends the run that was begun before in the same one, and cells
   # are several.
-  opened = contextvars.Context().run(
-    trackio.init,
-    project=project,
-    name=f"{run.path.resolve().name}-{name}",
-    config=values,
-    resume="allow",
-    embed=False,
-    auto_log_gpu=False,
-    auto_log_cpu=False,
-  )
+  with contextlib.redirect_stdout(io.StringIO()):  # six lines in colours, in a log too
+    opened = contextvars.Context().run(
+      trackio.init,
+      project=project,
+      name=f"{run.path.resolve().name}-{name}",
+      config=values,
+      resume="allow",
+      embed=False,
+      auto_log_gpu=False,
+      auto_log_cpu=False,
+    )
   return Sink("Trackio", lambda step, row: opened.log(row, step=step), opened.finish)

@@ -19,9 +19,14 @@ from rlsafety.models.sources import is_hub_name
 
 def hub_names(config: Any) -> list[str]:
   """The hub names that a run of this config loads, as "field=owner/name[@revision]"."""
-  fields = {"model.path": config.model.path}
-  if config.judge.name == "lm":
-    fields["judge.model"] = config.judge.model
+  fields, judge = {"model.path": config.model.path}, config.judge
+  evaluator = judge.evaluator or judge.name
+  own_evaluator = evaluator == "lm" and judge.evaluator_model  # in place of judge.model
+  rewards = [judge.name, *(text.partition("=")[0] for text in judge.also)]
+  if "lm" in (rewards if own_evaluator else [*rewards, evaluator]):
+    fields["judge.model"] = judge.model
+  if own_evaluator:
+    fields["judge.evaluator_model"] = judge.evaluator_model
   return [
     f"{field}={path}"
     for field, path in fields.items()

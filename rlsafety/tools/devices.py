@@ -1,13 +1,19 @@
 """The accelerators we plan for and launch on: what they hold, how fast they are, their names.
 
-Sources, read in 2026. TPUs: the pages "TPU v4" to "TPU7x (Ironwood)" of Google Cloud's TPU
-documentation (memory, dense bf16 peak, bandwidth, chips per VM, topologies, the image of each
-version). NVIDIA: the data sheet of each product, its dense bf16 peak (half of what the sheet
-calls "with sparsity"); B200 and GB200 memory as systems report it in MLPerf submissions.
-Node labels: the machine types of GKE's documentation. `link` is what one device sends to its
-neighbours in one direction: NVLink where there is one, else PCIe. Prices are on-demand prices per
-device and hour in US dollars, Google's lists for TPUs and what clouds ask for GPUs, rounded; 0
-where we found none. They tell orders of magnitude: look at your own contract.
+Sources, read in 2026, are named beside the numbers. DOCS is that version's page in Google Cloud's
+TPU documentation (docs.cloud.google.com/tpu/docs/v5e and so on): memory, dense bf16 peak,
+bandwidth, chips per VM, topologies; the images are on its page "TPU software versions"
+(.../runtimes). SHEET is NVIDIA's data sheet of the product, read in others' copies of it: its
+dense bf16 peak is half of what it calls "with sparsity". "Not checked" is a number that we found
+nowhere to compare with. Node labels: the machine types of GKE's documentation. `link` is what one
+device sends to its neighbours in one direction: of a TPU along each axis, a quarter of what DOCS
+calls its bidirectional bandwidth; of a GPU through NVLink where there is one, else PCIe.
+
+Prices are on demand, per device and hour, in US dollars, rounded; 0 where we found none. TPUs:
+Google's list for us-central1 (cloud.google.com/tpu/pricing). GPUs: what clouds that rent little
+else ask (August to October 2026; hyperstack.cloud/gpu-pricing unless said otherwise). The large
+clouds ask two to four times as much: for an H100 6.88 Amazon, 10.98 Google, 12.29 Microsoft
+(September to November). They tell orders of magnitude: look at your own contract.
 
 Slices are named as Google names them: `v4-16` and `v5p-16` count TensorCores (8 chips), `v5e-16`
 and `v6e-16` count chips, `tpu7x-16` counts the halves of chips that JAX sees as devices (8 chips).
@@ -48,40 +54,54 @@ class Chip:
 
 TB = 1e12
 CHIPS = {
+  # DOCS; the link is not there: 3 of 6 links of 45 GB/s, not checked. Price: not checked.
   "v4": Chip(
-    *(32 * GIB, 275e12, 1228e9, 135e9, 3.22, 4),
+    *(32 * GIB, 275e12, 1200e9, 135e9, 3.22, 4),
     *("tpu-v4-podslice", "v4", "tpu-ubuntu2204-base", CUBE, 2),
   ),
+  # DOCS. Price: not checked.
   "v5e": Chip(
     *(16 * GIB, 197e12, 819e9, 100e9, 1.20, 4),
     *("tpu-v5-lite-podslice", "v5litepod", "v2-alpha-tpuv5-lite", PLANE),
   ),
+  # DOCS. Price: Google's billing catalogue, as SkyPilot's catalogue (v8, gcp) has it.
   "v5p": Chip(
     *(95 * GIB, 459e12, 2765e9, 300e9, 4.20, 4),
     *("tpu-v5p-slice", "v5p", "v2-alpha-tpuv5", CUBE, 2),
   ),
+  # DOCS. Price: as v5p.
   "v6e": Chip(
-    *(32 * GIB, 918e12, 1638e9, 224e9, 2.70, 4),
+    *(32 * GIB, 918e12, 1638e9, 200e9, 2.70, 4),
     *("tpu-v6e-slice", "v6e", "v2-alpha-tpuv6e", PLANE),
   ),
-  # A chip has 192 GiB and 2307 TFLOP/s in two halves. The Cloud TPU API does not serve it: GKE.
+  # DOCS; bandwidth and link not checked. A chip has 192 GiB and 2307 TFLOP/s in two halves. Not in
+  # the Cloud TPU API: GKE.
   "tpu7x": Chip(
     *(96 * GIB, 2307e12 / 2, 7.38 * TB / 2, 150e9, 0.0, 8, "tpu7x"),
     topologies=CUBE,
     halves=2,
   ),
-  "A100": Chip(80e9, 312e12, 2039e9, 300e9, 1.80, 8, "nvidia-a100-80gb"),
+  # SHEET, the SXM boards. Price of an H100: runpod.io 2.69 to 3.49, hyperstack.cloud 3.20.
+  "A100": Chip(80e9, 312e12, 2039e9, 300e9, 1.80, 8, "nvidia-a100-80gb"),  # 1.60; runpod.io 1.79
   "H100": Chip(80e9, 989e12, 3350e9, 450e9, 3.00, 8, "nvidia-h100-80gb"),
-  "H200": Chip(141e9, 989e12, 4800e9, 450e9, 3.80, 8, "nvidia-h200-141gb"),
-  "B200": Chip(180e9, 2250e12, 8 * TB, 900e9, 4.60, 8, "nvidia-b200"),
-  # Hosts of 4 with Arm CPUs: our image is for x86, so it is planned for and not launched on.
+  "H200": Chip(141e9, 989e12, 4800e9, 450e9, 4.00, 8, "nvidia-h200-141gb"),  # 3.99
+  # SHEET of HGX; memory as DGX B200's has it (1,440 GB for 8) and clouds sell it, 180 GB.
+  "B200": Chip(180e9, 2250e12, 8 * TB, 900e9, 6.00, 8, "nvidia-b200"),  # 6.00; lambda.ai 6.69
+  # SHEET; memory as systems report it in MLPerf submissions. Hosts of 4 with Arm CPUs: our image is
+  # for x86, so it is planned for and not launched on.
   "GB200": Chip(186e9, 2500e12, 8 * TB, 900e9, 0.0, 4),
+  # SHEET (PCIe 4, 16 lanes: 32 GB/s). Price of L4: not checked; of L40S: its sister L40's.
   "L4": Chip(24e9, 121e12, 300e9, 32e9, 0.70, 8, "nvidia-l4"),
   "L40S": Chip(48e9, 362e12, 864e9, 32e9, 1.00, 8),
-  "RTXPRO6000": Chip(96e9, 504e12, 1597e9, 64e9, 1.80, 8, "nvidia-rtx-pro-6000"),
+  # PCIe 5, 16 lanes: 64 GB/s. Server Edition, whose peak and bandwidth are not checked (457 TFLOP/s
+  # were measured on a card: github.com/xzwgit/gpu-flops-bench).
+  "RTXPRO6000": Chip(96e9, 504e12, 1597e9, 64e9, 1.85, 8, "nvidia-rtx-pro-6000"),  # 1.85
+  # NVIDIA's paper on the architecture, with float32 sums: peak (254 were measured, as above) and
+  # price are not checked.
   "RTX5090": Chip(32e9, 210e12, 1792e9, 64e9, 0.70, 8),
+  # The same paper: not checked. Price: openrelay.inc 0.29, runpod.io 0.74.
   "RTX4090": Chip(24e9, 165e12, 1008e9, 32e9, 0.40, 8),
-  "cpu": Chip(4 * GIB, 50e9, 10e9, 5e9, 0.0, 8),
+  "cpu": Chip(4 * GIB, 50e9, 10e9, 5e9, 0.0, 8),  # a guess, for trying the planner out
 }
 GUESSED_INTENSITY = 250  # flops per byte of bandwidth: the GPUs above have 100 to 420
 GUESSED_LINK = 32e9  # PCIe 4, 16 lanes

@@ -69,7 +69,10 @@ FIELDS = (
   *("messages", "prompt", "completion", "chosen", "rejected", "reward", "label", "is_gameable"),
   *("tokens", "logprobs", "finished", "acc", "hex", "step", "scenario_id"),
 )
-LEFT_OUT = ("sample", "environment", "topic", "factors", "length")  # of a run's rollouts
+# Of a run's rollouts (rundir.write.rollout_records).
+LEFT_OUT = (
+  *("sample", "environment", "topic", "unit", "person", "factors", "length", "verdict"),
+)
 OF_ONE = ("completion", "reward", "label", "acc", "hex", "tokens", "logprobs")  # not of a pair
 
 

@@ -151,6 +151,7 @@ def score_run(
         "score this run with the version that made it (config.json names it)"
       )
   began, unscorable, totals = time.monotonic(), 0, {}
+  missing = dict.fromkeys(gaps.SCORES, 0)
   slots = max((r["length"] for r in records), default=1)
   for start in range(0, len(todo), batch):
     rows = todo[start : start + batch]
@@ -161,11 +162,14 @@ def score_run(
       for i, r in enumerate(rows)
     ]
     files.append(path, lines)
-    unscorable += sum(math.isnan(line["hex"]) for line in lines)
+    for name in missing:
+      missing[name] += sum(math.isnan(line[name]) for line in lines)
     for key in ("judge_prompt_tokens", "judge_completion_tokens", "judge_cost"):
       if key in metrics:
         totals[key] = totals.get(key, 0.0) + float(metrics[key])
     seen = start + len(rows)
+    # A score that no reply got is none of this judge's.
+    unscorable = max((n for n in missing.values() if n < seen), default=seen)
     left = (time.monotonic() - began) / seen * (len(todo) - seen)
     spent = "".join(f", {k.removeprefix('judge_')} {v:.6g}" for k, v in totals.items())
     say(f"{run.path}: {seen}/{len(todo)}, {unscorable} unscorable{spent}, left {left / 60:.1f} min")
