@@ -137,7 +137,7 @@ def tell(notes_of: Mapping[str, Sequence[str]]) -> None:
 def show(name: str, run: RunDir, summary: Mapping) -> None:
   """What a complete run says: its table, unless others run beside it, and where its report is."""
   if not name:
-    print(summary["table"], flush=True)
+    print(summary.get("table", ""), flush=True)
   title = f"{name}: " if name else ""
   runtime.progress().info("%sreport: %s", title, run.path / "report.html")
 
@@ -154,7 +154,7 @@ def open_runs(
     done, lost = run.complete(config)
     folder = run.path.parent if name else run.path
     if (run.path / STOPPED).exists():
-      why = read_json(run.path / STOPPED)["why"]
+      why = read_json(run.path / STOPPED).get("why")
       stopped[name] = f"{why} (to try again, delete {run.path / STOPPED})"
       run.close()
     elif done and not lost:

@@ -29,6 +29,7 @@ from rlsafety import sharding
 from rlsafety.errors import UserError, first_line
 
 TRASH, DAMAGED = "trash", "damaged"
+METADATA = "_CHECKPOINT_METADATA"  # what Orbax notes on a step
 
 
 def open_manager(folder: pathlib.Path, keep: int) -> ocp.CheckpointManager:
@@ -42,7 +43,14 @@ def open_manager(folder: pathlib.Path, keep: int) -> ocp.CheckpointManager:
     cleanup_tmp_directories=True,
     enable_async_checkpointing=jax.process_count() == 1,
   )
-  return ocp.CheckpointManager(folder, options=options)
+  try:
+    return ocp.CheckpointManager(folder, options=options)
+  except (ValueError, TypeError, RecursionError, AttributeError):
+    # Times and the like, which no restore needs; damaged, they keep Orbax from opening any step.
+    for file in folder.glob(f"[0-9]*/{METADATA}"):
+      with contextlib.suppress(FileNotFoundError):  # another process did it
+        file.rename(file.with_name(f"{METADATA}.{DAMAGED}"))
+    return ocp.CheckpointManager(folder, options=options)
 
 
 def _leaves(tree: Any) -> dict[str, jax.Array]:

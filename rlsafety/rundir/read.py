@@ -20,7 +20,7 @@ from rlsafety.files import read_json, read_jsonl
 # What every rollout must have, and what it may have.
 FIELDS = {"step": int, "prompt": int, "sample": int, "is_gameable": bool}
 MAX_STEP = 1_000_000  # a later step is a damaged one: curves have a slot for each
-OPTIONAL = {"messages": list, "factors": dict, "completion": str}
+OPTIONAL = {"messages": list, "factors": dict, "completion": str, "scenario_id": str}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +166,12 @@ def rescored(
       f"{path}: no such scores; make them with python -m rlsafety.tools.rescore --source=both"
     )
   place = operator.itemgetter("step", "prompt", "sample")
-  new = {place(r): r for r in read_jsonl(path) if r.get("source") == source}
+  scored = read_jsonl(path)
+  for line, record in enumerate(scored, 1):
+    if bad := [k for k in ("step", "prompt", "sample") if type(record.get(k)) is not int]:
+      value = repr(record.get(bad[0]))[:40]
+      raise UserError(f"{path}, line {line}: `{bad[0]}` is {value}; delete or mend that line")
+  new = {place(r): r for r in scored if r.get("source") == source}
   kept = [
     {**record, "acc": found.get("acc"), "hex": found.get("hex")}
     for record in records

@@ -82,7 +82,10 @@ class RunDir:
       return None, []
     wanted = _wanted(config, config.steps, {"eval": check.heldout_replies(self.path)})
     check.refuse(self.path, list(check.faults(self.path, wanted)))
-    changed = check.changed(self.path, summary.get("sha256", {}))
+    digests = summary.get("sha256", {})
+    if not isinstance(digests, dict):
+      raise UserError(f"{self.path}/summary.json: sha256 is {digests!r:.40}; restore the file")
+    changed = check.changed(self.path, digests)
     check.refuse(self.path, [fault for fault in changed if fault[0] not in check.ADAPTER])
     lost = {fault[0] for fault in changed} | set(check.rebuildable(self.path))
     return summary, sorted(lost)
@@ -223,6 +226,8 @@ def open_run(workdir: str | pathlib.Path, config: Config) -> RunDir:
   if stored.exists():
     try:
       old = read_json(stored)["config"]
+      if not isinstance(old, dict):
+        raise KeyError("config")
     except (ValueError, KeyError):
       raise UserError(f"{stored}: not readable as a run's config; move the folder away") from None
     # Where a run goes on and who watches is not what it is: checkpoints serve any other.
