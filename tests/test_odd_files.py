@@ -16,7 +16,7 @@ from rlsafety.errors import UserError
 from rlsafety.report import overview, render
 from rlsafety.rundir import read, write
 from rlsafety.study import design, gather
-from rlsafety.tools import gameability
+from rlsafety.tools import export, gameability
 
 CONFIG = recipes.of_run([TINY])
 BODIES = [  # code of a recipe that fails, what is said of it
@@ -150,3 +150,21 @@ def test_a_summary_and_a_stopped_run_that_say_something_else(whole, tmp_path):
     (copy / "summary.json").write_text(json.dumps({"sha256": digests}))
     with pytest.raises(UserError, match="summary.json: sha256 is"):
       write.RunDir(copy, True, None).complete(CONFIG)
+
+
+@pytest.mark.parametrize("odd", [[], {"path": 7}, {"path": "", "preset": [], "seed": 0}, "x", None])
+def test_a_config_without_a_model_is_not_exported(tmp_path, odd):
+  (tmp_path / "config.json").write_text(json.dumps({"config": {"model": odd}}))
+  with pytest.raises(UserError, match="config.json: not the config of a run"):
+    export.export(tmp_path, "peft", tmp_path / "out")
+
+
+@pytest.mark.parametrize("odd", [{"role": "x"}, {"content": 7}, {"role": []}, {"content": None}])
+def test_a_rollout_whose_messages_are_odd(tmp_path, odd):
+  path = synthetic_runs.write_run(tmp_path / "run", steps=4)
+  file = sorted((path / "eval").glob("step_*.jsonl"))[0]
+  record = json.loads(file.read_text().splitlines()[0])
+  record["messages"] = [{"role": "user", "content": "x"} | odd]
+  file.write_text(f"{json.dumps(record)}\n")
+  with pytest.raises(UserError, match="line 1: `messages` is"):
+    read.eval_rollouts(read.load_run(path))

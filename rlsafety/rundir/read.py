@@ -17,6 +17,7 @@ import numpy as np
 from rlsafety.errors import UserError
 from rlsafety.files import read_json, read_jsonl
 
+ROLES = ("system", "user", "assistant")  # of a rollout's messages
 # What every rollout must have, and what it may have.
 FIELDS = {"step": int, "prompt": int, "sample": int, "is_gameable": bool}
 MAX_STEP = 1_000_000  # a later step is a damaged one: curves have a slot for each
@@ -144,12 +145,17 @@ def _rollouts(path: pathlib.Path, notes: list[str] | None) -> list[dict]:
     wrong += [f for f, kind in OPTIONAL.items() if f in record and type(record[f]) is not kind]
     if not wrong and not 0 <= record["step"] <= MAX_STEP:
       wrong = ["step"]
-    if not wrong and not all(isinstance(m, dict) for m in record.get("messages", ())):
+    if not wrong and not all(map(_is_message, record.get("messages", ()))):
       wrong = ["messages"]
     if wrong:
       value = repr(record.get(wrong[0]))[:40]
       raise UserError(f"{path}, line {line}: `{wrong[0]}` is {value}; delete or mend that line")
   return records
+
+
+def _is_message(value: Any) -> bool:
+  fields = isinstance(value, dict) and [value.get("role"), value.get("content")]
+  return bool(fields) and fields[0] in ROLES and isinstance(fields[1], str)
 
 
 def rescored(
