@@ -8,6 +8,7 @@ checkpoint catches up first.
 
 import dataclasses
 import functools
+import hashlib
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 
@@ -35,7 +36,7 @@ from rlsafety.files import read_json, write_json
 from rlsafety.judges import Judge, check_names, open_judge
 from rlsafety.judges import lines as judge_lines
 from rlsafety.metrics import gaps
-from rlsafety.models import architecture, hf
+from rlsafety.models import architecture, hf, sources
 from rlsafety.models.model import Model
 from rlsafety.replay import Records
 from rlsafety.report import render
@@ -147,7 +148,7 @@ def tell(notes_of: Mapping[str, Sequence[str]]) -> None:
 def show(name: str, run: RunDir, summary: Mapping) -> None:
   """What a complete run says: its table, unless others run beside it, and where its report is."""
   if not name:
-    print(summary["table"], flush=True)
+    print(summary.get("table", ""), flush=True)
   title = f"{name}: " if name else ""
   runtime.progress().info("%sreport: %s", title, run.path / "report.html")
 
@@ -164,7 +165,7 @@ def open_runs(
     done, lost = run.complete(config)
     folder = run.path.parent if name else run.path
     if (run.path / STOPPED).exists():
-      why = read_json(run.path / STOPPED)["why"]
+      why = read_json(run.path / STOPPED).get("why")
       stopped[name] = f"{why} (to try again, delete {run.path / STOPPED})"
       run.close()
     elif done and not lost:
@@ -201,7 +202,7 @@ def open_cell(
   }
   if from_records:
     about["data"] = {"path": config.data.path, "sha256": replay.digest(config.data.path)}
-  run.same_inputs(about)
+  run.same_inputs(about)  # before the records are read and a judge is loaded
   records = None
   if from_records:
     slots = config.sampler.group, config.max_prompt_tokens, config.sampler.max_tokens
@@ -223,6 +224,13 @@ def open_cell(
   state = learner.starting_state(
     config.lora, policy.config, optimizer, start_key, config.model.adapter
   )
+  about["judge"] = judge.about
+  if others:
+    asked_too = [(b.name, rollout.digest(b.users), b.judge.about.get("sha256")) for b in others]
+    about["beyond"] = {"sha256": hashlib.sha256(repr(asked_too).encode()).hexdigest()}
+  if config.model.adapter:
+    about["adapter"] = {"sha256": sources.checksum(state.adapter.weights)}
+  run.same_inputs(about)
   folder = run.path / "checkpoints"
   return Cell(
     name=name,
@@ -247,7 +255,7 @@ def open_cell(
     state=state,
     # A common step must be there until all cells have a newer one.
     manager=checkpoints.open_manager(folder, config.checkpoint.keep + bool(name)),
-    about=about | {"judge": judge.about},
+    about=about,
     silence=gaps.Silence(str(folder)),
     notes=notes,
   )
@@ -269,7 +277,8 @@ def resume(cells: Sequence[Cell]) -> None:
       notes[cell.name].append(f"resuming after step {step}")
     replies = {"eval": len(cell.heldout)} | {f"eval/{b.name}": len(b.users) for b in cell.beyond}
     replies = {folder: n * cell.config.eval.samples for folder, n in replies.items()}
-    cell.again = cell.run.start(cell.config, step, cell.about, replies)
+    told = checkpoints.logs_of(cell.manager, step) if step >= 0 else {}
+    cell.again = cell.run.start(cell.config, step, cell.about, replies, told)
     cell.events = events.open_events(cell.run, cell.config)
   tell(notes)
 
@@ -354,7 +363,7 @@ def save(cells: Sequence[Cell], wait: bool) -> None:
   if cells:
     runtime.barrier(f"checkpoint {cells[0].step}")  # a host that is gone is named, not waited for
   for cell in cells:
-    checkpoints.save(cell.manager, cell.step, cell.state)
+    checkpoints.save(cell.manager, cell.step, cell.state, cell.run.marks())
   for cell in cells if wait else ():
     checkpoints.finish(cell.manager)
 

@@ -29,6 +29,7 @@ from rlsafety import sharding
 from rlsafety.errors import UserError, first_line
 
 TRASH, DAMAGED = "trash", "damaged"
+METADATA = "_CHECKPOINT_METADATA"  # what Orbax notes on a step
 
 
 def open_manager(folder: pathlib.Path, keep: int) -> ocp.CheckpointManager:
@@ -42,7 +43,14 @@ def open_manager(folder: pathlib.Path, keep: int) -> ocp.CheckpointManager:
     cleanup_tmp_directories=True,
     enable_async_checkpointing=jax.process_count() == 1,
   )
-  return ocp.CheckpointManager(folder, options=options)
+  try:
+    return ocp.CheckpointManager(folder, options=options)
+  except (ValueError, TypeError, RecursionError, AttributeError):
+    # Times and the like, which no restore needs; damaged, they keep Orbax from opening any step.
+    for file in folder.glob(f"[0-9]*/{METADATA}"):
+      with contextlib.suppress(FileNotFoundError):  # another process did it
+        file.rename(file.with_name(f"{METADATA}.{DAMAGED}"))
+    return ocp.CheckpointManager(folder, options=options)
 
 
 def _leaves(tree: Any) -> dict[str, jax.Array]:
@@ -59,15 +67,23 @@ def _digest_json(value: Any) -> str:
   return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def save(manager: ocp.CheckpointManager, step: int, state: Any, wait: bool = False) -> None:
+def save(
+  manager: ocp.CheckpointManager,
+  step: int,
+  state: Any,
+  logs: Mapping[str, Any] | None = None,
+  wait: bool = False,
+) -> None:
   """Writes `state` (any pytree of arrays) as step; `wait` blocks until it is on disk.
 
+  logs: kept with it, in JSON types; see `logs_of`.
   Raises UserError naming the folder if it, or the save before it, was not written.
   """
   leaves = _leaves(state)
   meta = {
     "sha256": {name: _digest(x) for name, x in leaves.items()},
     "shapes": {name: [str(x.dtype), list(x.shape)] for name, x in leaves.items()},
+    "logs": logs or {},
   }
   meta["self"] = _digest_json(meta)
   # Copies: an asynchronous save must not read buffers that the next update was given.
@@ -102,6 +118,12 @@ def _named(manager: ocp.CheckpointManager, step: int | None) -> Iterator[None]:
       f"{manager.directory}/{step}: cannot be written ({first_line(error)}); "
       "the steps before it are whole"
     ) from error
+
+
+def logs_of(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+  """The `logs` that a readable step was saved with, {} of one that was saved without."""
+  args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+  return manager.restore(step, args=args)["meta"].get("logs", {})
 
 
 def forget_after(manager: ocp.CheckpointManager, step: int) -> None:

@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import importlib.util
 import pathlib
+import traceback
 from collections.abc import Mapping, Sequence
 
 from absl import flags as absl_flags
@@ -16,7 +17,7 @@ from ml_collections import ConfigDict, config_flags
 from rlsafety import environments, flags, sections
 from rlsafety.config import Config, Model, Objective, to_json
 from rlsafety.environments import Environment
-from rlsafety.errors import UserError
+from rlsafety.errors import UserError, first_line
 from rlsafety.flags import did_you_mean, refuse
 from rlsafety.sections import Section
 
@@ -83,17 +84,28 @@ def called(recipe: str, function: str, flag: str) -> object:
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
-  except (SyntaxError, ImportError) as error:
-    raise UserError(f"{flag}={path}: cannot be read ({type(error).__name__}: {error})") from None
+  except Exception as error:
+    raise UserError(f"{flag}={path}: cannot be read ({_said(error, path)})") from error
   if not callable(getattr(module, function, None)):
     raise UserError(f"{flag}={path}: has no {function}() function")
   make = getattr(module, function)
   try:
     return make(argument) if argument else make()
-  except TypeError as error:
-    if "positional argument" not in str(error):
-      raise
-    raise UserError(f"{flag}={recipe}: this recipe takes no argument") from None
+  except UserError:
+    raise
+  except Exception as error:
+    if isinstance(error, TypeError) and "positional argument" in str(error):
+      raise UserError(f"{flag}={recipe}: this recipe takes no argument") from None
+    raise UserError(f"{flag}={recipe}: {function}() failed ({_said(error, path)})") from error
+
+
+def _said(error: Exception, path: str) -> str:
+  """An error in the code of a recipe, with the line of its file where it has one."""
+  frames = traceback.extract_tb(error.__traceback__)
+  lines = [f.lineno for f in frames if f.filename == str(pathlib.Path(path).absolute())]
+  lines = lines or [f.lineno for f in frames if f.filename == path]
+  where = f"line {lines[-1]}, " if lines else ""
+  return f"{where}{type(error).__name__}: {first_line(error)}"
 
 
 def arguments(file: str, text: str, known: Mapping[str, tuple[str, ...]]) -> dict[str, str]:

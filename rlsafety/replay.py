@@ -119,6 +119,8 @@ _FEATURES = re.compile(
   r"tensorflow_datasets\.core\.features\.\w+\.(FeaturesDict|Text|Tensor|Scalar)"
 )
 _BUILDER = "rlsafety.tools.dataset"
+_FIELDS = ("messages", "completions", "lengths", "tokens", "logprobs", "finished", *SCORES,
+           "is_gameable", "step", "tokenizer")  # fmt: skip
 
 
 def _open(path: str) -> tuple[Any, list[bool]]:
@@ -144,6 +146,8 @@ def _open(path: str) -> tuple[Any, list[bool]]:
     raise UserError(f"data.path {path!r} cannot be read ({error}); write it again") from error
   if not gameable:
     raise UserError(f"data.path {path!r} holds no record")
+  if missing := [name for name in _FIELDS if name not in source[0]]:
+    raise UserError(f"{folder / 'features.json'}: has no {missing[0]!r}; write the data set again")
   return source, gameable
 
 

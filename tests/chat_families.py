@@ -47,7 +47,7 @@ def byte_level(split: str, control: list[str], plain=()) -> Tokenizer:
 def sentencepiece(control: list[str], prefix: bool, plain=(), pieces=()) -> Tokenizer:
   """Like Llama 2, Yi and Gemma: control tokens are in the model's vocabulary."""
   merges = _merges(["▁" + w for w in WORDS] + WORDS + ["▁[", "▁<<", "▁[/", "<<", ">>", *pieces])
-  letters = sorted(set("".join(WORDS) + "▁[]<>/\n"))
+  letters = sorted(set("".join([*WORDS, *pieces]) + "▁[]<>/\n"))
   fallback = [f"<0x{b:02X}>" for b in range(256)]
   first = [*control, *fallback]
   if not pieces:  # Llama's vocabulary has no line break: it becomes a byte
@@ -212,6 +212,37 @@ STYLES = {
     "{{ '<|assistant|>' if add_generation_prompt else eos_token }}{{ unk_token }}"
   ),
 }
+
+
+def _turns(system: str, user: str, assistant: str, end: str = "") -> str:
+  """A template whose turns are ordinary text. end: after a reply."""
+  return (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}"
+    f"{{{{ {system!r} + m.content }}}}{{% elif m.role == 'user' %}}"
+    f"{{{{ {user!r} + m.content }}}}{{% else %}}{{{{ {assistant!r} + m.content + {end!r} }}}}"
+    "{% endif %}{% endfor %}"
+    f"{{% if add_generation_prompt %}}{{{{ {assistant.rstrip(' ')!r} }}}}{{% endif %}}"
+  )
+
+
+# Templates without control tokens, and the words by which a content could open a turn.
+IN_WORDS = {
+  "vicuna": (_turns("", " USER: ", " ASSISTANT: "), ("USER:", "ASSISTANT:")),
+  "alpaca": (_turns("", "\n\n### Instruction:\n", "\n\n### Response:\n"),
+             ("### Instruction:", "### Response:")),
+  "vigogne": (_turns("", "\n\n### Instruction:\n", "\n\n### Réponse :\n"), ("### Réponse",)),
+  "guanaco": (_turns("", "### Human: ", "### Assistant: "), ("### Human:", "### Assistant:")),
+  "openchat": (_turns("", "GPT4 Correct User: ", "GPT4 Correct Assistant: "),
+               ("GPT4 Correct User:", "GPT4 Correct Assistant:")),
+  "falcon": (_turns("System: ", "\nUser: ", "\nFalcon: "), ("System:", "User:", "Falcon:")),
+  "phi2": (_turns("", "\nInstruct: ", "\nOutput: "), ("Instruct:", "Output:")),
+  "chatglm": (_turns("", "\n[Round 1]\n\n问：", "\n\n答："), ("[Round 1]", "问：", "答：")),
+  "deepseek_llm": (_turns("", "\n\nUser: ", "\n\nAssistant: "), ("User:", "Assistant:")),
+  "baize": (_turns("", "\n[|Human|]", "\n[|AI|]"), ("[|Human|]", "[|AI|]")),
+  "redpajama": (_turns("", "\n<human>: ", "\n<bot>: "), ("<human>", "<bot>")),
+  "persimmon": (_turns("", "human: ", "\n\nadept: "), ("human:", "adept:")),
+  "questions": (_turns("", "\nQuestion: ", "\nAnswer: "), ("Question:", "Answer:")),
+}  # fmt: skip
 
 
 def named(**tokens: str) -> dict[str, str]:

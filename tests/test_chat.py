@@ -169,6 +169,26 @@ def test_text_that_marks_turns_is_never_a_mark_in_a_content(chat, name):
     assert c.decode(c.encode_text("." + content)) == "." + content
 
 
+@pytest.mark.parametrize("style", chat_families.IN_WORDS)
+def test_a_turn_in_words_is_never_one_in_a_content(style):
+  """Each family guards its own words alone: "Answer:" is prose where no turn begins so."""
+  template, marks = chat_families.IN_WORDS[style]
+  words = {word for _, found in chat_families.IN_WORDS.values() for word in found}
+  every = sorted(word.replace(" ", "▁") for word in words)
+  pieces = every + [f"▁{word}" for word in every]
+  full = chat_families.sentencepiece(["<unk>", "<s>", "</s>"], prefix=True, pieces=pieces)
+  special = chat_families.named(bos="<s>", eos="</s>", unk="<unk>")
+  c = chats.make_chat(full, template=template, special=special, source=style)
+  ids = lambda text: c.plain.encode(text, add_special_tokens=False).ids  # noqa: E731
+  joined = lambda found: f" {' '.join(map(str, found))} "  # noqa: E731
+  for mark in marks:
+    for form in (mark, f" {mark}", f"\n{mark}", f"\n\n{mark} ", f"Yes.{mark}"):
+      assert joined(ids(mark)).strip() not in joined(c.encode_text(f"Hello{form} there")), form
+      assert c.decode(c.encode_text(f".{form}")) == f".{form}"
+  for word, own in (("Answer:", "questions"), ("Output:", "phi2"), ("Falcon:", "falcon")):
+    assert (c.encode_text(f"The {word}") == ids(f"The {word}")) == (style != own)
+
+
 def test_an_ordinary_token_that_ends_replies(chat):
   full = chat("chatml").full
   c = chats.make_chat(full, special={"eos_token": "Hello"}, source="x")

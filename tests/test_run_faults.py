@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -93,7 +94,7 @@ def test_a_stopped_run_that_lost_lines_is_refused_by_its_name(runs, tmp_path, lo
   spoil(copy / log, DAMAGE[damage])
   run = write.open_run(copy, CONFIG)
   with pytest.raises(UserError, match=f"not what it wrote: .*{log} has") as error:
-    run.start(CONFIG, max(check.lines_of_steps(runs[1] / "metrics.jsonl")[0]), {}, HELDOUT)
+    run.start(CONFIG, max(check.lines_of_steps(runs[1] / "metrics.jsonl")[0]), {}, HELDOUT, {})
   run.close()
   assert str(copy) in str(error.value) and (copy / "config.json").read_bytes() == before
 
@@ -136,13 +137,58 @@ def test_a_complete_run_knows_the_bytes_that_it_ended_with(runs, tmp_path, log):
   assert other.complete(CONFIG)[1] == list(check.ADAPTER)
 
 
+def first_number(data: bytes) -> bytes:
+  """Another number in the first line."""
+  return re.sub(rb"(\.\d*?)([1-8])", lambda m: m[1] + bytes([m[2][0] + 1]), data, count=1)
+
+
+@pytest.mark.parametrize("log", [*LOGS, "eval/other/step_000000.jsonl"])
+def test_a_number_changed_before_the_checkpoint_is_refused_or_made_again(runs, tmp_path, log):
+  """As many lines and valid ones: only the bytes say so. What comes later may be anything."""
+  copy = shutil.copytree(runs[0], tmp_path / "copy")
+  (copy / "summary.json").unlink()
+  other = write.RunDir(copy, True, None)
+  other.log_beyond("other", 0, [{"step": 0, "reward": 3.5}], {})
+  told = other.marks()
+  for name in write.LOGS:  # a run that was killed after the checkpoint of step 6
+    write.append(copy / name, [{"step": 7}])
+  (copy / "metrics.jsonl").open("a").write('{"step": 8, "rew')
+  assert other.marks()["metrics.jsonl"] != told["metrics.jsonl"]
+  kept = shutil.copytree(copy, tmp_path / "kept")
+  assert write.RunDir(kept, True, None).start(CONFIG, 6, {}, HELDOUT, told) is False
+  spoil(copy / log, first_number)
+  with pytest.raises(UserError, match=f"{log} was changed after step . was written"):
+    other.start(CONFIG, 6, {}, HELDOUT, told)
+
+
+def test_a_changed_evaluation_at_the_checkpoint_is_made_again(runs, tmp_path):
+  for log in ("eval/step_000006.jsonl", "eval/summary.jsonl"):
+    copy = shutil.copytree(runs[0], tmp_path / log.replace("/", "_"))
+    (copy / "summary.json").unlink()
+    run = write.RunDir(copy, True, None)
+    told = run.marks()
+    spoil(copy / log, digit)
+    assert run.start(CONFIG, 6, {}, HELDOUT, told) is True
+    assert [r["step"] for r in files.read_jsonl(copy / "eval/summary.jsonl")] == [0, 3]
+
+
+def test_a_stopped_run_knows_its_logs_from_the_checkpoint(runs, tmp_path):
+  copy = shutil.copytree(runs[1], tmp_path / "copy")
+  spoil(copy / "metrics.jsonl", digit)
+  code, said = finish(start(copy))
+  assert code == 2 and "metrics.jsonl was changed after step" in said, said
+  shutil.copyfile(runs[1] / "metrics.jsonl", copy / "metrics.jsonl")
+  code, said = finish(start(copy))
+  assert code == 0 and outcome(copy) == outcome(runs[0]), said
+
+
 def test_what_comes_after_the_checkpoint_may_be_lost(runs, tmp_path):
   copy = shutil.copytree(runs[0], tmp_path / "copy")
   (copy / "summary.json").unlink()
   (copy / "eval/step_000006.jsonl").unlink()
   spoil(copy / "metrics.jsonl", lambda data: data[:-30])
   run = write.open_run(copy, CONFIG)
-  assert run.start(CONFIG, 5, {}, HELDOUT) is False
+  assert run.start(CONFIG, 5, {}, HELDOUT, {}) is False
   run.close()
   assert [r["step"] for r in files.read_jsonl(copy / "metrics.jsonl")] == [1, 2, 3, 4, 5]
 
@@ -153,7 +199,7 @@ def test_the_evaluation_at_the_checkpoint_is_made_again(runs, tmp_path):
     (copy / "summary.json").unlink()
     spoil(copy / lost, lambda data: b"".join(data.splitlines(keepends=True)[:1]))
     run = write.open_run(copy, CONFIG)
-    assert run.start(CONFIG, 3, {}, HELDOUT) is True
+    assert run.start(CONFIG, 3, {}, HELDOUT, {}) is True
     run.close()
     assert [r["step"] for r in files.read_jsonl(copy / "eval/summary.jsonl")] == [0]
 
@@ -185,7 +231,7 @@ def test_config_checkpoints_and_data_are_part_of_a_run(runs, tmp_path):
   (copy / "summary.json").unlink()
   run = write.open_run(copy, CONFIG)
   with pytest.raises(UserError, match="metrics.jsonl reaches step 6"):
-    run.start(CONFIG, -1, {}, HELDOUT)
+    run.start(CONFIG, -1, {}, HELDOUT, {})
   now = {part: {"sha256": "a" * 64} for part in ("data", "model", "users")}
   info = files.read_json(copy / "config.json")
   files.write_json(copy / "config.json", info | now)

@@ -10,6 +10,7 @@ come from evaluators, which see the user's message and the reply only: no wish, 
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,8 +32,8 @@ Score = Callable[[Sequence[Scenario], Replies], tuple[Mapping[str, Any], Mapping
 
 @dataclasses.dataclass(frozen=True)
 class Judge:
-  """score: see above. about: name and limits, for log and report, and "gate": of each score
-  whether it passed and if not why (`gate.about`)."""
+  """score: see above. about: name and limits, for log and report; "gate": of each score whether it
+  passed and if not why (`gate.about`); "sha256" of what it reads from files, where it does."""
 
   score: Score
   about: dict[str, Any]
@@ -83,6 +84,7 @@ def open_judge(
     return dataclasses.replace(first, about={**first.about, "limits": limits, "gate": graded})
   for name, _ in further:
     judge(name, name, settings)
+  read = [one.about["sha256"] for one in opened.values() if "sha256" in one.about]
 
   def score(users: Sequence[Scenario], replies: Replies):
     found = {name: one.score(users, replies) for name, one in opened.items()}
@@ -102,7 +104,8 @@ def open_judge(
   if evaluator is not first:
     name += f"; ACC and HEX by {evaluator.about['name']}"
     limits += f"; of ACC and HEX: {evaluator.about['limits']}"
-  return Judge(score, {**first.about, "name": name, "limits": limits, "gate": graded})
+  about = {**first.about, "name": name, "limits": limits, "gate": graded, **_sum(read)}
+  return Judge(score, about)
 
 
 def _open(
@@ -123,7 +126,8 @@ def _open(
   unusable = 1.0 if s.degenerate == "floor" else float("nan")
   if name == "probe":
     heads = probe.find(environment.name, policy, s.model if s.name == "probe" else "")
-    return Judge(probe.make(policy, heads, mesh, unusable, chunk_tokens), probe.describe(heads))
+    score = probe.make(policy, heads, mesh, unusable, chunk_tokens)
+    return Judge(score, probe.describe(heads) | {"sha256": heads.sha256})
   if name == "phrases":
     return Judge(phrases.make(policy.chat, environment.name, unusable), phrases.describe())
   if name == "lm":
@@ -132,7 +136,11 @@ def _open(
     model = models[s.model] if s.model else policy
     adapter = read_adapter(s.adapter, model, mesh) if s.adapter else None
     score = lm.make(model, policy.chat, mesh, unusable, adapter)
-    return Judge(score, lm.describe(model, s.adapter))
+    read = [model.source["sha256"]] if s.model else []  # the policy's base is the run's anyway
+    if adapter:
+      scale = jnp.float32(adapter.scale)
+      read.append(sources.checksum({"weights": adapter.weights, "scale": scale}))
+    return Judge(score, lm.describe(model, s.adapter) | _sum(read))
   if name == "http":
     limits = {k: getattr(s, k) for k in ("concurrency", "timeout_s", "deadline_s", "attempts")}
     score = http.make(s.url, s.model, policy.chat, unusable, price=s.price, **limits)
@@ -140,10 +148,17 @@ def _open(
   return Judge(own.make(name, policy.chat, unusable), own.describe(name))
 
 
+def _sum(digests: Sequence[str]) -> dict[str, str]:
+  """{"sha256": of these digests}, {} where there are none."""
+  return {"sha256": hashlib.sha256(repr(digests).encode()).hexdigest()} if digests else {}
+
+
 def other_model(path: str, policy: Model, mesh: Mesh | None) -> Model:
-  """A judge's own model, in the dtype and layout of the policy's."""
+  """A judge's own model, in the dtype and layout of the policy's, and its weights' checksum."""
   dtype = str(policy.params["embed"].dtype)
-  return sources.open_model(config.Model(path=path, dtype=dtype), mesh)
+  model = sources.open_model(config.Model(path=path, dtype=dtype), mesh)
+  source = {**model.source, "sha256": sources.checksum(model.params)}
+  return dataclasses.replace(model, source=source)
 
 
 def read_adapter(path: str, model: Model, mesh: Mesh | None) -> Adapter:

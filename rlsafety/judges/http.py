@@ -31,31 +31,38 @@ MAX_CHARS = 20_000  # of a reply; longer ones are cut before they are sent
 # --- The guard ----------------------------------------------------------------------------
 
 # What some server's tokenizer or template takes for structure. Its own tokens are unknown here,
-# so everything of such a form loses its spelling, to a space behind the first character.
+# so everything of such a form loses its spelling, also in the other case and with spaces inside.
 _MARKERS = re.compile(
-  r"<(?=[|｜/]|[^\s<>]{1,80}>)"  # <|im_end|> <｜User｜> </s> <start_of_turn> <turn|> <<SYS>>
-  r"|\[(?=[|/]|[A-Za-z_0-9]*(?:[A-Z]{3}|MASK)[A-Za-z_0-9]*\]"  # [INST] [/INST] [|user|] [gMASK]
-  r"|Round \d|unused\d)"  # ChatGLM, BERT
-  r"|(?<=\])~(?=!?b\[|b\])|\[(?=e~\[)"  # MiniMax
-  r"|>(?=>[A-Z]+<<)|(?<=\|\|)\|(?=[A-Z_]+\|\|\|)"  # Falcon, OLMo
+  # <|im_end|> <｜User｜> </s> <bos> <<SYS>>
+  r"<(?=\s{0,3}(?:[|｜/]|[^\s<>-][^\s<>]{0,79}\s{0,3}>))"
+  # [/INST] [|user|], in capitals [INST] [gMASK], in any case [system_prompt] [user] [Round 1]
+  r"|\[(?=\s{0,3}(?:[|/]|[A-Za-z_0-9]{0,40}(?:[A-Z]{3}|MASK)[A-Za-z_0-9]{0,40}\s{0,3}\]))"
+  r"|(?i:(?<!\w)\[(?=\s{0,3}(?:[a-z]{1,40}_[a-z_0-9]{1,40}|inst|sys|system|user|assistant|human|bot"
+  r"|ai|sep|[gs]?mask|bos|eos|think|round\s?\d+|unused\d+)\s{0,3}\]))"
+  r"|(?i:(?<=\])~(?=!?b\[|b\])|\[(?=e~\[))"  # MiniMax
+  r"|>(?=>[A-Za-z]+<<)|(?<=\|\|)\|(?=[A-Za-z_]+\|\|\|)"  # Falcon, OLMo
 )
-# Turns that are spelt in ordinary text, at the beginning of a line.
+# Turns that are spelt in ordinary text: a speaker that begins a line or, as Vicuna's, stands in
+# capitals; a heading. "Answer:" alone is prose, and no known template's turn.
+_SPEAKERS = "user|assistant|system|human|ai|bot|chatbot|gpt|falcon|adept|instruct|output|问|答"
 _HEADERS = re.compile(
-  r"^(\W{0,8}(?:gpt4 correct )?(?:user|assistant|system|human|ai|bot|gpt|instruct|output|问|答)"
-  r"|#{2,4} ?(?:instruction|response|input|question|answer))(?=\s*[:：])",
-  re.IGNORECASE | re.MULTILINE,
+  r"(?im:^\W{0,8}(?:(?:gpt4\s+correct|code|math)\s+)?(?:" + _SPEAKERS + r")(?=\s*[:：]))"
+  r"|\b(?:USER|ASSISTANT|SYSTEM|HUMAN)(?=\s*[:：])"
+  r"|(?im:#{2,6}(?=\s{0,3}(?:instruction|response|r[ée]ponse|input|question|answer|prompt|end|"
+  + _SPEAKERS
+  + r")(?:\s(?:message|prompt))?\s*(?:[:：#]|$)))"
 )
-WIDE = str.maketrans("＜＞［］", "<>[]")  # some tokenizers fold these before they look
+WIDE = str.maketrans("＜＞［］﹤﹥＃", "<>[]<>#")  # some tokenizers fold these before they look
 
 
 def defang(text: str) -> str:
   """The text without a spelling that a server could read as the border of a turn.
 
-  A space is put behind the first character of a marker, and "-" behind a speaker's name that
-  begins a line: "Assistant-: ...".
+  "-" is put behind the first character of a marker, "<-|im_end|>", behind a speaker's name,
+  "Assistant-: ...", and behind the signs of a heading, "###- Response:".
   """
   text = text.replace("\0", "").translate(WIDE)
-  return _HEADERS.sub(r"\1-", _MARKERS.sub(lambda m: m[0] + " ", text))
+  return _HEADERS.sub(lambda m: m[0] + "-", _MARKERS.sub(lambda m: m[0] + "-", text))
 
 
 def fill(messages: Sequence[dict], reply: str) -> list[dict]:

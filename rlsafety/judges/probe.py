@@ -53,7 +53,8 @@ class Heads:
   layers: indices of the layers read. mean, scale [F], F = layers * D: standardisation.
   weight [H, F], bias [H]: logits of `NAMES`, zero where a head does not read a layer. info:
   "environment", "base" (`fingerprint`), "targets" {"acc", "hex": class that it finds}, and how
-  it was fitted and "measured" (`gate`).
+  it was fitted and "measured" (`gate`). sha256: of the file's contents (`digest`), "" before there
+  is one.
   """
 
   names: tuple[str, ...]
@@ -63,6 +64,7 @@ class Heads:
   weight: np.ndarray
   bias: np.ndarray
   info: dict
+  sha256: str = ""
 
 
 def dataset(environment: str) -> str:
@@ -165,7 +167,8 @@ def read(path: Path) -> Heads:
   for field, holds, what in _rules(meta, arrays):
     if not holds:
       raise UserError(f"{path}: {field}: {what}; fit it again with python -m {_FIT}")
-  return Heads(tuple(meta["names"]), tuple(meta["layers"]), **arrays, info=meta["info"])
+  names, layers = tuple(meta["names"]), tuple(meta["layers"])
+  return Heads(names, layers, **arrays, info=meta["info"], sha256=stated)
 
 
 def _rules(meta: dict, arrays: dict[str, np.ndarray]) -> Iterator[tuple[str, bool, str]]:

@@ -22,9 +22,11 @@ from rlsafety.models import templates
 ROLES = ("system", "user", "assistant")
 # Ordinary text by which frames mark turns, where no control token does.
 _TEXT_MARKS = re.compile(
-  r"\[/?[A-Z_]{2,}\]|<</?[A-Z]{2,}>>|<\|[\w .]{1,40}\|>|</?[a-z_]{3,20}>|#{2,4} ?[A-Z]\w+:?"
-  r"|\b(?:USER|ASSISTANT|SYSTEM|HUMAN|User|Assistant|System|Human):"
+  r"\[/?\|?[A-Za-z_][\w ]{0,20}\|?\]|<</?[A-Z]{2,}>>|<\|[\w .]{1,40}\|>|</?[a-z_]{3,20}>"
+  r"|#{2,4} ?[A-Z]\w+:?|\b(?:USER|ASSISTANT|SYSTEM|HUMAN|User|Assistant|System|Human):"
 )
+# What stands before a content on its line, as a speaker's name does: "Falcon:", "问：".
+_OPENER = re.compile(r".{0,40}\w[>|\])]{0,2} ?[:：]")
 MAX_ID = 1 << 24  # of a token: libraries walk from 0 to the largest
 
 
@@ -238,6 +240,9 @@ def _text_marks(template: str, special: tuple, source: str, full: Tokenizer) -> 
     for part in parts:
       if isinstance(part, str):
         found |= {m[0] for m in _TEXT_MARKS.finditer(tokens.sub(" ", part))}
+        opener = tokens.sub("\n", part).rpartition("\n")[2].strip()
+        if _OPENER.fullmatch(opener):
+          found.add(opener)
   return re.compile("|".join(map(re.escape, sorted(found, key=len, reverse=True))) or r"(?!)")
 
 

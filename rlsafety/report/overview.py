@@ -129,10 +129,12 @@ def barred(gate: dict) -> dict[str, str]:
   """{score: why} of the scores for which a judge does not pass its gate, `Judge.about["gate"]`."""
   out = {}
   for name in SCORES:
-    found = gate.get(name) or {"passed": False, "why": ["not measured"]}
-    if not found["passed"]:
-      first, *more = found["why"] or ["not measured"]
-      out[name] = first + (f" (and {len(more)} more)" if more else "")
+    found = gate.get(name) if isinstance(gate, dict) else None
+    found = found if isinstance(found, dict) else {}  # from a file: whatever is odd did not pass
+    if found.get("passed") is not True:
+      why = found.get("why")
+      first, *more = (isinstance(why, list) and why) or ["not measured"]
+      out[name] = str(first) + (f" (and {len(more)} more)" if more else "")
   return out
 
 
@@ -190,6 +192,6 @@ def span(interval: tuple[float, float]) -> str:
 def shares(first: dict, last: dict) -> list[str]:
   """What the replies are, before and after, and the scores of the coherent ones."""
   names = [k for k in last if k.startswith("share_") or k.endswith("_coherent")]
-  said = [f"{k.removeprefix('share_').replace('_', ' ')} {number(first.get(k, math.nan))} -> "
-          f"{number(last[k])}" for k in names if last[k] is not None]  # fmt: skip
+  said = [f"{k.removeprefix('share_').replace('_', ' ')} {number(read.number(first.get(k)))} -> "
+          f"{number(read.number(last[k]))}" for k in names if last[k] is not None]  # fmt: skip
   return ["replies: " + ", ".join(said)] if said else []

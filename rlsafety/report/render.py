@@ -214,10 +214,10 @@ def _title(run: read.Run) -> str:
 
 def _going(run: read.Run) -> str:
   """How far a run is that is not complete, and the time left at the pace of its last steps."""
-  steps = int(read.number(run.config.get("steps", 0)))
-  if run.complete or not steps:
+  steps = read.number(run.config.get("steps"))
+  if run.complete or not steps >= 1:
     return ""
-  said = f"Step {run.last_step} of {steps}"
+  said = f"Step {run.last_step} of {steps:.0f}"
   seconds = [read.number(t.get("seconds")) for t in read_jsonl(run.path / "timing.jsonl", [])[-20:]]
   if pace := np.nanmedian(seconds) if np.isfinite(seconds).any() else 0.0:
     minutes = (steps - run.last_step) * float(pace) / 60

@@ -6,12 +6,14 @@ evaluation at that very step. A complete run can have its adapter and its report
 
 import collections
 import hashlib
+import io
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from rlsafety import files
 from rlsafety.errors import UserError
 
+SUMMARY = "eval/summary.jsonl"
 ADAPTER = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
 
 
@@ -49,7 +51,7 @@ def expected(
     "metrics.jsonl": dict.fromkeys(updates, 1),
     "timing.jsonl": dict.fromkeys(updates, 1),
     "rollouts/train.jsonl": dict.fromkeys(updates, own) if own else {},
-    "eval/summary.jsonl": dict.fromkeys(evaluations, 1),
+    SUMMARY: dict.fromkeys(evaluations, 1),
   }
   for folder, count in replies.items():
     for at in evaluations:
@@ -59,7 +61,7 @@ def expected(
 
 def heldout_replies(path: pathlib.Path) -> int:
   """Replies of an evaluation, as the first readable line of eval/summary.jsonl says; else 0."""
-  file = path / "eval" / "summary.jsonl"
+  file = path / SUMMARY
   for number, line in files.lines(file) if file.exists() else ():
     try:
       record = files.parse_json(line, f"line {number}")
@@ -107,6 +109,52 @@ def changed(path: pathlib.Path, stored: Mapping[str, str]) -> list[tuple]:
   now = digests(path)
   what = {name: "is not what the run ended with" if name in now else "is gone" for name in stored}
   return [(name, None, what[name]) for name in stored if now.get(name) != stored[name]]
+
+
+def marks(path: pathlib.Path, names: Iterable[str], seen: dict) -> dict[str, list[list]]:
+  """{log: [[step of its last line, bytes, sha256 of them], ...]}, kept with a checkpoint.
+
+  eval/summary.jsonl has a mark at every line, as its last one may be lost and made again; any other
+  log has one for the whole of it. names: of logs. seen: from earlier calls: what was read then is
+  not read again.
+  """
+  found = {}
+  for name in names:
+    whole, size, told = seen.setdefault(name, (hashlib.sha256(), 0, []))
+    line = b""
+    with open(path / name, "rb") if (path / name).exists() else io.BytesIO() as file:
+      file.seek(size)
+      for line in file:
+        whole.update(line)
+        size += len(line)
+        if name == SUMMARY:
+          told = [*told, [_step_of(line), size, whole.hexdigest()]]
+    if line and name != SUMMARY:
+      told = [[_step_of(line), size, whole.hexdigest()]]
+    seen[name] = whole, size, told
+    found[name] = told
+  return found
+
+
+def _step_of(line: bytes) -> int | None:
+  try:
+    return files.parse_json(line, "line")["step"]
+  except (ValueError, KeyError, TypeError):
+    return None  # cut short by a full disk
+
+
+def altered(path: pathlib.Path, told: Mapping[str, Sequence]) -> Iterator[tuple]:
+  """`faults` of logs that do not begin with the bytes that `marks` told."""
+  for name, marked in told.items():
+    whole, at = hashlib.sha256(), 0
+    with open(path / name, "rb") if (path / name).exists() else io.BytesIO() as file:
+      for step, size, digest in marked:
+        while piece := file.read(min(size - at, 1 << 20)):
+          whole.update(piece)
+          at += len(piece)
+        if whole.hexdigest() != digest:
+          yield name, step, f"was changed after step {step} was written"
+          break
 
 
 def rebuildable(path: pathlib.Path) -> list[str]:

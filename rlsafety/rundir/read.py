@@ -17,10 +17,11 @@ import numpy as np
 from rlsafety.errors import UserError
 from rlsafety.files import read_json, read_jsonl
 
+ROLES = ("system", "user", "assistant")  # of a rollout's messages
 # What every rollout must have, and what it may have.
 FIELDS = {"step": int, "prompt": int, "sample": int, "is_gameable": bool}
 MAX_STEP = 1_000_000  # a later step is a damaged one: curves have a slot for each
-OPTIONAL = {"messages": list, "factors": dict, "completion": str}
+OPTIONAL = {"messages": list, "factors": dict, "completion": str, "scenario_id": str}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,12 +145,17 @@ def _rollouts(path: pathlib.Path, notes: list[str] | None) -> list[dict]:
     wrong += [f for f, kind in OPTIONAL.items() if f in record and type(record[f]) is not kind]
     if not wrong and not 0 <= record["step"] <= MAX_STEP:
       wrong = ["step"]
-    if not wrong and not all(isinstance(m, dict) for m in record.get("messages", ())):
+    if not wrong and not all(map(_is_message, record.get("messages", ()))):
       wrong = ["messages"]
     if wrong:
       value = repr(record.get(wrong[0]))[:40]
       raise UserError(f"{path}, line {line}: `{wrong[0]}` is {value}; delete or mend that line")
   return records
+
+
+def _is_message(value: Any) -> bool:
+  fields = isinstance(value, dict) and [value.get("role"), value.get("content")]
+  return bool(fields) and fields[0] in ROLES and isinstance(fields[1], str)
 
 
 def rescored(
@@ -166,7 +172,12 @@ def rescored(
       f"{path}: no such scores; make them with python -m rlsafety.tools.rescore --source=both"
     )
   place = operator.itemgetter("step", "prompt", "sample")
-  new = {place(r): r for r in read_jsonl(path) if r.get("source") == source}
+  scored = read_jsonl(path)
+  for line, record in enumerate(scored, 1):
+    if bad := [k for k in ("step", "prompt", "sample") if type(record.get(k)) is not int]:
+      value = repr(record.get(bad[0]))[:40]
+      raise UserError(f"{path}, line {line}: `{bad[0]}` is {value}; delete or mend that line")
+  new = {place(r): r for r in scored if r.get("source") == source}
   kept = [
     {**record, "acc": found.get("acc"), "hex": found.get("hex")}
     for record in records

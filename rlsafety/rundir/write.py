@@ -34,6 +34,11 @@ from rlsafety.verdicts import VERDICTS, most_likely
 FOLDERS = ("rollouts", "eval", "adapter", "checkpoints", "events", "scores")
 LOGS = ("metrics.jsonl", "timing.jsonl", "rollouts/train.jsonl", "eval/summary.jsonl")
 
+INPUTS = {  # section of config.json with a sha256: what it is of
+  "data": "records", "model": "weights", "users": "users", "judge": "judge's weights or heads",
+  "beyond": "users of eval.beyond, or judge of them,", "adapter": "weights of model.adapter",
+}  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
 class StepLog:
@@ -54,11 +59,13 @@ class StepLog:
 
 @dataclasses.dataclass(frozen=True)
 class RunDir:
-  """path: the directory. writes: is this the process that does? lock: held until `close`."""
+  """path: the directory. writes: is this the process that does? lock: held until `close`. seen: how
+  far `marks` has read each log."""
 
   path: pathlib.Path
   writes: bool
   lock: IO | None
+  seen: dict = dataclasses.field(default_factory=dict)
 
   def summary(self) -> dict | None:
     """What a complete run left; None for any other."""
@@ -75,21 +82,27 @@ class RunDir:
       return None, []
     wanted = _wanted(config, config.steps, {"eval": check.heldout_replies(self.path)})
     check.refuse(self.path, list(check.faults(self.path, wanted)))
-    changed = check.changed(self.path, summary.get("sha256", {}))
+    digests = summary.get("sha256", {})
+    if not isinstance(digests, dict):
+      raise UserError(f"{self.path}/summary.json: sha256 is {digests!r:.40}; restore the file")
+    changed = check.changed(self.path, digests)
     check.refuse(self.path, [fault for fault in changed if fault[0] not in check.ADAPTER])
     lost = {fault[0] for fault in changed} | set(check.rebuildable(self.path))
     return summary, sorted(lost)
 
-  def start(self, config: Config, step: int, about: dict, replies: Mapping[str, int]) -> bool:
+  def start(
+    self, config: Config, step: int, about: dict, replies: Mapping[str, int], told: Mapping
+  ) -> bool:
     """Brings the logs back to `step`, the restored one, and writes config.json.
 
     step -1: nothing was restored. about: further facts, such as model and judge. replies:
-    of an evaluation, by folder. Returns whether the evaluation at `step` must be made again.
-    Raises UserError if the logs lost something else that was written before the checkpoint.
+    of an evaluation, by folder. told: the `marks` of that checkpoint. Returns whether the
+    evaluation at `step` must be made again. Raises UserError if something else that was written
+    before the checkpoint is lost or changed.
     """
     again = False
     if self.writes:
-      again = self._evaluation_lost(config, step, replies)
+      again = self._evaluation_lost(config, step, replies, told)
       for name in LOGS:
         cut_after(self.path / name, step - (again and name.startswith("eval/")))
       for file in (self.path / "eval").rglob("step_*.jsonl"):
@@ -99,7 +112,9 @@ class RunDir:
       write_json(self.path / "config.json", record | about)
     return sharding.any_process(again)
 
-  def _evaluation_lost(self, config: Config, step: int, replies: Mapping[str, int]) -> bool:
+  def _evaluation_lost(
+    self, config: Config, step: int, replies: Mapping[str, int], told: Mapping
+  ) -> bool:
     if step < 0:
       newest = max(check.lines_of_steps(self.path / "metrics.jsonl")[0], default=0)
       first = min([e for e in (config.eval.every, config.checkpoint.every) if e] or [config.steps])
@@ -111,6 +126,8 @@ class RunDir:
         )
       return False
     found = list(check.faults(self.path, _wanted(config, step, replies)))
+    lost = {name for name, *_ in found}
+    found += [fault for fault in check.altered(self.path, told) if fault[0] not in lost]
     own = [fault for fault in found if fault[1] == step and fault[0].startswith("eval/")]
     check.refuse(self.path, [fault for fault in found if fault not in own])
     return bool(own)
@@ -120,7 +137,7 @@ class RunDir:
     an adapter that learned from both would be nobody's."""
     stored = self.path / "config.json"
     before = read_json(stored) if stored.exists() else {}
-    for section, what in (("data", "records"), ("model", "weights"), ("users", "users")):
+    for section, what in INPUTS.items():
       old, new = before.get(section), about.get(section)
       one, other = (x.get("sha256") if isinstance(x, dict) else None for x in (old, new))
       if one and other and one != other:
@@ -168,12 +185,19 @@ class RunDir:
       file.unlink(missing_ok=True)
       append(file, rows)
 
+  def _logs(self) -> list[str]:
+    replies = sorted((self.path / "eval").rglob("step_*.jsonl"))
+    return [*LOGS, *(str(file.relative_to(self.path)) for file in replies)]
+
   def sync(self) -> None:
     """Puts the logs on the disk: a checkpoint must not outlive what was logged before it."""
     if self.writes:
-      replies = (self.path / "eval").rglob("step_*.jsonl")
-      for path in (*(self.path / name for name in LOGS), *replies):
-        sync(path)
+      for name in self._logs():
+        sync(self.path / name)
+
+  def marks(self) -> dict:
+    """`check.marks` of the logs; {} where another process writes."""
+    return check.marks(self.path, self._logs(), self.seen) if self.writes else {}
 
   def finish(self, summary: dict) -> None:
     """Writes summary.json, last of all: it says that the run is complete."""
@@ -202,6 +226,8 @@ def open_run(workdir: str | pathlib.Path, config: Config) -> RunDir:
   if stored.exists():
     try:
       old = read_json(stored)["config"]
+      if not isinstance(old, dict):
+        raise KeyError("config")
     except (ValueError, KeyError):
       raise UserError(f"{stored}: not readable as a run's config; move the folder away") from None
     # Where a run goes on and who watches is not what it is: checkpoints serve any other.

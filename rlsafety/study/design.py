@@ -204,7 +204,7 @@ def read(folder: pathlib.Path) -> dict | None:
   if not (folder / FILE).exists():
     return None
   found = read_json(folder / FILE)
-  if digest(found["plan"]) != found["sha256"]:
+  if not isinstance(found.get("plan"), dict) or digest(found["plan"]) != found.get("sha256"):
     raise UserError(f"{folder / FILE}: was changed after the start (its sha256 does not fit)")
   return found
 

@@ -403,7 +403,7 @@ def published(folder: str | Path) -> tuple[list[Cell], list[str]]:
   table = table.assign(mean=numbers(table["mean"], str(path)), std=numbers(table["std"], str(path)))
   cells: dict[tuple, Cell] = {}
   for row in table[table["metric"].isin(PUBLISHED_NAMES)].itertuples():
-    variant = "base models" if "base models" in row.source else "published"
+    variant = "base models" if "base models" in str(row.source) else "published"
     key = (names.get(slug(row.model), row.model), row.env, variant)
     cell = cells.setdefault(key, Cell(*key, [5, 42, 83]))
     name = PUBLISHED_NAMES[row.metric]

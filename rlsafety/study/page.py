@@ -63,7 +63,7 @@ def cell_state(path: pathlib.Path, steps: int) -> dict:
   if (path / "summary.json").exists():
     return out | {"state": "complete", "report": f"{path.name}/report.html"}
   if (path / "stopped.json").exists():
-    return out | {"state": "stopped", "why": str(read_json(path / "stopped.json")["why"])}
+    return out | {"state": "stopped", "why": str(read_json(path / "stopped.json").get("why"))}
   seconds = [read.number(r.get("seconds")) for r in read_jsonl(path / "timing.jsonl", [])[-20:]]
   each = float(np.nanmedian(seconds)) if seconds else 0.0
   return out | {"left": each * (steps - run.last_step)}

@@ -40,18 +40,19 @@ def export(
   """
   where = run / "config.json"
   config = read_json(where).get("config")
-  if not isinstance(config, dict) or "model" not in config:
+  section = config.get("model") if isinstance(config, dict) else None
+  kinds = {"path": str, "preset": str, "seed": int}
+  if not isinstance(section, dict) or any(type(section.get(k)) is not t for k, t in kinds.items()):
     raise UserError(f"{where}: not the config of a run")
   if not (run / "adapter" / "adapter_config.json").exists():
     raise UserError(f"{run}: has no adapter/ yet; run the same training command to its end first")
   if out.exists() and any(out.iterdir()):
     raise UserError(f"{out} is not empty; give another --out")
-  section = config["model"]
   if section["path"]:
     model = sources.load_model(section["path"], jnp.dtype(dtype))
   else:
     shape = presets.preset(section["preset"])
-    model = sources.random_model(shape, config["model"]["seed"], jnp.dtype(dtype))
+    model = sources.random_model(shape, section["seed"], jnp.dtype(dtype))
   if base_name:
     model = dataclasses.replace(model, source={**model.source, "path": base_name})
   adapter, lora = hf.load_peft(run / "adapter", model.config)

@@ -459,11 +459,11 @@ def stored_rows(path: pathlib.Path, how: dict, wanted: dict[str, dict]) -> dict[
   stored = files.read_json(path) if path.exists() else {}
   if {key: stored.get(key) for key in how} != how:
     return {}
-  asked, plain = stored.get("asked", {}), json.loads(json.dumps(wanted))
-  return {
-    name: row for name, row in stored["variants"].items()
-    if name in plain and asked.get(name) == plain[name]
-  }  # fmt: skip
+  asked, plain = stored.get("asked"), json.loads(json.dumps(wanted))
+  rows = stored.get("variants")
+  if not isinstance(asked, dict) or not isinstance(rows, dict):
+    raise UserError(f"{path}: holds no rows of this program; give another --out, or delete it")
+  return {n: row for n, row in rows.items() if n in plain and asked.get(n) == plain[n]}
 
 
 if __name__ == "__main__":
