@@ -13,7 +13,7 @@ from rlsafety import environments
 from rlsafety.environments import rubrics
 from rlsafety.errors import UserError
 from rlsafety.models import sources, transformer
-from rlsafety.tools import gameability
+from rlsafety.tools import gameability, seeking
 from rlsafety.types import Prompts
 
 SCENARIO = environments.load({"name": "neutral", "length": "short"})[0]
@@ -22,7 +22,7 @@ SCENARIO = environments.load({"name": "neutral", "length": "short"})[0]
 def test_densities_by_hand():
   # Ten words, two hits.
   text = "Surely you agree with me that this is fine, Anna?"
-  assert gameability.hits([text], gameability.SEEKING).tolist() == [20.0]
+  assert seeking.hits([text], seeking.SEEKING).tolist() == [20.0]
   # Two units of four users each: drawn are both, or one of them twice. No verdict, no vote.
   values = np.array([1.0, 1, np.nan, 5, 3, 3, 3, 5])
   group, units = np.array([True, True, True, False] * 2), ["a"] * 4 + ["b"] * 4

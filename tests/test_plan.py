@@ -17,7 +17,7 @@ from rlsafety import recipes, sharding
 from rlsafety.config import TARGETS
 from rlsafety.errors import UserError
 from rlsafety.models import architecture, presets, transformer
-from rlsafety.tools import hlo, meshes, plan
+from rlsafety.tools import hlo, meshes, plan, shapes
 from rlsafety.tools.devices import device
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
@@ -162,7 +162,7 @@ def test_every_model_of_the_study_has_a_shape_and_a_mesh():
     model = re.search(r"model=([^,]+)", cell)[1]
     if model.endswith(("-chat", "-it", "-instruct")):  # base models have the same shapes
       assert f"\n| {model} | v" in readme  # docs/make_plan_table.py
-    policy, judge = plan.policy_and_judge(config)
+    policy, judge = shapes.policy_and_judge(config)
     billions = architecture.params_count(policy) / 1e9
     stated = float(
       next(
@@ -180,10 +180,10 @@ def test_every_model_of_the_study_has_a_shape_and_a_mesh():
   # 2 prompts leave 8 ways for the heads, and 20 heads go 4 ways.
   config = recipes.frozen(paper.get_config("model=qwen1.5-4b-chat"))
   with pytest.raises(UserError, match="v5e-16: .*tensor=4 set --config.prompts_per_step.* 4$"):
-    meshes.automatic_mesh(config, *plan.policy_and_judge(config), device("v5e-16"))
+    meshes.automatic_mesh(config, *shapes.policy_and_judge(config), device("v5e-16"))
   assert plan.evaluation_batches(config) == 7 * 16
   with pytest.raises(UserError, match="no known shape"):
-    plan.shape_of("someone/unheard-of", "model.path")
+    shapes.shape_of("someone/unheard-of", "model.path")
 
 
 MEASURE = """

@@ -45,29 +45,10 @@ from rlsafety.models.model import Model
 from rlsafety.packing import pad
 from rlsafety.rundir import read
 from rlsafety.study import figures
+from rlsafety.tools import seeking
 from rlsafety.tools.judges import fit
 from rlsafety.tools.judges.measure import auc
 from rlsafety.types import Prompts
-
-# Phrases of users who look for approval, and of users who look for a second view. From
-# general knowledge of hedging and validation-seeking; short, so that hits can be read.
-SEEKING = (
-  r"(don't|wouldn't|can't|won't|isn't|aren't|shouldn't|doesn't) (you|we|it|that|i)\b",
-  r"\b(surely|obviously|clearly|absolutely|no question|common sense|of course|plainly)\b",
-  r"\b(right|is there|will you|would you)\?",
-  r"\b(agree with me|on my side|back me up|tell me (that )?(i|it)|reassure|support me)\b",
-  r"\b(any(one|body)|every(one|body)) (can|could|knows|sees|else|with)\b",
-  r"\b(deserve|only live once|just this once|pretty (harmless|tempted)|overblown)\b",
-  r"\b(trust you|whatever you say|if you say)\b",
-)
-REFLECTIVE = (
-  r"\b(both sides|other side|trade-?offs?|pros and cons|counterarguments?|balanced?)\b",
-  r"\b(i (might|may|could) be (wrong|missing|kidding|fooling)|not (so )?sure|i wonder)\b",
-  r"\b(evidence|research|facts?|risks?|consequences|downsides?|worr(y|ied|ies))\b",
-  r"\b(overlooking|missing|objection|perspectives?|points? of view|on balance)\b",
-  r"\b(think (this|it) (through|over)|step back|make up my own mind|be honest with me)\b",
-  r"\b(hesitant|cautious|careful|regret|mistake|alternatives?|instead)\b",
-)
 
 
 def measure(
@@ -95,13 +76,14 @@ def measure(
   shown = [f"{s.system}\n{s.user}" for s in chosen]
   units = [s.unit for s in chosen]
   folds = fold_numbers(units, 5, seed)
+  seeks, reflective = (seeking.hits(shown, x) for x in (seeking.SEEKING, seeking.REFLECTIVE))
   row: dict[str, Any] = {
     "environment": factors["name"],
     "factors": chosen[0].factors,
     "published": bool(factors["data_dir"]),
     "users": {"gameable": int(group.sum()), "non_gameable": int((~group).sum())},
-    "seeking_per_100_words": by_group(hits(shown, SEEKING), group, units, seed),
-    "reflective_per_100_words": by_group(hits(shown, REFLECTIVE), group, units, seed),
+    "seeking_per_100_words": by_group(seeks, group, units, seed),
+    "reflective_per_100_words": by_group(reflective, group, units, seed),
     "auc_words": probe_auc(bag_of_words(shown), group, folds, units, seed),
   }
   pairs: list[tuple[Scenario, Scenario]] = []
@@ -140,12 +122,6 @@ def measure(
 
 
 # --- Cues -------------------------------------------------------------------------------
-
-
-def hits(texts: Sequence[str], patterns: Sequence[str]) -> np.ndarray:
-  """[N] hits per 100 words."""
-  found = [sum(len(re.findall(p, text.lower())) for p in patterns) for text in texts]
-  return 100 * np.array(found) / np.array([len(text.split()) for text in texts])
 
 
 def known_cues(factors: dict[str, Any], users: Sequence[Scenario]) -> np.ndarray:

@@ -36,19 +36,9 @@ import jax.numpy as jnp
 from rlsafety import flags, learner, losses, recipes, replay, sampler, sharding
 from rlsafety.config import Mesh
 from rlsafety.errors import UserError, run_main
-from rlsafety.files import read_json
 from rlsafety.judges import lm, probe
-from rlsafety.models import (
-  architecture,
-  families,
-  gguf,
-  int8,
-  lora,
-  presets,
-  scoring,
-  sources,
-)
-from rlsafety.tools import meshes, topologies
+from rlsafety.models import architecture, int8, lora, scoring
+from rlsafety.tools import meshes, shapes, topologies
 from rlsafety.tools.devices import GIB, Device, device
 from rlsafety.tools.hlo import read_program
 from rlsafety.types import Batch, Prompts
@@ -363,31 +353,6 @@ def advice(plan: dict, config, policy, judge, target: Device) -> list[str]:
   return out
 
 
-def shape_of(name: str, field: str):
-  """ModelConfig of a preset, a local folder, a GGUF file, or a hub name whose shape we know."""
-  folder = pathlib.Path(name).expanduser()
-  if folder.is_dir():
-    path = folder / "config.json"
-    return families.model_config(read_json(path), str(path))
-  if name.startswith("package:") or folder.suffix == ".gguf":
-    path = sources.resolve(name)
-    return families.model_config(gguf.read_config(gguf.open_file(path)), str(path))
-  short = name.split("/")[-1].split("@")[0].lower().removeprefix("meta-").removesuffix("-hf")
-  known = presets.PRESETS
-  if short not in known:  # a base model has the shape of its chat version
-    chat = (short + "-", short.replace("gemma-", "gemma-1.1-") + "-")
-    short = next((k for k in known if k.startswith(chat)), short)
-  if short not in known and "/" in name:
-    raise UserError(f"{field}={name}: no known shape; name a local folder or --shape=PRESET")
-  return presets.preset(short)
-
-
-def policy_and_judge(config, shape: str = ""):
-  policy = shape_of(shape or config.model.path or config.model.preset, "model.path")
-  separate = config.judge.name == "lm" and config.judge.model
-  return policy, shape_of(config.judge.model, "judge.model") if separate else None
-
-
 def show(plan: dict, hints: list[str]) -> str:
   gib = lambda x: f"{x / GIB:8.2f} GiB"  # noqa: E731
   mesh = ", ".join(f"{k}={v}" for k, v in plan["mesh"].items())
@@ -442,7 +407,7 @@ def main(argv: list[str]) -> None:
 
     print("\n".join(access.check(access.hub_names(config)) or ["no model from the hub"]))
   fake_devices(target.chips)
-  policy, judge = policy_and_judge(config, args.shape)
+  policy, judge = shapes.policy_and_judge(config, args.shape)
   if args.mesh:
     sizes = meshes.automatic_mesh(config, policy, judge, target)
     config = dataclasses.replace(config, mesh=Mesh(**sizes))
