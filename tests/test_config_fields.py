@@ -109,7 +109,7 @@ def test_zero_is_off_where_that_means_something():
     ("{tmp}/binary.py", "cannot be read"),
     ("{tmp}/empty.py", "has no get_config"),
     ("{tmp}/other.py", "returns no ConfigDict"),
-    ("{tmp}/missing.py", "cannot be read .ModuleNotFoundError"),
+    ("{tmp}/missing.py", "cannot be read .line 1, ModuleNotFoundError"),
   ],
 )
 def test_a_recipe_that_is_none_is_one_line(tmp_path, monkeypatch, recipe, says):

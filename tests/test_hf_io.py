@@ -233,7 +233,7 @@ def test_export_of_a_run(made, tmp_path):
   (folder / "tokenizer_config.json").write_text(json.dumps(special))
   run = tmp_path / "run"
   run.mkdir()
-  setting = {"path": str(folder), "preset": "", "dtype": "float32"}
+  setting = {"path": str(folder), "preset": "", "dtype": "float32", "seed": 0}
   (run / "config.json").write_text(json.dumps({"config": {"model": setting, "seed": 1}}))
   with pytest.raises(UserError, match="has no adapter/"):
     export.export(run, "peft", tmp_path / "out")
