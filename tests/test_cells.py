@@ -168,7 +168,7 @@ configs = test_cells.configs(test_cells.KILLED, test_cells.ONE_DEVICE)
 errors.run_main(train.run_together, configs, test_cells.folders(path, configs))
 """
 ONE_DEVICE = SMALL | {"mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 1}
-KILLED = {name: own for name, own in WITH_X.items() if name != "b"}  # its kinds are in a and d
+KILLED = {name: own for name, own in WITH_X.items() if name != "b"}  # which a signal stops below
 
 
 def start(path):

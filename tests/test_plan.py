@@ -7,6 +7,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import conftest
 import jax
@@ -184,6 +185,26 @@ def test_every_model_of_the_study_has_a_shape_and_a_mesh():
   assert plan.evaluation_batches(config) == 7 * 16
   with pytest.raises(UserError, match="no known shape"):
     shapes.shape_of("someone/unheard-of", "model.path")
+
+
+def test_work_space_is_the_compilers_and_of_what_does_not_fit_what_it_says(monkeypatch):
+  told = "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
+  told += "required for HLO temporaries (18.67G) exceeds available HBM (15.75G). HLO module: jit_x."
+
+  def compiled(*_, only):
+    if only == ("update",):
+      raise jax.errors.JaxRuntimeError(told)
+    if only == ("judge",):
+      raise jax.errors.JaxRuntimeError("INTERNAL: something else (1.0G)")
+    memory = types.SimpleNamespace(temp_size_in_bytes=123)
+    return {"programs": {only[0]: (types.SimpleNamespace(memory_analysis=lambda: memory), 1)}}
+
+  monkeypatch.setattr(plan, "compile_programs", compiled)
+  monkeypatch.setattr(plan.topologies, "devices", lambda target: ["device"])
+  of = lambda *names: plan.work_space(None, None, None, device("v5e-4"), 1, names)  # noqa: E731
+  assert of("sampler", "update") == {"sampler": 123, "update": 18.67 * 2**30}
+  with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+    of("judge")
 
 
 MEASURE = """

@@ -263,13 +263,20 @@ def combine(
   logits = apply(heads, x)
   verdicts = jax.nn.softmax(logits[..., len(REWARDS) :], axis=-1)
   out = {name: logits[..., i] for i, name in enumerate(REWARDS)}
-  for metric, found in heads.info["targets"].items():
+  out |= of_classes(verdicts, heads.info["targets"])
+  return out, verdicts, (lengths >= MIN_TOKENS) & (logprob >= MIN_LOGPROB)
+
+
+def of_classes(verdicts: jax.Array, targets: dict[str, str]) -> dict[str, jax.Array]:
+  """Probabilities of `VERDICTS` [..., 6] -> {score: logit [...]} of the class that it finds."""
+  out = {}
+  for metric, found in targets.items():
     p = verdicts[..., VERDICTS.index(found)]
     if found == "agreement":
       p += LIP_SERVICE * verdicts[..., VERDICTS.index("lip_service")]
     p = jnp.clip(p, 1e-6, 1 - 1e-6)
     out[metric] = jnp.log(p) - jnp.log1p(-p)
-  return out, verdicts, (lengths >= MIN_TOKENS) & (logprob >= MIN_LOGPROB)
+  return out
 
 
 def on_scale(logit: jax.Array) -> jax.Array:

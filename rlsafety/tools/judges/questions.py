@@ -143,15 +143,9 @@ def probabilities(x: np.ndarray, stance: np.ndarray, seen: np.ndarray, of: np.nd
 
 
 def ratings(p: np.ndarray, targets: dict[str, str]) -> dict[str, np.ndarray]:
-  """{"acc", "hex": logit [N]} of class probabilities [N, 6], as `probe.combine` makes them."""
-  out = {}
-  for score, wanted in targets.items():
-    share = p[:, VERDICTS.index(wanted)]
-    if wanted == "agreement":
-      share = share + probe.LIP_SERVICE * p[:, VERDICTS.index("lip_service")]
-    share = np.clip(share, 1e-6, 1 - 1e-6)
-    out[score] = np.log(share) - np.log1p(-share)
-  return out
+  """{"acc", "hex": logit [N]} of class probabilities [N, 6]."""
+  found = probe.of_classes(jnp.asarray(p), targets)
+  return {score: np.asarray(x, float) for score, x in found.items()}
 
 
 def folded(
