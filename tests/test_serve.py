@@ -543,14 +543,16 @@ def test_sigterm_ends_the_program_and_what_was_asked_is_answered(runs):
     for line in process.stdout:
       if found := re.search(r"ready: (http://127.0.0.1:\d+)/v1 answers base, ", line):
         break
-    answers = []
-    ask = threading.Thread(target=lambda: answers.append(say(found[1], "base", "x", max_tokens=30)))
-    ask.start()
-    time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    ask.join()
+    asked = {"model": "base", "max_tokens": 30, "stream": True,
+             "messages": [{"role": "user", "content": "x"}]}  # fmt: skip
+    with httpx2.stream("POST", f"{found[1]}/v1/chat/completions", json=asked, timeout=60) as answer:
+      lines = answer.iter_lines()
+      said = [next(lines)]  # its first words are here: the request is being answered
+      process.send_signal(signal.SIGTERM)
+      said += lines
     assert process.wait(30) == 0
-    assert answers and answers[0]["choices"][0]["finish_reason"] in ("length", "stop")
+  reasons = re.findall(r'"finish_reason": ?"(\w+)"', "".join(said))
+  assert len(reasons) == 1 and reasons[0] in ("length", "stop") and "data: [DONE]" in said
 
 
 # --- The whole loop -------------------------------------------------------------------------------
