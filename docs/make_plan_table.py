@@ -37,7 +37,7 @@ def plan(model: str, device: str, folder: pathlib.Path) -> dict:
   path = folder / f"{model}_{device}.json"
   if not path.exists():
     recipe = f"--config={REPO}/configs/paper.py:model={model}"
-    flags = [recipe, f"--device={device}", "--mesh=auto"]
+    flags = [recipe, f"--device={device}", "--mesh=auto", "--compiler=cpu"]
     command = [sys.executable, "-m", "rlsafety.tools.plan", *flags]
     subprocess.run([*command, f"--json={path}"], check=True, cwd=REPO)
   return json.loads(path.read_text())

@@ -167,8 +167,10 @@ path, train.learn = pathlib.Path(sys.argv[1]), test_cells.diverging
 configs = test_cells.configs(test_cells.KILLED, test_cells.ONE_DEVICE)
 errors.run_main(train.run_together, configs, test_cells.folders(path, configs))
 """
-ONE_DEVICE = SMALL | {"mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 1}
-KILLED = {name: own for name, own in WITH_X.items() if name != "b"}  # which a signal stops below
+ONE_DEVICE = SMALL | {"mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 1, "steps": 3}
+# Without b, whose judge is slow: a is recorded by half in its place.
+KILLED = {name: own for name, own in WITH_X.items() if name != "b"}
+KILLED["a"] = {"data.path": RECORDS, "data.fraction": 0.5}
 
 
 def start(path):
@@ -190,7 +192,7 @@ def test_killed_twice_every_cell_ends_in_the_same_bits(tmp_path):
   whole, killed = tmp_path / "whole", tmp_path / "killed"
   said, _ = start(whole).communicate(timeout=300)
   assert "x: step 2: the gradient" in said, said
-  for cell, step in (("c", 1), ("a", 3)):  # in the middle of saving a step of all cells
+  for cell, step in (("c", 1), ("a", 2)):  # in the middle of saving a step of all cells
     process = start(killed)
     end = time.monotonic() + 300
     while not (killed / cell / "checkpoints" / str(step)).exists():

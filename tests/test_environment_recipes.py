@@ -1,4 +1,4 @@
-"""Every environment trains end to end from its recipe, on the tiny model."""
+"""Every environment trains end to end from its recipe, on the tiny model, all in one program."""
 
 import json
 import subprocess
@@ -11,13 +11,14 @@ ENVIRONMENTS = ("action_advice", "therapy_talk", "political_qa", "neutral")
 FLAGS = ["--config.steps=2", "--config.eval.every=2", "--config.eval.prompts=2"]
 FLAGS += ["--config.prompts_per_step=2", "--config.sampler.group=2", "--config.eval.samples=2"]
 FLAGS += ["--config.sampler.max_tokens=8", "--config.learner.microbatches=1"]
+FLAGS += ["--config.max_prompt_tokens=1024"]  # one for all: political_qa has 512
 TRAIN = """
 import sys
-from rlsafety import train
+from rlsafety import recipes, train
 folder, *flags = sys.argv[1:]
-for name in {names}:
-  recipe = f"--config=configs/smollm2.py:env={{name}},size=tiny"
-  train.main(["train", recipe, f"--workdir={{folder}}/{{name}}", *flags])
+recipe = "--config=configs/smollm2.py:env={{}},size=tiny"
+cells = {{name: recipes.of_run([recipe.format(name), *flags]) for name in {names}}}
+train.run_together(cells, {{name: f"{{folder}}/{{name}}" for name in cells}})
 """
 
 

@@ -1,6 +1,5 @@
 """Eight fake devices: how arrays are split changes no number and moves no whole weight."""
 
-import dataclasses
 import functools
 import re
 
@@ -18,11 +17,6 @@ from rlsafety.models import architecture, lora, scoring
 from rlsafety.types import Batch
 
 MESHES = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2)]
-# Each layer is compiled by itself, and a third one adds nothing: Gemma's are a local and a global.
-SHALLOW = {
-  name: dataclasses.replace(c, n_layers=2, local_layers=c.local_layers[1:3])
-  for name, c in CONFIGS.items()
-}
 
 
 def placed(mesh, config, params, adapter):
@@ -92,7 +86,7 @@ def assert_close(a, b):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_update_is_the_same_on_every_mesh(name):
   """Each axis by itself with one family, all of them together with every family."""
-  config, meshes = SHALLOW[name], MESHES if name == "llama" else (MESHES[0], MESHES[-1])
+  config, meshes = CONFIGS[name], MESHES if name == "llama" else (MESHES[0], MESHES[-1])
   params, adapter = make_model(config)
   objective = objective_of("grpo", kl="k3", kl_coef=0.1, entropy_coef=0.01)
   batch = make_batch(config, objective)
@@ -129,7 +123,7 @@ def test_every_objective_is_the_same_on_a_mesh(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logprobs_are_the_same_on_a_mesh(name):
-  config = SHALLOW[name]
+  config = CONFIGS[name]
   model = make_model(config)
   batch = make_batch(config, objective_of("grpo"))
   results = []
@@ -161,7 +155,7 @@ def test_state_is_made_in_place():
 
 
 def test_samples_are_the_same_on_a_mesh():
-  config = SHALLOW["llama"]
+  config = CONFIGS["llama"]
   model = make_model(config)
   prompts = make_prompts(config, [6, 3, 7, 5], 7)
   settings, keys = Sampler(group=3, max_tokens=6), jax.random.split(jax.random.key(3), 4)
