@@ -417,10 +417,15 @@ def stop(cell: Cell, made: StepLog) -> str:
   )
   if cell.run.writes:
     write_json(cell.run.path / STOPPED, {"step": made.step, "why": why})
+  close(cell)
+  return why
+
+
+def close(cell: Cell) -> None:
+  """Lets go of its checkpoints, its writers of events and its run directory."""
   cell.manager.close()
   cell.events.close()
   cell.run.close()
-  return why
 
 
 def finish(cell: Cell, policy: Model) -> dict:
