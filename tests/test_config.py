@@ -33,9 +33,15 @@ def test_values_take_the_type_of_the_field():
 @pytest.mark.parametrize(
   "flag, message",
   [
-    ("--config.steps=1.5", "needs int"),
-    ("--config.lora.rslora=perhaps", "needs bool"),
-    ("--config.optimizer.learning_rate=fast", "needs float"),
+    ("--config.steps=1.5", "^--config.steps=1.5: needs int, a whole number such as 6$"),
+    ("--config.lora.rslora=perhaps", "needs bool, true or false$"),
+    (
+      "--config.optimizer.learning_rate=fast",
+      "^--config.optimizer.learning_rate=fast: needs float, a number such as 0.001$",
+    ),
+    # A field that the recipe leaves to the objective's name has its type all the same.
+    ("--config.objective.kl_coef=low", "^--config.objective.kl_coef=low: needs float, a number$"),
+    ("--config.optimizer.learning_rate", "needs float.*Missing value"),
     ("--config.optimizer=3", "is a group of fields"),
     ("--config.optimiser.learning_rate=1", "did you mean config.optimizer.learning_rate"),
     ("--config.steps.more=1", "no such field"),
