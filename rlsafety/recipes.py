@@ -197,7 +197,8 @@ def override_field(config: ConfigDict, text: str) -> None:
   for i, part in enumerate(parts):
     if not isinstance(node, ConfigDict) or part not in node:
       known = all_fields(config)
-      hint = did_you_mean(field, [f"config.{f}" for f in known], f"; fields: {', '.join(known)}")
+      hint = did_you_mean(field, known, f"; fields: {', '.join(known)}")
+      hint = hint.replace("did you mean ", "did you mean --config.")
       group = ""
       if i and isinstance(node, ConfigDict):
         group = f" ({'.'.join(parts[:i])} has {', '.join(node)})"
