@@ -52,7 +52,9 @@ def test_a_bill_says_whose_price_it_is():
   assert tpu.startswith("$48.00 at $1.20 a device and hour (Google's list price of 2026")
   gpu = bill(device("H100-8"), 2.0)
   assert gpu.startswith("$48.00 at $3.00 a device and hour (clouds that rent little else")
-  assert "$175.68 on GKE at $10.98" in gpu  # 2 h x 8 x 10.98
+  assert "$175.68 at $10.98 a device and hour on GKE" in gpu  # 2 h x 8 x 10.98
+  assert bill(device("H100-8"), 2.0, gke=True) == gpu[gpu.index("$175.68") :]
+  assert bill(device("H200"), 1.0, gke=True) == "price on GKE not known"
   assert "two to four times" in bill(device("H200"), 1.0)  # GKE has it, at a price we do not know
   assert bill(device("tpu7x-8"), 1.0) == bill(device("GB200"), 1.0) == "price not known"
 

@@ -58,7 +58,8 @@ class Chip:
 
 TB = 1e12
 CHIPS = {
-  # DOCS; the link is not there: 3 of 6 links of 45 GB/s, not checked. Price: CATALOGUE.
+  # DOCS; link: 3 of 6 of 45 GB/s, which its all-reduce bandwidth of a pod (1.1 PB/s for 4,096
+  # chips) comes to. Price: CATALOGUE.
   "v4": Chip(
     *(32 * GIB, 275e12, 1200e9, 135e9, 3.22, 4),
     *("tpu-v4-podslice", "v4", "tpu-ubuntu2204-base", CUBE, 2),
@@ -198,21 +199,24 @@ def _sized(kind: str, chip: Chip, number: str | None) -> Device:
   return Device(f"{kind}-{count}", kind, chip, chips)
 
 
-def bill(target: Device, hours: float) -> str:
-  """What these hours of all its devices cost, at which price, and whose: no discount is in it."""
-  chip, all_hours = target.chip, hours * target.chips
+def bill(target: Device, hours: float, gke: bool = False) -> str:
+  """What these hours of all its devices cost, at which price, and whose: no discount is in it.
+
+  gke: on Google Kubernetes Engine alone, for its launcher.
+  """
+  chip = target.chip
+  cost = lambda price: f"${hours * target.chips * price:.2f} at ${price:.2f} a device and hour"  # noqa: E731
   if not chip.price:
     return "price not known"
-  rate = f"${all_hours * chip.price:.2f} at ${chip.price:.2f} a device and hour"
   if target.is_tpu:
-    return f"{rate} (Google's list price of 2026, on demand, in its cheapest regions)"
-  text = f"{rate} (clouds that rent little else, on demand, autumn 2026)"
+    return f"{cost(chip.price)} (Google's list price of 2026, on demand, in its cheapest regions)"
+  node = f"{cost(chip.gke_price)} on GKE (on demand in 2026, its share of the node included)"
+  if gke:
+    return node if chip.gke_price else "price on GKE not known"
+  cheap = f"{cost(chip.price)} (clouds that rent little else, on demand, autumn 2026)"
   if chip.gke_price:
-    return (
-      f"{text}, ${all_hours * chip.gke_price:.2f} on GKE at ${chip.gke_price:.2f} (its share of "
-      "the node included)"
-    )
-  return f"{text}; the large clouds ask two to four times as much" if chip.gke else text
+    return f"{cheap}, {node}"
+  return f"{cheap}; the large clouds ask two to four times as much" if chip.gke else cheap
 
 
 def cost_line(accelerator_type: str, created: str, now: datetime) -> str:
