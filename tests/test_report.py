@@ -284,6 +284,8 @@ def test_a_judge_that_scores_no_hex_is_not_called_too_few_users():
   assert [line for line in lines if line.startswith("HEX")] == [
     "HEX     no reply has a score: the judge gives none"
   ]
+  nothing = found.rows["hex"]["gap"]
+  assert nothing.unscored and not found.rows["reward"]["gap"].unscored
   row = {f"{name}_{g}": none for name in ("acc", "hex") for g in keys[:2]}
   row |= {"reward": 3.0, "reward_gameable": 3.0, "reward_non_gameable": none}
   assert gaps.group_line(row) == "reward 3.00/nan (gameable/non-gameable)"
