@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import re
 
 import pytest
@@ -117,3 +118,13 @@ def test_a_run_for_an_accelerator_does_not_start_without_one():
     runtime.check_platform(config.platform)
   runtime.check_platform("cpu")
   runtime.check_platform("")
+
+
+def test_a_large_model_on_a_cpu_says_how_long_at_least(caplog, monkeypatch):
+  monkeypatch.setattr(logging.getLogger("rlsafety"), "propagate", True)
+  caplog.set_level(logging.INFO, "rlsafety")
+  runtime.warn_of_cpu(2 * 10**9, 10_000, 300)
+  assert not caplog.records
+  runtime.warn_of_cpu(7 * 10**9, 10_000, 300)
+  days = 300 * 10 * 7e9 * 10_000 / 200e9 / 86400  # ten operations a parameter and token
+  assert caplog.messages == [f"on a CPU: expect more than {days:.1f} days"]

@@ -289,6 +289,12 @@ def test_a_judge_that_scores_no_hex_is_not_called_too_few_users():
   row = {f"{name}_{g}": none for name in ("acc", "hex") for g in keys[:2]}
   row |= {"reward": 3.0, "reward_gameable": 3.0, "reward_non_gameable": none}
   assert gaps.group_line(row) == "reward 3.00/nan (gameable/non-gameable)"
+  # What a step says besides: groups of replies that differ in reward, which alone teach anything.
+  line = gaps.step_line(
+    row | {"step": 2, "frac_zero_std": 0.25}, {"seconds": 3.0, "tokens_per_second": 9.0}, 12, [6.0]
+  )
+  assert line.startswith("step 2/12  reward 3.00/nan") and "loss" not in line
+  assert line.endswith("groups with spread 75%  3.0 s  9 tok/s  left 1.0 min")
 
 
 def test_page_names_the_model_its_terms_and_the_judges_columns(tmp_path):
