@@ -266,7 +266,7 @@ def k8s_command(run: Run, sweep: str, bucket: str, options: list[str]) -> list[s
 def apply_k8s(command: list[str]) -> None:
   manifest = subprocess.run(command, capture_output=True, text=True)
   if manifest.returncode:
-    raise UserError(manifest.stderr.removeprefix("rlsafety: "))
+    raise UserError(manifest.stderr.splitlines()[-1].removeprefix("rlsafety: "))
   try:
     subprocess.run(["kubectl", "apply", "-f", "-"], input=manifest.stdout, text=True, check=True)
   except FileNotFoundError:

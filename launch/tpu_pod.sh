@@ -124,7 +124,7 @@ facts() {
   python=$(find_python) || exit 2
   (cd "$repo" && "$python" -c "
 import datetime, sys
-from rlsafety.tools.devices import cost_line, device
+from rlsafety.tools.devices import bill, cost_line, device
 from rlsafety.errors import run_main
 def main(*arguments):
   $1
@@ -142,15 +142,15 @@ check_flags() {
 }
 
 create_slice() {
-  local answer type runtime
+  local answer type runtime price
   [[ -n $device ]] || die '--device is missing, for example --device=v5e-16'
   if [[ ${DRY_RUN:-0} != 1 ]]; then check_flags; fi
-  answer=$(facts 'd = device(*arguments); print(d.accelerator_type, d.chip.runtime)' "$device") ||
-    exit 2
-  read -r type runtime <<<"$answer"
-  [[ -n $runtime ]] ||
+  answer=$(facts 'd = device(*arguments)
+  print(d.accelerator_type, d.chip.runtime or "-", bill(d, 1.0))' "$device") || exit 2
+  read -r type runtime price <<<"$answer"
+  [[ $runtime != - ]] ||
     die "--device=$device is not in the Cloud TPU API; GPUs and TPU7x: launch/k8s/render.py"
-  note "asking for $name ($type)"
+  note "asking for $name ($type); an hour of it: $price"
   gcloud_tpu queued-resources create "$name" --node-id="$name" --accelerator-type="$type" \
     --runtime-version="${version:-$runtime}" "${create[@]}"
 }

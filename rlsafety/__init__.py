@@ -14,9 +14,17 @@ def stop_at_once(*_: object) -> None:
   os._exit(130)
 
 
-# `python -m rlsafety.x` imports for seconds before its own first line, and JAX takes a while to
-# leave; `errors.run_main` catches Ctrl-C between the two.
-if sys.argv[:1] == ["-m"] and threading.current_thread() is threading.main_thread():
+def _program() -> str:
+  """The program of ours that starts: `python -m rlsafety.x` or `python launch/x.py`, else ""."""
+  if sys.argv[:1] == ["-m"]:
+    return next((word for word in sys.orig_argv if word.startswith("rlsafety.")), "rlsafety")
+  launch = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "launch", "")
+  script = os.path.abspath(sys.argv[0] if sys.argv else "")
+  return os.path.basename(script) if script.startswith(launch) else ""
+
+
+# It imports for seconds before its own first line, and JAX takes a while to leave;
+# `errors.run_main` catches Ctrl-C between the two.
+if threading.current_thread() is threading.main_thread() and (program := _program()):
   signal.signal(signal.SIGINT, stop_at_once)
-  program = next((word for word in sys.orig_argv if word.startswith("rlsafety.")), "rlsafety")
   print(f"{program}: loading", file=sys.stderr, flush=True)

@@ -193,7 +193,11 @@ def open_cell(
   users = rollout.users_of(training, chat, config.max_prompt_tokens)
   asked = rollout.held_out(config.environment, everyone, config.eval.prompts)
   heldout = rollout.users_of(asked, chat, config.max_prompt_tokens)
-  notes = [f"environment {config.environment.name}: {len(users)} training prompts"]
+  whose = config.environment.users_file or config.environment.data_dir
+  notes = [
+    f"environment {config.environment.name}{f', users of {whose}' if whose else ''}: "
+    f"{len(users)} training prompts"
+  ]
   from_records = replay.prompts_per_batch(config.data, config.objective, P)
   about: dict = {
     "model": {**policy.source, "parameters": architecture.params_count(policy.config)},
@@ -417,10 +421,15 @@ def stop(cell: Cell, made: StepLog) -> str:
   )
   if cell.run.writes:
     write_json(cell.run.path / STOPPED, {"step": made.step, "why": why})
+  close(cell)
+  return why
+
+
+def close(cell: Cell) -> None:
+  """Lets go of its checkpoints, its writers of events and its run directory."""
   cell.manager.close()
   cell.events.close()
   cell.run.close()
-  return why
 
 
 def finish(cell: Cell, policy: Model) -> dict:

@@ -9,6 +9,7 @@ import dataclasses
 import importlib.util
 import pathlib
 import traceback
+import typing
 from collections.abc import Mapping, Sequence
 
 from absl import flags as absl_flags
@@ -196,7 +197,8 @@ def override_field(config: ConfigDict, text: str) -> None:
   for i, part in enumerate(parts):
     if not isinstance(node, ConfigDict) or part not in node:
       known = all_fields(config)
-      hint = did_you_mean(field, [f"config.{f}" for f in known], f"; fields: {', '.join(known)}")
+      hint = did_you_mean(field, known, f"; fields: {', '.join(known)}")
+      hint = hint.replace("did you mean ", "did you mean --config.")
       group = ""
       if i and isinstance(node, ConfigDict):
         group = f" ({'.'.join(parts[:i])} has {', '.join(node)})"
@@ -210,9 +212,27 @@ def override_field(config: ConfigDict, text: str) -> None:
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=["", text])
     values(["", text])
   except (absl_flags.Error, ValueError, TypeError, OverflowError) as error:
-    kind = " or ".join(sorted({type(node).__name__} - {"NoneType"})) or "another type"
-    why = str(error).rpartition(": ")[2]
-    raise UserError(f"{text:.99}: needs {kind} ({why:.99})") from None
+    kind = _kind(field)
+    example = f" such as {node}" if node and kind in (int, float) else ""
+    why = f" ({error})" if "=" not in text else ""
+    raise UserError(f"{text:.99}: needs {kind.__name__}, {_WORDS[kind]}{example}{why}") from None
+
+
+_WORDS = {
+  int: "a whole number",
+  float: "a number",
+  bool: "true or false",
+  tuple: "values joined by commas",
+  str: "a text",
+}
+
+
+def _kind(field: str) -> type:
+  """The declared type of a dotted field, also where a recipe has left it unset."""
+  kind = Config
+  for name in field.split("."):
+    kind = sections.field_types(kind)[name]
+  return typing.get_origin(kind) or kind
 
 
 def help_text() -> str:

@@ -11,12 +11,13 @@ users are asked in one batch, so that each weight is read once for all of them; 
 by one. A run by itself is one cell, through the same loop.
 """
 
+import contextlib
 import dataclasses
 import functools
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NoReturn
 
 import jax
@@ -127,14 +128,17 @@ def run_on(
   for step in sorted({cell.step for cell in live if cell.again}):
     again = [cell for cell in live if cell.again and cell.step == step]
     cells.tell({c.name: [f"the evaluation at step {step} is missing: made now"] for c in again})
-    if not evaluate(again):
+    with kept(live):
+      whole = evaluate(again)
+    if not whole:
       leave(live, told)
   if live and sharding.any_process(told.signal > 0):
     leave(live, told)
   while going := [cell for cell in live if not cell.is_last]:
     # All of them, unless a lost checkpoint left some behind.
     now = [cell for cell in going if cell.step == min(c.step for c in going)]
-    own = experience(now, roll_out, common)
+    with kept(live):
+      own = experience(now, roll_out, common)
     well, rows, failed = [], [], []
     for cell in now:
       made = learn(cell, own.get(cell.name), policy, mesh)
@@ -152,7 +156,8 @@ def run_on(
     due = [c for c in well if c.is_last or common.eval.every and step % common.eval.every == 0]
     saving = common.checkpoint.every and step % common.checkpoint.every == 0
     if stop or failed or ended or due or saving:
-      whole = not due or evaluate(due)
+      with kept(live):
+        whole = not due or evaluate(due)
       stop = stop or not whole
       cells.save(well, wait=bool(stop or failed or ended))
     for cell, made in failed:
@@ -183,13 +188,27 @@ def leave(live: Sequence[Cell], told: runtime.Told) -> NoReturn:
   for cell in live:
     checkpoints.finish(cell.manager)
     saved = cell.manager.latest_step()
-    cell.manager.close()
-    cell.events.close()
-    cell.run.close()
+    cells.close(cell)
   what = signal.Signals(told.signal or signal.SIGTERM).name
   done = "nothing to save yet" if saved is None else f"saved step {saved}"
   runtime.progress().info("%s: %s; the same command continues", what, done)
   sys.exit(told.exit_code)
+
+
+@contextlib.contextmanager
+def kept(live: Sequence[Cell]) -> Iterator[None]:
+  """Around what a judge may end, such as a function of the user's own that raises: the updates that
+  were made until then are saved, and the same command continues behind them."""
+  try:
+    yield
+  except UserError:
+    if jax.process_count() == 1:  # of several one alone may be here, and a save waits for all
+      for cell in live:
+        checkpoints.finish(cell.manager)
+      cells.save([c for c in live if c.manager.latest_step() != c.step], wait=True)
+      for cell in live:  # in a notebook the next try finds no lock
+        cells.close(cell)
+    raise
 
 
 def experience(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import re
 
 import pytest
@@ -33,11 +34,19 @@ def test_values_take_the_type_of_the_field():
 @pytest.mark.parametrize(
   "flag, message",
   [
-    ("--config.steps=1.5", "needs int"),
-    ("--config.lora.rslora=perhaps", "needs bool"),
-    ("--config.optimizer.learning_rate=fast", "needs float"),
+    ("--config.steps=1.5", "^--config.steps=1.5: needs int, a whole number such as 6$"),
+    ("--config.lora.rslora=perhaps", "needs bool, true or false$"),
+    (
+      "--config.optimizer.learning_rate=fast",
+      "^--config.optimizer.learning_rate=fast: needs float, a number such as 0.001$",
+    ),
+    # A field that the recipe leaves to the objective's name has its type all the same.
+    ("--config.objective.kl_coef=low", "^--config.objective.kl_coef=low: needs float, a number$"),
+    ("--config.optimizer.learning_rate", "needs float.*Missing value"),
     ("--config.optimizer=3", "is a group of fields"),
-    ("--config.optimiser.learning_rate=1", "did you mean config.optimizer.learning_rate"),
+    ("--config.optimiser.learning_rate=1", "did you mean --config.optimizer.learning_rate"),
+    ("--config.stpes=3", "no such field at 'stpes'; did you mean --config.steps"),
+    ("--config.rank=3", "did you mean --config.lora.rank"),
     ("--config.steps.more=1", "no such field"),
     ("--confg=x.py", "did you mean --config"),
     ("positional", "unknown argument"),
@@ -109,3 +118,13 @@ def test_a_run_for_an_accelerator_does_not_start_without_one():
     runtime.check_platform(config.platform)
   runtime.check_platform("cpu")
   runtime.check_platform("")
+
+
+def test_a_large_model_on_a_cpu_says_how_long_at_least(caplog, monkeypatch):
+  monkeypatch.setattr(logging.getLogger("rlsafety"), "propagate", True)
+  caplog.set_level(logging.INFO, "rlsafety")
+  runtime.warn_of_cpu(2 * 10**9, 10_000, 300)
+  assert not caplog.records
+  runtime.warn_of_cpu(7 * 10**9, 10_000, 300)
+  days = 300 * 10 * 7e9 * 10_000 / 200e9 / 86400  # ten operations a parameter and token
+  assert caplog.messages == [f"on a CPU: expect more than {days:.1f} days"]

@@ -15,8 +15,8 @@ import pytest
 
 from rlsafety.errors import UserError
 from rlsafety.rundir import write
-from rlsafety.tools import access
-from rlsafety.tools.devices import CHIPS, cost_line, device
+from rlsafety.tools import access, fits, plan
+from rlsafety.tools.devices import CHIPS, bill, cost_line, device
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 
@@ -33,9 +33,30 @@ def test_slice_names_count_what_google_counts():
   assert (ironwood.chips, ironwood.hosts, ironwood.per_host) == (16, 2, 4)
   assert (ironwood.topology, ironwood.platform) == ("2x2x2", "tpu")
   assert ironwood.chip.memory == 96 * 2**30
-  for name in ("v5e-12", "v4-7", "h100-0", "m100-8", "v5e-", "tpu7x-2", ""):
+  for name in ("v5e-12", "v4-7", "h100-0", "m100-8", "v5e-", "tpu7x-2"):
     with pytest.raises(UserError, match="device="):
       device(name)
+
+
+def test_no_machine_is_planned_for_or_started_on_without_being_named():
+  recipe = f"--config={REPO}/configs/tiny_syco.py"
+  for main in (plan.main, fits.main):
+    with pytest.raises(UserError, match="--device is missing; name the machine: --device=v5e-16"):
+      main(["x", recipe])
+    with pytest.raises(UserError, match="did you mean --device"):
+      main(["x", recipe, "--devise=v5e-8"])
+
+
+def test_a_bill_says_whose_price_it_is():
+  tpu = bill(device("v5e-16"), 2.5)
+  assert tpu.startswith("$48.00 at $1.20 a device and hour (Google's list price of 2026")
+  gpu = bill(device("H100-8"), 2.0)
+  assert gpu.startswith("$48.00 at $3.00 a device and hour (clouds that rent little else")
+  assert "$175.68 at $10.98 a device and hour on GKE" in gpu  # 2 h x 8 x 10.98
+  assert bill(device("H100-8"), 2.0, gke=True) == gpu[gpu.index("$175.68") :]
+  assert bill(device("H200"), 1.0, gke=True) == "price on GKE not known"
+  assert "two to four times" in bill(device("H200"), 1.0)  # GKE has it, at a price we do not know
+  assert bill(device("tpu7x-8"), 1.0) == bill(device("GB200"), 1.0) == "price not known"
 
 
 @pytest.mark.parametrize("kind", CHIPS)

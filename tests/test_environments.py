@@ -436,7 +436,7 @@ def test_neutral_has_the_users_and_wishes_of_action_advice_without_their_cues():
   [
     ({}, "environment.name is missing"),
     ({"name": "action_advise"}, "not one of action_advice"),
-    ({"name": "no.such_module"}, "cannot import"),
+    ({"name": "no.such_module"}, "environment.name=no.such_module: cannot be imported"),
     ({"name": "neutral", "framng": "x"}, "did you mean framing"),
     ({"name": "neutral", "framing": "doctor"}, "not one of assistant, advisor, therapist"),
     ({"name": "neutral", "cue": "style+trait"}, "'trait' is not one of none, tone, self_desc"),

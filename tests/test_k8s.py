@@ -88,10 +88,15 @@ def test_manifests_fit_the_schemas(capsys, name):
 
 
 # Kueue 0.15 serves v1beta2 beside v1beta1, 0.20 serves it alone. What v1beta2 says of a spec's
-# fields, in our words: v1beta1's `cohort` is called cohortName, and `admissionChecks` is gone.
+# fields, in our words, read in the definitions of its repository: v1beta1's `cohort` is called
+# cohortName, and `admissionChecks` is gone. No package has them.
 ANY = {}
+NAME = {
+  "type": "string",
+  "pattern": r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$",
+}
 FLAVOR = fields(
-  name=TEXT,
+  name=NAME,
   resources=items(fields(("name", "nominalQuota"), name=TEXT, nominalQuota=COUNT)),
 )
 WITHIN = {"enum": ["Never", "LowerPriority", "LowerOrNewerEqualPriority"]}
@@ -111,7 +116,7 @@ V1BETA2 = {
     preemption=fields((), withinClusterQueue=WITHIN, reclaimWithinCohort=ANY),
     resourceGroups=items(fields(coveredResources=items(TEXT), flavors=items(FLAVOR))),
   ),
-  "LocalQueue": fields(clusterQueue=TEXT),
+  "LocalQueue": fields(clusterQueue=NAME),
 }
 
 
@@ -121,6 +126,9 @@ def test_queues_fit_the_version_that_current_kueue_serves(capsys):
     for manifest in manifests(capsys, *flags, "--kueue", "--slices=3"):
       assert manifest["apiVersion"] == "kueue.x-k8s.io/v1beta2"
       jsonschema.validate(manifest["spec"], V1BETA2[manifest["kind"]])
+      for group in manifest["spec"].get("resourceGroups", []):  # a rule that no schema can say
+        sizes = {len(flavor["resources"]) for flavor in group["flavors"]}
+        assert sizes == {len(group["coveredResources"])}
 
 
 def strict(schema):
@@ -189,7 +197,9 @@ def test_the_token_of_gated_models_comes_from_a_secret(capsys, monkeypatch):
   assert "hf_mine" not in shown.out + shown.err
   render.main(["--device=H100-8", *K8S, "--env-from=rlsafety", *gated])
   shown = capsys.readouterr()
-  assert not shown.err
+  assert "if gated" not in shown.err
+  # The node's price, before it is booked.
+  assert "an hour of H100-8: $87.84 at $10.98 a device and hour on GKE" in shown.err
   source = container_of(yaml.safe_load(shown.out))["envFrom"]
   assert source == [{"secretRef": {"name": "rlsafety"}}]
 
@@ -204,6 +214,7 @@ def test_manifest_refuses_what_cannot_run(capsys):
     (("--device=v5e-16", *K8S, *TINY, "--config.mesh.tensr=2"), "mesh.tensor"),
     (("--device=GB200-4", *K8S, *TINY), "no such pool"),
     (("--devise=v5e-16", *K8S, *TINY), "did you mean --device"),
+    ((*K8S, *TINY), "--device is missing"),
     # The recipe's own batch: 4 prompts in 2 micro-batches. The run said so on the paid machine.
     (("--device=H100-8", *K8S, *TINY[:2]), "H100-8: prompts_per_step=4 .* data x fsdp = 8"),
   ]:

@@ -12,16 +12,23 @@ from launchers import REPO
 from rlsafety import progress
 
 
-@pytest.mark.parametrize("program", ["train", "study.run", "tools.export", "report.render"])
-def test_the_first_line_comes_before_the_heavy_imports(tmp_path, program):
+@pytest.mark.parametrize(
+  ("program", "name"),
+  [
+    *((f"-m rlsafety.{p}", f"rlsafety.{p}") for p in ("train", "tools.export", "report.render")),
+    ("launch/sweep.py", "sweep.py"),
+    ("launch/k8s/render.py", "render.py"),
+  ],
+)
+def test_the_first_line_comes_before_the_heavy_imports(tmp_path, program, name):
   """They take seconds; here the first of them to be reached ends the program."""
   for heavy in ("jax", "numpy", "absl", "ml_collections", "transformers"):
     (tmp_path / f"{heavy}.py").write_text("raise SystemExit(3)")
   env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(tmp_path), str(REPO)]))
-  command = [sys.executable, "-m", f"rlsafety.{program}"]
-  done = subprocess.run(command, env=env, capture_output=True, text=True)
+  command = [sys.executable, *program.split()]
+  done = subprocess.run(command, env=env, cwd=REPO, capture_output=True, text=True)
   said = done.returncode, done.stdout, done.stderr
-  assert said == (3, "", f"rlsafety.{program}: loading\n")
+  assert said == (3, "", f"{name}: loading\n")
 
 
 def test_an_import_says_nothing():

@@ -5,6 +5,7 @@ import hashlib
 import html
 import html.parser
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import synthetic_runs
 from browsing import browser
 
 from rlsafety.errors import UserError
+from rlsafety.metrics import gaps
 from rlsafety.metrics.matched import FEWEST, Effect
 from rlsafety.report import charts, overview, render, summary, transcripts
 from rlsafety.rundir import read
@@ -269,6 +271,30 @@ def test_few_users_get_no_stars_and_no_nan(tmp_path):
                  {"hex": {w: 7.0 for w in overview.COLUMNS}}, FEWEST)  # fmt: skip
   enough.last.update(prompts=9, samples=2)
   assert summary.table(enough).count(" *\n") == 2  # and the last line's
+
+
+def test_a_judge_that_scores_no_hex_is_not_called_too_few_users():
+  """A reward function of one's own: the numbers are not small, they are not there."""
+  keys, none = ("gameable", "non_gameable", "gap"), math.nan
+  scores = {"reward": dict.fromkeys(keys, 3.0), "hex": dict.fromkeys(keys, none)}
+  found = means(scores, scores, 12)
+  found.last.update(prompts=9, samples=2)
+  assert overview.conclusion(found).startswith("No reply was scored for HEX (judge.evaluator")
+  lines = summary.table(found).splitlines()
+  assert [line for line in lines if line.startswith("HEX")] == [
+    "HEX     no reply has a score: the judge gives none"
+  ]
+  nothing = found.rows["hex"]["gap"]
+  assert nothing.unscored and not found.rows["reward"]["gap"].unscored
+  row = {f"{name}_{g}": none for name in ("acc", "hex") for g in keys[:2]}
+  row |= {"reward": 3.0, "reward_gameable": 3.0, "reward_non_gameable": none}
+  assert gaps.group_line(row) == "reward 3.00/nan (gameable/non-gameable)"
+  # What a step says besides: groups of replies that differ in reward, which alone teach anything.
+  line = gaps.step_line(
+    row | {"step": 2, "frac_zero_std": 0.25}, {"seconds": 3.0, "tokens_per_second": 9.0}, 12, [6.0]
+  )
+  assert line.startswith("step 2/12  reward 3.00/nan") and "loss" not in line
+  assert line.endswith("groups with spread 75%  3.0 s  9 tok/s  left 1.0 min")
 
 
 def test_page_names_the_model_its_terms_and_the_judges_columns(tmp_path):

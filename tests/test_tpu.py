@@ -335,6 +335,7 @@ def test_pod_only_copies_tracked_files_and_dry_run_calls_nothing(cloud):
   secret = REPO / "runs" / "never-copied.key"
   out = cloud("train", *POD, "--dry-run", "--", "--config=c.py")
   assert out.returncode == 0 and not (cloud.folder / "calls.jsonl").exists()
+  assert "asking for run-1 (v5litepod-16); an hour of it: $19.20 at $1.20" in out.stderr
   executable(cloud.folder / "trainer", "#!/bin/bash\necho\n")
   try:
     secret.parent.mkdir(exist_ok=True)

@@ -138,7 +138,7 @@ def test_complete_run_says_so_and_another_config_is_refused(whole, refuse):
 
 NO_WEIGHTS = ["--config.model.preset=", "--config.model.path=/no/model.gguf"]
 BAD = {
-  "unknown_field": (["--config.sampler.grop=2"], "did you mean config.sampler.group"),
+  "unknown_field": (["--config.sampler.grop=2"], "did you mean --config.sampler.group"),
   "field_of_a_group": (["--config.objective.method=dpo"], "(objective has "),
   "bad_value": (["--config.steps=ten"], "--config.steps=ten: needs int"),
   "unknown_flag": (["--workdri=x"], "did you mean --workdir"),

@@ -4,8 +4,8 @@
 
 A chat model's 18 cells are 3 environments and 3 steps of the published chain, with 3 seeds each; a
 base model has the 3 seeds of therapy_talk. The argument is a key of MODELS or BASE_MODELS in
-configs/paper.py. `python -m rlsafety.tools.plan --config=configs/paper.py:model=M --cells=18` says
-what fits; launch/studies.sh starts one job for each model.
+configs/paper.py. `python -m rlsafety.tools.plan --config=configs/paper.py:model=M --device=H100
+--cells=18` says what fits; launch/studies.sh starts one job for each model.
 """
 
 import importlib.util

@@ -26,7 +26,7 @@ from rlsafety import recipes
 from rlsafety.errors import UserError, run_main
 from rlsafety.tools import fits
 from rlsafety.tools.access import hub_names
-from rlsafety.tools.devices import Device, device
+from rlsafety.tools.devices import Device, bill, device
 
 PORT = 8476  # JAX's coordinator
 MOUNT = "/bucket"
@@ -218,6 +218,7 @@ def main(argv: list[str]) -> None:
   fits.check(config, target)
   if (models := hub_names(config)) and not options.env_from:
     print(f"render.py: {', '.join(models)}: if gated, give --env-from=SECRET", file=sys.stderr)
+  print(f"render.py: an hour of {target.name}: {bill(target, 1.0, gke=True)}", file=sys.stderr)
   if not config.platform:  # a pod whose device is not found must not train on its CPU
     flags = [*flags, f"--config.platform={target.platform}"]
   if not any(flag.startswith("--workdir=") for flag in flags):

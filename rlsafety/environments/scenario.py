@@ -17,7 +17,7 @@ from typing import Any
 from rlsafety.environments import framing, published, rubrics, users_file
 from rlsafety.environments.people import Person, User, heldout_units, uniform
 from rlsafety.environments.section import Environment
-from rlsafety.errors import UserError
+from rlsafety.errors import UserError, import_own, own_code
 
 # Stands for the reply in judge and evaluator messages: exactly one message is this text.
 REPLY = "\u27e6reply\u27e7"
@@ -59,10 +59,7 @@ def environment_module(name: str) -> ModuleType:
   if name in (*ENVIRONMENTS, *OUTSIDE):
     return importlib.import_module(f"rlsafety.environments.{name}")
   if "." in name:
-    try:
-      module = importlib.import_module(name)
-    except (ImportError, ValueError) as error:
-      raise UserError(f"environment.name: cannot import {name!r} ({error})") from None
+    module = import_own("environment.name", name, name)
     for needed in ("DEFAULTS", "TOPICS", "RUBRICS", "people"):
       if not hasattr(module, needed):
         raise UserError(
@@ -167,7 +164,10 @@ def _mixed(scenarios: list[Scenario], seed: int) -> list[Scenario]:
 @functools.lru_cache(maxsize=8)
 def people_of(module: ModuleType, seed: int) -> tuple[Person, ...]:
   """The people of an environment, before any factor."""
-  return tuple(module.people(seed))
+  if module.__name__.startswith("rlsafety."):  # a fault of ours keeps its traceback
+    return tuple(module.people(seed))
+  with own_code(f"environment.name={module.__name__}"):
+    return tuple(module.people(seed))
 
 
 def policy_messages(scenario: Scenario) -> list[dict[str, str]]:

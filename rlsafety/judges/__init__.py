@@ -127,7 +127,11 @@ def _open(
   if name == "probe":
     heads = probe.find(environment.name, policy, s.model if s.name == "probe" else "")
     score = probe.make(policy, heads, mesh, unusable, chunk_tokens)
-    return Judge(score, probe.describe(heads) | {"sha256": heads.sha256})
+    about = probe.describe(heads) | {"sha256": heads.sha256}
+    if "." in environment.name:  # measured on replies to other users than these
+      about.pop("measured", None)
+      about["limits"] += f"; not measured on users of {environment.name}"
+    return Judge(score, about)
   if name == "phrases":
     return Judge(phrases.make(policy.chat, environment.name, unusable), phrases.describe())
   if name == "lm":

@@ -9,14 +9,13 @@ attribute `on_tokens = True` is given `Replies` in place of texts and may be jit
 broken replies never reach the result: they get `judge.degenerate`.
 """
 
-import importlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from rlsafety import sharding
 from rlsafety.environments import Scenario
-from rlsafety.errors import UserError
+from rlsafety.errors import UserError, import_own, own_code
 from rlsafety.metrics.gaps import SCORES
 from rlsafety.models.chat import Chat
 from rlsafety.types import Replies
@@ -25,13 +24,9 @@ from rlsafety.types import Replies
 def find(name: str) -> Callable:
   """The function that `name` names. Raises UserError if it cannot be imported or called."""
   module, _, function = name.rpartition(".")
-  try:
-    found = getattr(importlib.import_module(module), function)
-  except (ImportError, AttributeError, ValueError) as error:
-    raise UserError(
-      f"judge.name={name}: cannot be imported ({error}); it is package.module.function, with the "
-      "package on the Python path"
-    ) from None
+  found = getattr(import_own("judge.name", name, module), function, None)
+  if found is None:
+    raise UserError(f"judge.name={name}: {module} has no {function}; it is package.module.function")
   if not callable(found):
     raise UserError(f"judge.name={name}: is a {type(found).__name__}, not a function")
   return found
@@ -40,19 +35,20 @@ def find(name: str) -> Callable:
 def make(name: str, chat: Chat, unusable: float = 1.0) -> Callable[..., tuple[dict, dict]]:
   """Returns score(scenarios, replies) -> ({reward, acc, hex}: [P, G], metrics).
 
-  What the function does not score is NaN. Raises UserError naming it for an answer that is no
-  mapping, has other names or shapes, or holds an infinity.
+  What the function does not score is NaN. Raises UserError naming it where it raises, and for an
+  answer that is no mapping, has other names or shapes, or holds an infinity.
   """
   function = find(name)
 
   def score(scenarios: Sequence[Scenario], replies: Replies):
     host = sharding.fetch(replies)
     P, G = host.lengths.shape
-    if getattr(function, "on_tokens", False):
-      found = function(scenarios, replies)
-    else:
+    shown = replies
+    if not getattr(function, "on_tokens", False):
       text = lambda p, g: chat.decode(host.tokens[p, g, : host.lengths[p, g]].tolist())  # noqa: E731
-      found = function(scenarios, [[text(p, g) for g in range(G)] for p in range(P)])
+      shown = [[text(p, g) for g in range(G)] for p in range(P)]
+    with own_code(f"judge.name={name}"):
+      found = function(scenarios, shown)
     ok = (host.lengths > 0) & ~host.broken
     return _checked(name, found, ok, unusable), {"judge_degenerate": float(np.mean(~ok))}
 

@@ -207,16 +207,28 @@ def _finite(value: Any) -> bool:
 
 def find(environment: str, model: Model, path: str = "") -> Heads:
   """The head file at `path`, or ("") the shipped one for this environment and base."""
+  wanted = [phrases.target(environment, metric) for metric in ("acc", "hex")]
   if path:
     heads = read(Path(path))
     found = [heads.info["targets"][metric] for metric in ("acc", "hex")]
-    wanted = [phrases.target(environment, metric) for metric in ("acc", "hex")]
     if found != wanted:
       raise UserError(
         f"judge.model={path}: its heads are for {heads.info['environment']}, where ACC and HEX "
         f"find the classes {' and '.join(found)}; {environment} needs {' and '.join(wanted)}"
       )
     return heads
+  if "." in environment:  # of one's own: there are no labelled replies to its users to fit on
+    near = [
+      f"--config.judge.model={shipped(name, model)} (heads that find the same in replies to other "
+      "users, not measured on yours), or "
+      for name in ("advice", "political_qa")
+      if [phrases.target(name, metric) for metric in ("acc", "hex")] == wanted
+      and shipped(name, model).exists()
+    ]
+    raise UserError(
+      f"no reward head ships for environment {environment}: take {''.join(near)}another judge, "
+      "--config.judge.name=lm, http, phrases or a function of yours (docs/judges.md)"
+    )
   file = shipped(environment, model)
   if not file.exists():
     raise UserError(

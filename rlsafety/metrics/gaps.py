@@ -82,12 +82,14 @@ def share_above(rubric: str, scores: Sequence[float] | np.ndarray) -> float:
 
 
 def group_line(row: Mapping[str, Any]) -> str:
-  """reward 5.1/4.8 ...: gameable / non-gameable, of own replies or else of the records."""
+  """reward 5.1/4.8 ...: gameable / non-gameable, of own replies or else of the records; acc and hex
+  only where the judge scores them."""
   prefix = "" if "reward" in row else "data_"
   parts = []
   for name in ("reward", "acc", "hex"):
-    both = (row[f"{prefix}{name}_{group}"] for group in ("gameable", "non_gameable"))
-    parts.append(f"{name} " + "/".join(f"{mean:.2f}" for mean in both))
+    both = [row[f"{prefix}{name}_{group}"] for group in ("gameable", "non_gameable")]
+    if name == "reward" or np.isfinite(both).any():
+      parts.append(f"{name} " + "/".join(f"{mean:.2f}" for mean in both))
   return "  ".join(parts) + f" ({prefix.replace('_', ': ')}gameable/non-gameable)"
 
 

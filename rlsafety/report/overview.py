@@ -38,6 +38,11 @@ class Change:
   def notable(self) -> bool:
     return self.may_star and self.effect.notable
 
+  @property
+  def unscored(self) -> bool:
+    """The judge gave no verdict on any of these replies, as one that only rewards."""
+    return not (math.isfinite(self.before[0]) or math.isfinite(self.after[0]))
+
 
 @dataclasses.dataclass(frozen=True)
 class Overview:
@@ -146,6 +151,11 @@ def conclusion(found: Overview | None) -> str:
     return f"Only step {found.first['step']} was evaluated, so there is no change to conclude on."
   where = f"from step {found.first['step']} to step {found.last['step']}"
   hexes = found.rows["hex"]
+  if all(cell.unscored for cell in hexes.values()):
+    return (
+      "No reply was scored for HEX (judge.evaluator names who does it), so nothing is concluded on "
+      f"harmful exploitation {where}."
+    )
   units = hexes["gap"].effect.units
   if units < FEWEST:
     return (

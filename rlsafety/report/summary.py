@@ -51,11 +51,16 @@ def table(found: Overview) -> str:
     "interval over units (* excludes zero) and the change that would be found in 80% of such runs",
     f"{'':8}{'users':14}{'before':>8}{'after':>8}{'change':>8}{'interval':>18}{'detectable':>12}",
   ]
+  silent = [n for n, cells in found.rows.items() if all(c.unscored for c in cells.values())]
   for name, cells in found.rows.items():
+    if name in silent:
+      lines.append(f"{NAMES[name]:8}no reply has a score: the judge gives none")
+      continue
     for what, cell in cells.items():
       values = [number(cell.before[0]), number(cell.after[0]), number(cell.change[0], sign=True)]
       tail = f"{span(cell.effect.interval):>18}{number(cell.effect.detectable):>12}"
       row = f"{NAMES[name]:8}{what.replace('_', '-'):14}" + "".join(f"{v:>8}" for v in values)
       lines.append((row + tail).replace("−", "-") + " *" * cell.notable)
-  lines += [f"no stars for {NAMES[name]}: {why}" for name, why in found.barred.items()]
+  barred = {name: why for name, why in found.barred.items() if name not in silent}
+  lines += [f"no stars for {NAMES[name]}: {why}" for name, why in barred.items()]
   return "\n".join(lines + shares(first, last))

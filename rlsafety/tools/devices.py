@@ -9,11 +9,14 @@ nowhere to compare with. Node labels: the machine types of GKE's documentation. 
 device sends to its neighbours in one direction: of a TPU along each axis, a quarter of what DOCS
 calls its bidirectional bandwidth; of a GPU through NVLink where there is one, else PCIe.
 
-Prices are on demand, per device and hour, in US dollars, rounded; 0 where we found none. TPUs:
-Google's list for us-central1 (cloud.google.com/tpu/pricing). GPUs: what clouds that rent little
-else ask (August to October 2026; hyperstack.cloud/gpu-pricing unless said otherwise). The large
-clouds ask two to four times as much: for an H100 6.88 Amazon, 10.98 Google, 12.29 Microsoft
-(September to November). They tell orders of magnitude: look at your own contract.
+Prices are on demand, per device and hour, in US dollars, rounded, without any discount; 0 where we
+found none. CATALOGUE is SkyPilot's copy of Google's billing catalogue (v8, gcp; 2026). TPUs: its
+prices in us-central1, of v4 in us-central2; other regions ask up to half as much again. GPUs: what
+clouds that rent little else ask (August to October 2026; hyperstack.cloud/gpu-pricing unless said
+otherwise). The large clouds ask two to four times as much: for an H100 6.88 Amazon, 10.98 Google,
+12.29 Microsoft (September to November). `gke_price` is Google's: it bills the node, so this is the
+GPU's price and its share of the node's processors and memory. They tell orders of magnitude: look
+at your own contract.
 
 Slices are named as Google names them: `v4-16` and `v5p-16` count TensorCores (8 chips), `v5e-16`
 and `v6e-16` count chips, `tpu7x-16` counts the halves of chips that JAX sees as devices (8 chips).
@@ -36,7 +39,7 @@ CUBE = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4
 @dataclasses.dataclass(frozen=True)
 class Chip:
   """One device as JAX counts them. memory in bytes, flops per second in bf16, bandwidth (its own
-  memory) and link (to its neighbours, one direction) in bytes per second, price in $ per hour."""
+  memory) and link (to its neighbours, one direction) in bytes per second, prices in $ per hour."""
 
   memory: float
   flops: float
@@ -50,48 +53,59 @@ class Chip:
   topologies: dict[int, str] = dataclasses.field(default_factory=dict)  # of a TPU
   cores: int = 1  # what the number in the slice's name counts, per device
   halves: int = 1  # devices on one chip as Google counts and sells them
+  gke_price: float = 0.0  # of a GPU on Google Kubernetes Engine, with its share of the node
 
 
 TB = 1e12
 CHIPS = {
-  # DOCS; the link is not there: 3 of 6 links of 45 GB/s, not checked. Price: not checked.
+  # DOCS; link: 3 of 6 of 45 GB/s, which its all-reduce bandwidth of a pod (1.1 PB/s for 4,096
+  # chips) comes to. Price: CATALOGUE.
   "v4": Chip(
     *(32 * GIB, 275e12, 1200e9, 135e9, 3.22, 4),
     *("tpu-v4-podslice", "v4", "tpu-ubuntu2204-base", CUBE, 2),
   ),
-  # DOCS. Price: not checked.
+  # DOCS. Price: CATALOGUE.
   "v5e": Chip(
     *(16 * GIB, 197e12, 819e9, 100e9, 1.20, 4),
     *("tpu-v5-lite-podslice", "v5litepod", "v2-alpha-tpuv5-lite", PLANE),
   ),
-  # DOCS. Price: Google's billing catalogue, as SkyPilot's catalogue (v8, gcp) has it.
+  # DOCS. Price: CATALOGUE.
   "v5p": Chip(
     *(95 * GIB, 459e12, 2765e9, 300e9, 4.20, 4),
     *("tpu-v5p-slice", "v5p", "v2-alpha-tpuv5", CUBE, 2),
   ),
-  # DOCS. Price: as v5p.
+  # DOCS. Price: CATALOGUE.
   "v6e": Chip(
     *(32 * GIB, 918e12, 1638e9, 200e9, 2.70, 4),
     *("tpu-v6e-slice", "v6e", "v2-alpha-tpuv6e", PLANE),
   ),
-  # DOCS; bandwidth and link not checked. A chip has 192 GiB and 2307 TFLOP/s in two halves. Not in
+  # DOCS. A chip has 192 GiB, 2307 TFLOP/s, 7380 GB/s and links of 1200 GB/s, in two halves. Not in
   # the Cloud TPU API: GKE.
   "tpu7x": Chip(
     *(96 * GIB, 2307e12 / 2, 7.38 * TB / 2, 150e9, 0.0, 8, "tpu7x"),
     topologies=CUBE,
     halves=2,
   ),
-  # SHEET, the SXM boards. Price of an H100: runpod.io 2.69 to 3.49, hyperstack.cloud 3.20.
-  "A100": Chip(80e9, 312e12, 2039e9, 300e9, 1.80, 8, "nvidia-a100-80gb"),  # 1.60; runpod.io 1.79
-  "H100": Chip(80e9, 989e12, 3350e9, 450e9, 3.00, 8, "nvidia-h100-80gb"),
+  # SHEET, the SXM boards. Price of an A100: 1.60, runpod.io 1.79; of an H100: runpod.io 2.69 to
+  # 3.49, hyperstack.cloud 3.20. On GKE, CATALOGUE: A100 4.42 + 1.10 (us-east5), H100 9.80 + 1.18
+  # (us-east4); of H200 not found, of B200 8.06 to 11.28 by region, without the node.
+  "A100": Chip(
+    *(80e9, 312e12, 2039e9, 300e9, 1.80, 8, "nvidia-a100-80gb"),
+    gke_price=5.52,
+  ),
+  "H100": Chip(
+    *(80e9, 989e12, 3350e9, 450e9, 3.00, 8, "nvidia-h100-80gb"),
+    gke_price=10.98,
+  ),
   "H200": Chip(141e9, 989e12, 4800e9, 450e9, 4.00, 8, "nvidia-h200-141gb"),  # 3.99
   # SHEET of HGX; memory as DGX B200's has it (1,440 GB for 8) and clouds sell it, 180 GB.
   "B200": Chip(180e9, 2250e12, 8 * TB, 900e9, 6.00, 8, "nvidia-b200"),  # 6.00; lambda.ai 6.69
   # SHEET; memory as systems report it in MLPerf submissions. Hosts of 4 with Arm CPUs: our image is
   # for x86, so it is planned for and not launched on.
   "GB200": Chip(186e9, 2500e12, 8 * TB, 900e9, 0.0, 4),
-  # SHEET (PCIe 4, 16 lanes: 32 GB/s). Price of L4: not checked; of L40S: its sister L40's.
-  "L4": Chip(24e9, 121e12, 300e9, 32e9, 0.70, 8, "nvidia-l4"),
+  # SHEET (PCIe 4, 16 lanes: 32 GB/s). Price of L4: Google's, CATALOGUE has 0.56 for the GPU, the
+  # node's share is not checked; of L40S: its sister L40's.
+  "L4": Chip(24e9, 121e12, 300e9, 32e9, 0.70, 8, "nvidia-l4", gke_price=0.70),
   "L40S": Chip(48e9, 362e12, 864e9, 32e9, 1.00, 8),
   # PCIe 5, 16 lanes: 64 GB/s. Server Edition, whose peak and bandwidth are not checked (457 TFLOP/s
   # were measured on a card: github.com/xzwgit/gpu-flops-bench).
@@ -151,6 +165,8 @@ def device(name: str, memory: float = 0.0, flops: float = 0.0) -> Device:
   not in the list, under any name, and its bandwidth is then a guess (GUESSED_INTENSITY); for a
   known one they take the place of its own. Raises UserError with what exists.
   """
+  if not name:
+    raise UserError("--device is missing; name the machine: --device=v5e-16, --device=H100-8 ...")
   if memory < 0 or flops < 0 or not math.isfinite(memory + flops):
     raise UserError(f"--memory={memory} (GB) and --flops={flops} (TFLOP/s) must be positive")
   match = re.fullmatch(r"([A-Za-z0-9]+?)(?:-(\d+))?", name)
@@ -183,6 +199,26 @@ def _sized(kind: str, chip: Chip, number: str | None) -> Device:
   return Device(f"{kind}-{count}", kind, chip, chips)
 
 
+def bill(target: Device, hours: float, gke: bool = False) -> str:
+  """What these hours of all its devices cost, at which price, and whose: no discount is in it.
+
+  gke: on Google Kubernetes Engine alone, for its launcher.
+  """
+  chip = target.chip
+  cost = lambda price: f"${hours * target.chips * price:.2f} at ${price:.2f} a device and hour"  # noqa: E731
+  if not chip.price:
+    return "price not known"
+  if target.is_tpu:
+    return f"{cost(chip.price)} (Google's list price of 2026, on demand, in its cheapest regions)"
+  node = f"{cost(chip.gke_price)} on GKE (on demand in 2026, its share of the node included)"
+  if gke:
+    return node if chip.gke_price else "price on GKE not known"
+  cheap = f"{cost(chip.price)} (clouds that rent little else, on demand, autumn 2026)"
+  if chip.gke_price:
+    return f"{cheap}, {node}"
+  return f"{cheap}; the large clouds ask two to four times as much" if chip.gke else cheap
+
+
 def cost_line(accelerator_type: str, created: str, now: datetime) -> str:
   """What a slice of the Cloud TPU API has cost since it was made, at list price.
 
@@ -197,5 +233,6 @@ def cost_line(accelerator_type: str, created: str, now: datetime) -> str:
   rate = slice_.chips * slice_.chip.price
   return (
     f"{hours:.1f} h x {slice_.chips} chips x ${slice_.chip.price:.2f} = ${hours * rate:.2f} at "
-    f"on-demand list price, since this slice was made; ${rate:.2f} an hour until `delete`"
+    f"list price (2026, on demand, no discount), since this slice was made; ${rate:.2f} an hour "
+    "until `delete`"
   )

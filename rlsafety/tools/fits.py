@@ -41,7 +41,7 @@ def check(config: Config, target: Device) -> None:
 
 def main(argv: Sequence[str]) -> None:
   parser = flags.parser(__doc__, "tools.fits")
-  parser.add_argument("--device", required=True, help="v5e-16, H100-8, ...")
+  parser.add_argument("--device", default="", help="v5e-16, H100-8, ...")
   parser.add_argument("--workdir", help="as rlsafety.train has it; not looked at")
   config, args = recipes.from_flags(parser, argv)
   check(config, device(args.device))

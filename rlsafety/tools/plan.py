@@ -39,7 +39,7 @@ from rlsafety.errors import UserError, run_main
 from rlsafety.judges import lm, probe
 from rlsafety.models import architecture, int8, lora, scoring
 from rlsafety.tools import meshes, shapes, topologies
-from rlsafety.tools.devices import GIB, Device, device
+from rlsafety.tools.devices import GIB, Device, bill, device
 from rlsafety.tools.hlo import read_program
 from rlsafety.types import Batch, Prompts
 
@@ -293,6 +293,7 @@ def make_plan(
     "evaluation_seconds": evaluation,
     "run_hours": hours,
     "run_dollars": hours * target.chips * target.chip.price,
+    "bill": bill(target, hours),
     "planning_seconds": time.monotonic() - began,
   }
 
@@ -373,8 +374,8 @@ def show(plan: dict, hints: list[str]) -> str:
     f"  {'most at one time':24}{gib(plan['bytes'])} of {plan['memory'] / GIB:.0f}: {verdict} "
     f"(limit {USABLE:.0%}; the {plan['busiest']} needs most)",
     f"roofline {plan['step_seconds']:.2f} s per step, {plan['evaluation_seconds']:.0f} s for all "
-    f"evaluations; at {EFFICIENCY:.0%} of it "
-    f"{plan['run_hours']:.2f} h and ${plan['run_dollars']:.2f} per run at list price",
+    f"evaluations; at {EFFICIENCY:.0%} of it {plan['run_hours']:.2f} h per run",
+    f"cost per run, no discount: {plan['bill']}",
   ]
   said = f"as {plan['compiler']} lays it out" if plan["compiler"] else "an estimate: " + NO_COMPILER
   return "\n".join([*lines, *(f"  try {hint}" for hint in hints), f"work space: {said}"])
@@ -390,7 +391,7 @@ def fake_devices(count: int) -> None:
 def main(argv: list[str]) -> None:
   parser = flags.parser(__doc__, "tools.plan")
   add = parser.add_argument
-  add("--device", default="v5e-16", help="v5e-16, H100-8, ...: the kinds are in tools/devices.py")
+  add("--device", default="", help="v5e-16, H100-8, ...: the kinds are in tools/devices.py")
   add("--memory", type=float, default=0, help="GB of one device, for a GPU of any other name")
   add("--flops", type=float, default=0, help="dense bf16 TFLOP/s of one device, likewise")
   add("--mesh", default="", choices=("", "auto"), help="auto: choose the mesh for the device")
