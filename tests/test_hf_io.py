@@ -158,7 +158,7 @@ def test_adapters_of_every_start_equal_peft_or_are_refused(made, tmp_path, start
   model, _, folder = made
   load = transformers.AutoModelForCausalLM.from_pretrained
   torch.manual_seed(0)
-  config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"],
+  config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=r".*\.(q|down)_proj",
                            init_lora_weights=start, task_type="CAUSAL_LM")  # fmt: skip
   tuned = peft.get_peft_model(load(folder, dtype=torch.float32), config).eval()
   with torch.no_grad():
@@ -658,6 +658,14 @@ CHANGES_THE_BASE = ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_g
     ({"peft_type": None}, "peft_type=None"),
     ({"r": 3}, r"lora_A.weight has shape \(4, 32\), not \(3, 32\)"),
     ({"peft_type": "IA3"}, "peft_type='IA3'"),
+    # peft leaves out what has tensors and is not chosen, and starts afresh what has none.
+    ({"target_modules": ["q_proj"]}, r"target_modules=.* do not choose model.layers.0.\w+.k_proj"),
+    ({"target_modules": ".*q_proj"}, "target_modules=.* do not choose"),
+    ({"target_modules": None}, "target_modules=None must be a list of names or a pattern"),
+    ({"target_modules": [1]}, r"target_modules=\[1\] must be"),
+    ({"target_modules": "("}, r"target_modules='\(' must be"),
+    ({"target_modules": r"(?:.|.)*(?<!j)"}, r"target_modules=.* must be .*timed out"),
+    ({"exclude_modules": ["1.mlp.up_proj"]}, "do not choose model.layers.1.mlp.up_proj"),
   ],
 )
 def test_an_adapter_we_cannot_honour_is_refused(made, tmp_path, change, message):
@@ -667,6 +675,20 @@ def test_an_adapter_we_cannot_honour_is_refused(made, tmp_path, change, message)
   (tmp_path / "adapter_config.json").write_text(json.dumps(config))
   with pytest.raises(UserError, match=message):
     hf.load_peft(tmp_path, model.config)
+
+
+def test_adapter_tensors_that_peft_would_not_load_are_refused(made, tmp_path):
+  """Of other names, or fewer than adapter_config.json chooses."""
+  model, adapter, _ = made
+  hf.save_peft(tmp_path, adapter, model, cases.LORA)
+  tensors = load_file(tmp_path / "adapter_model.safetensors")
+  for change, says in (
+    ({n.removeprefix("base_model.model."): x for n, x in tensors.items()}, "must begin with"),
+    ({n: x for n, x in tensors.items() if "v_proj" not in n}, r"choose .*v_proj, .* no adapter"),
+  ):
+    save_file(change, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=says):
+      hf.load_peft(tmp_path, model.config)
 
 
 @pytest.fixture(scope="module")
