@@ -471,6 +471,8 @@ TYPED = END | {"__type": "AddedToken"}
     ({"eos_token": TYPED, "bos_token": None}, {"pad_token": BOS}),
     ({"eos_token": TYPED, "added_tokens_decoder": {}}, {"bos_token": BOS, "cls_token": BOS}),
     ({"eos_token": TYPED, "additional_special_tokens": ["<|im_start|>"]}, {}),
+    ({"eos_token": "<|im_end|>", "tokenizer_class": "GPT2Tokenizer"}, {}),  # names others itself
+    ({"eos_token": "<|im_end|>", "tokenizer_class": "Qwen2TokenizerFast"}, {"pad_token": BOS}),
   ],
 )
 def test_named_tokens_are_read_as_transformers_reads_them(made, tmp_path, config, beside):
@@ -478,7 +480,7 @@ def test_named_tokens_are_read_as_transformers_reads_them(made, tmp_path, config
   import transformers
 
   model_tokenizer(made[0], tmp_path)
-  config = config | {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE}
+  config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE} | config
   (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
   if beside:
     (tmp_path / "special_tokens_map.json").write_text(json.dumps(beside))
@@ -487,6 +489,36 @@ def test_named_tokens_are_read_as_transformers_reads_them(made, tmp_path, config
   assert {k: v for k, v in ours.special.items() if v} == theirs.special_tokens_map
   messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
   assert ours.render(messages) == theirs.apply_chat_template(messages, tokenize=False)
+
+
+@pytest.mark.parametrize(
+  ("token", "flags", "frame"),
+  [
+    ("<|im_end|>", {"rstrip": True}, "{m}<|im_end|>\n\n"),  # tokenizer.json says otherwise
+    ("<|im_end|>", {"lstrip": True}, "{m}\n <|im_end|>\n"),
+    ("<|new|>", {"rstrip": True}, "<|new|> {m}<|im_end|>"),  # a content follows
+    ("<|new|>", {"lstrip": True}, "{m} <|new|>{eos_token}"),
+    ("<|new|>", {"single_word": True}, "a<|new|>{m}<|im_end|>"),
+  ],
+)
+def test_a_marker_takes_white_space_as_its_flags_say(made, tmp_path, token, flags, frame):
+  """Of the frame, as in transformers; what a content holds stays whole."""
+  import transformers
+
+  full = made[0].chat.full
+  model_tokenizer(made[0], tmp_path)
+  frame = frame.replace("{m}", "{{ m.content }}").replace("{eos_token}", "{{ eos_token }}")
+  id_of = full.token_to_id(token) or made[0].chat.vocab_size
+  decoder = {str(id_of): END | {"content": token, "special": True} | flags}
+  settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
+  settings |= {"chat_template": f"{{% for m in messages %}}{frame}{{% endfor %}}"}
+  settings["added_tokens_decoder"] = decoder
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+  ours = hf_chat.read_chat(tmp_path)
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  messages = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "d."}]
+  expected = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
+  assert ours.encode(messages, generation=False) == expected
 
 
 def test_tokens_that_only_the_files_beside_add(made, tmp_path):
@@ -533,6 +565,7 @@ def test_tokens_that_only_the_files_beside_add(made, tmp_path):
     ("tokenizer_config.json", {"chat_template": 3}, "chat_template=3 is no template"),
     ("tokenizer_config.json", {"chat_template": {"default": 3}}, "chat_template=3 is no template"),
     ("tokenizer_config.json", {"eos_token": 7}, "eos_token=7 is no token"),
+    ("tokenizer_config.json", {"split_special_tokens": True}, "split_special_tokens=True would"),
     ("tokenizer_config.json", {"pad_token": {"id": 7}}, "pad_token={'id': 7} is no token"),
     ("special_tokens_map.json", {"bos_token": ["<s>"]}, "bos_token=.* is no token"),
     ("generation_config.json", {"eos_token_id": "2"}, "eos_token_id='2' is no token id"),

@@ -112,6 +112,8 @@ class Chat:
     if follows:
       found = _marker(self.full).search(text)
       at = found.start() if found else len(text)
+      eaten = found and found[0] in _eaters(self.full, "lstrip")
+      text, at = (text[:at].rstrip() + text[at:], len(text[:at].rstrip())) if eaten else (text, at)
     head = self._plain_ids(text[:at])  # frame: its marks are meant
     return head + self.full.encode(text[at:], add_special_tokens=False).ids
 
@@ -133,7 +135,7 @@ class Chat:
     for part in parts:
       if isinstance(part, str):
         frame = part.rstrip(" ")
-        trailing = part[len(frame) :]
+        trailing = "" if frame.endswith(_eaters(self.full, "rstrip")) else part[len(frame) :]
         pieces.append((frame, False, follows))
         continue
       index, strip_left, strip_right = part
@@ -156,6 +158,13 @@ class Chat:
 def _marker(tokenizer: Tokenizer) -> re.Pattern:
   tokens = [t.content for t in tokenizer.get_added_tokens_decoder().values() if _is_marker(t)]
   return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
+
+
+@functools.lru_cache(16)
+def _eaters(tokenizer: Tokenizer, side: str) -> tuple[str, ...]:
+  """Markers that take the white space of the frame on one side of them, "lstrip" or "rstrip"."""
+  tokens = tokenizer.get_added_tokens_decoder().values()
+  return tuple(t.content for t in tokens if getattr(t, side) and _is_marker(t))
 
 
 def _is_marker(token: AddedToken) -> bool:
@@ -208,6 +217,9 @@ def _plain(full: Tokenizer, control: set[int], ordinary: set[str], source: str) 
   def without_prefix(step: dict | None) -> dict | None:
     if step is None or step["type"] == "Prepend":
       return None
+    if step["type"] == "Strip":
+      raise UserError(f"{source}: the tokenizer's normalizer Strip cuts texts at their ends, which "
+                      "frame and contents would have in other places")  # fmt: skip
     if step["type"] == "Metaspace":
       return step | {"prepend_scheme": "never"}
     if step["type"] == "ByteLevel":
