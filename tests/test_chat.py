@@ -332,6 +332,14 @@ def test_a_normalizer_that_cuts_the_ends_of_texts_is_refused(chat):
     chats.make_chat(full, special={"eos_token": "<|im_end|>"}, source="x.json")
 
 
+def test_a_tokenizer_that_cannot_be_taken_apart_is_one_line(chat):
+  spec = json.loads(chat("chatml").full.to_str())
+  (*_, one, last) = spec["model"]["vocab"]
+  spec["model"]["vocab"][last] = spec["model"]["vocab"][one]  # two tokens of one id
+  with pytest.raises(UserError, match="x.json: not a usable tokenizer .*out of vocabulary"):
+    chats.make_chat(Tokenizer.from_str(json.dumps(spec)), stop_ids=[1], source="x.json")
+
+
 def test_template_code_is_sandboxed(chat):
   escape = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
   with pytest.raises(UserError, match="unsafe"):

@@ -559,6 +559,7 @@ def test_tokens_that_only_the_files_beside_add(made, tmp_path):
     ("tokenizer_config.json", {"added_tokens_decoder": []}, "added_tokens_decoder=.. must be"),
     ("tokenizer_config.json", {"added_tokens_decoder": {"x": {}}}, "with id 'x' is no added"),
     ("added_tokens.json", {"a": [2]}, r"'a' with id \[2\] is no added token"),
+    ("added_tokens.json", {"\ud800": 7}, "with id 7 is no added token"),
     ("tokenizer_config.json", {"chat_template": {"rag": "x"}}, "chat_template holds rag and no"),
     ("tokenizer_config.json", {"chat_template": [{"name": "a", "template": "x"}]}, "s a and no"),
     ("tokenizer_config.json", {"chat_template": ["x"]}, "must name templates"),

@@ -172,7 +172,19 @@ def _is_marker(token: AddedToken) -> bool:
   return bool(token.content.replace("▁", "").strip())
 
 
-def with_markers(full: Tokenizer, tokens: Sequence[AddedToken]) -> tuple[Tokenizer, set[str]]:
+def rebuilt(spec: str, source: str) -> Tokenizer:
+  """The tokenizer of a text as `to_str` gives it. Not all that can be read once can be again."""
+  try:
+    return Tokenizer.from_str(spec)
+  except (KeyboardInterrupt, SystemExit):
+    raise
+  except BaseException as error:  # a panic of the Rust library is no Exception
+    raise UserError(f"{source}: not a usable tokenizer ({error})") from None
+
+
+def with_markers(
+  full: Tokenizer, tokens: Sequence[AddedToken], source: str
+) -> tuple[Tokenizer, set[str]]:
   """`full` with these tokens as markers, and which of them were ordinary ones before.
 
   transformers does so with every token that a config names: the frame then has them whole.
@@ -182,7 +194,7 @@ def with_markers(full: Tokenizer, tokens: Sequence[AddedToken]) -> tuple[Tokeniz
   if not missing:
     return full, set()
   ordinary = {t.content for t in missing if full.token_to_id(t.content) is not None}
-  full = Tokenizer.from_str(full.to_str())  # the caller's own stays as it is
+  full = rebuilt(full.to_str(), source)  # the caller's own stays as it is
   for token in missing:
     (full.add_special_tokens if token.special else full.add_tokens)([token])
   return full, ordinary
@@ -231,7 +243,7 @@ def _plain(full: Tokenizer, control: set[int], ordinary: set[str], source: str) 
 
   for key in ("normalizer", "pre_tokenizer"):
     spec[key] = without_prefix(spec[key])
-  plain = Tokenizer.from_str(json.dumps(spec))
+  plain = rebuilt(json.dumps(spec), source)
   for marker in sorted((markers - added) | ordinary):  # a letter that is to end replies, say
     i = ids[marker]
     text = full.decode([i], skip_special_tokens=False)
@@ -287,8 +299,8 @@ def make_chat(
     if token is not None and token not in ids:
       raise UserError(f"{source}: {name} {token!r:.200} is not in the vocabulary")
   named = tuple((k, v) for k, v in special.items() if v is not None)
-  full, ordinary = with_markers(full, [AddedToken(t, special=True, normalized=False)
-                                        for _, t in named])  # fmt: skip
+  markers = [AddedToken(t, special=True, normalized=False) for _, t in named]
+  full, ordinary = with_markers(full, markers, source)
   ending = templates.frame(template, ("user", "assistant"), False, named, source)[-1]
   eos, pad = special["eos_token"], special["pad_token"]
   stops = set(stop_ids) | ({ids[eos]} if eos is not None else set())

@@ -1,6 +1,7 @@
 """The tokenizer and chat template of a Hugging Face folder, as transformers would read them."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from rlsafety.errors import UserError
 from rlsafety.files import read_json, read_text
-from rlsafety.models.chat import Chat, make_chat, with_markers
+from rlsafety.models.chat import Chat, make_chat, rebuilt, with_markers
 
 SPECIAL = tuple(f"{name}_token" for name in "bos eos unk sep pad cls mask".split())
 # What transformers' classes name where a file says nothing.
@@ -83,15 +84,16 @@ def _marked(folder: Path, optional: Callable[[str], dict[str, Any]]) -> Tokenize
   for i, token in pairs:
     about = token if isinstance(token, dict) else {"content": token}
     content = about.get("content")
-    if not isinstance(content, str) or not content or not str(i).isdecimal():
+    text = isinstance(content, str) and content and not re.search("[\ud800-\udfff]", content)
+    if not text or not str(i).isdecimal():
       raise UserError(f"{folder / file}: {token!r:.200} with id {i!r:.40} is no added token")
     flags = {k: about[k] for k in kinds if isinstance(about.get(k), bool)}
     stated[int(i)] = AddedToken(content, **({"normalized": False} | flags))
     if there.get(int(i), {}).get("content") == content:  # this file's word counts
       there[int(i)].update(flags)
   if pairs:
-    full = Tokenizer.from_str(json.dumps(spec))
-  full, _ = with_markers(full, [stated[i] for i in sorted(stated)])
+    full = rebuilt(json.dumps(spec), str(folder / "tokenizer.json"))
+  full, _ = with_markers(full, [stated[i] for i in sorted(stated)], str(folder / file))
   for i, token in stated.items():
     if (found := full.token_to_id(token.content)) != i:
       raise UserError(
