@@ -264,12 +264,13 @@ def _check_modules(where: Path, start: str, present: Sequence[str], layers: int)
       return value == "all-linear"
     if isinstance(value, list) and all(isinstance(name, str) for name in value):
       return any(f".{module}".endswith(f".{name}") for name in value)
-    try:
-      return bool(regex.fullmatch(value, module, timeout=1))  # a stranger's may never end
-    except (regex.error, TimeoutError, TypeError) as error:
-      raise UserError(
-        f"{where}: {field}={value!r:.200} must be a list of names or a pattern ({error})"
-      ) from None
+    why = "it is neither"
+    if isinstance(value, str):
+      try:
+        return bool(regex.fullmatch(value, module, timeout=1))  # a stranger's may never end
+      except (regex.error, TimeoutError) as error:
+        why = str(error)
+    raise UserError(f"{where}: {field}={value!r:.200} must be a list of names or a pattern ({why})")
 
   for module, target in ((_module(t, i), t) for t in TARGETS for i in range(layers)):
     module = start + module.removeprefix("model.")
