@@ -23,6 +23,7 @@ CORE = [
   "optax>=0.2.5",
   "orbax-checkpoint>=0.12,<0.13",  # 0.13 leads to another top-level API
   "pandas>=2.2",
+  "regex>=2024.5",
   "safetensors>=0.6",
   "scipy>=1.14",
   "sentencepiece>=0.2",

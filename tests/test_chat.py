@@ -6,11 +6,11 @@ import random
 
 import chat_families
 import pytest
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, normalizers
 
 from rlsafety.errors import UserError
 from rlsafety.models import chat as chats
-from rlsafety.models import jinja
+from rlsafety.models import jinja, templates
 
 SYSTEM = {"role": "system", "content": "You are kind."}
 USER = {"role": "user", "content": "Hello there"}
@@ -319,8 +319,25 @@ def test_bad_roles_and_templates(chat):
     chats.make_chat(full, template="{% if %}", special={"eos_token": "<|im_end|>"}, source="x.gguf")
   with pytest.raises(UserError, match="leaves out message 0"):
     chats.make_chat(full, template="{{ messages|length }}", special={"eos_token": "<|im_end|>"})
+  with pytest.raises(UserError, match="x.gguf: the chat template has .* characters; the limit"):
+    chats.make_chat(full, template="a" * (templates.MAX_TEMPLATE + 1), source="x.gguf")
   with pytest.raises(UserError, match="eos_token '</s>' is not in the vocabulary"):
     chats.make_chat(full, special={"eos_token": "</s>"})
+
+
+def test_a_normalizer_that_cuts_the_ends_of_texts_is_refused(chat):
+  full = Tokenizer.from_str(chat("chatml").full.to_str())
+  full.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Strip()])
+  with pytest.raises(UserError, match="x.json: the tokenizer's normalizer Strip"):
+    chats.make_chat(full, special={"eos_token": "<|im_end|>"}, source="x.json")
+
+
+def test_a_tokenizer_that_cannot_be_taken_apart_is_one_line(chat):
+  spec = json.loads(chat("chatml").full.to_str())
+  (*_, one, last) = spec["model"]["vocab"]
+  spec["model"]["vocab"][last] = spec["model"]["vocab"][one]  # two tokens of one id
+  with pytest.raises(UserError, match="x.json: not a usable tokenizer .*out of vocabulary"):
+    chats.make_chat(Tokenizer.from_str(json.dumps(spec)), stop_ids=[1], source="x.json")
 
 
 def test_template_code_is_sandboxed(chat):

@@ -247,7 +247,7 @@ def test_public_preference_and_label_files(tmp_path):
   )
   rows = [
     {"prompt": question, "chosen": reply("4"), "rejected": reply("5")},
-    {"prompt": "2+2?", "chosen": "four", "rejected": "five", "id": 7},
+    {"prompt": question, "chosen": "four", "rejected": "five", "id": 7},  # of the same prompt
     {"prompt": question, "completion": reply("4"), "label": True},
     {"prompt": "2+2?", "completion": "6", "label": False},
     {"messages": question, "completion": "9", "reward": None, "finished": False},

@@ -228,6 +228,42 @@ def test_values_of_windows_caps_and_two_ropes_are_in_range(change):
     families.model_config(config | change, "model/config.json")
 
 
+SLIDING = ["sliding_attention"] * 2
+
+
+@pytest.mark.parametrize(
+  ("name", "change", "field"),
+  [
+    # transformers windows every layer of a Mistral and none of a Gemma, whatever stands here.
+    ("mistral_window", {"layer_types": ["full_attention"] * 2}, "layer_types"),
+    ("gemma_mqa", {"layer_types": SLIDING}, "layer_types"),
+    ("llama2_mha", {"layer_types": SLIDING}, "layer_types"),
+    ("qwen15_mha", {"layer_types": SLIDING}, "layer_types=.*use_sliding_window is false"),
+    ("qwen3_gqa", {"layer_types": SLIDING, "sliding_window": 9}, "layer_types"),
+    # One version reads the one field, another the other.
+    ("gemma_mqa", {"hidden_activation": "silu"}, "hidden_activation='silu' disagrees"),
+    ("gemma2_gqa", {"hidden_act": "gelu"}, "hidden_act='gelu' disagrees"),
+    ("gemma3_mqa", {"layer_types": None, "_sliding_window_pattern": 2}, "_sliding_window_pattern"),
+    ("gemma3_mqa", {"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_scaling.type"),
+    ("olmo3_types", {"rope_theta": 1e3}, "rope_theta=1000.0 must stand in rope_parameters"),
+  ],
+)
+def test_what_transformers_reads_otherwise_is_refused(name, change, field):
+  families.model_config(cases.CASES[name])
+  with pytest.raises(UserError, match=f"model/config.json: {field}"):
+    families.model_config(cases.CASES[name] | change, "model/config.json")
+
+
+def test_absent_key_value_heads_are_as_many_as_transformers_has():
+  import transformers
+
+  for name in ("llama2_mha", "gemma_mha", "olmo2_mha", "smollm3_chosen"):
+    config = {k: v for k, v in cases.CASES[name].items() if k != "num_key_value_heads"}
+    config |= {"num_attention_heads": 32, "hidden_size": 256}
+    theirs = transformers.AutoConfig.for_model(**config).num_key_value_heads
+    assert families.model_config(config).n_kv_heads == theirs
+
+
 def test_fields_of_common_tools_pass():
   """As unsloth, older transformers and TRL write them into files of Llama and Gemma."""
   extra = {"unsloth_fixed": True, "unsloth_version": "2025.3.19", "temperature": 0.6}

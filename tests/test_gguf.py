@@ -328,6 +328,24 @@ def test_metadata_of_wrong_types_and_ranges_is_named(change, message, tmp_path):
     sources.load_model(str(path))
 
 
+def test_what_a_file_leaves_out_is_what_llama_cpp_and_transformers_have(tmp_path, monkeypatch):
+  """A factor without a type stretches linearly; Gemma 2 without caps has its own."""
+  import transformers
+
+  path = tmp_path / "m.gguf"
+  for factor, rope in ((4.0, ("linear", 4.0)), (1.0, ("default", 1.0))):
+    cases.write(cases.MODELS["llama"], path, change=[("add_rope_scaling_factor", factor)])
+    config = families.model_config(reader.read_config(reader.File(path)))
+    assert (config.rope.kind, config.rope.factor) == rope
+  for method in ("add_attn_logit_softcapping", "add_final_logit_softcapping"):
+    monkeypatch.setattr(gguf.GGUFWriter, method, lambda *_: None)
+  cases.write(cases.MODELS["gemma2"], path)
+  config = families.model_config(reader.read_config(reader.File(path)))
+  theirs = transformers.Gemma2Config()
+  caps = (theirs.attn_logit_softcapping, theirs.final_logit_softcapping)
+  assert (config.attn_softcap, config.final_softcap) == caps == (50.0, 30.0)
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_damaged_files_are_errors_that_name_the_file(small, data):

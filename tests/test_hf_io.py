@@ -158,7 +158,7 @@ def test_adapters_of_every_start_equal_peft_or_are_refused(made, tmp_path, start
   model, _, folder = made
   load = transformers.AutoModelForCausalLM.from_pretrained
   torch.manual_seed(0)
-  config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"],
+  config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=r".*\.(q|down)_proj",
                            init_lora_weights=start, task_type="CAUSAL_LM")  # fmt: skip
   tuned = peft.get_peft_model(load(folder, dtype=torch.float32), config).eval()
   with torch.no_grad():
@@ -471,6 +471,8 @@ TYPED = END | {"__type": "AddedToken"}
     ({"eos_token": TYPED, "bos_token": None}, {"pad_token": BOS}),
     ({"eos_token": TYPED, "added_tokens_decoder": {}}, {"bos_token": BOS, "cls_token": BOS}),
     ({"eos_token": TYPED, "additional_special_tokens": ["<|im_start|>"]}, {}),
+    ({"eos_token": "<|im_end|>", "tokenizer_class": "GPT2Tokenizer"}, {}),  # names others itself
+    ({"eos_token": "<|im_end|>", "tokenizer_class": "Qwen2TokenizerFast"}, {"pad_token": BOS}),
   ],
 )
 def test_named_tokens_are_read_as_transformers_reads_them(made, tmp_path, config, beside):
@@ -478,7 +480,7 @@ def test_named_tokens_are_read_as_transformers_reads_them(made, tmp_path, config
   import transformers
 
   model_tokenizer(made[0], tmp_path)
-  config = config | {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE}
+  config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE} | config
   (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
   if beside:
     (tmp_path / "special_tokens_map.json").write_text(json.dumps(beside))
@@ -487,6 +489,36 @@ def test_named_tokens_are_read_as_transformers_reads_them(made, tmp_path, config
   assert {k: v for k, v in ours.special.items() if v} == theirs.special_tokens_map
   messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
   assert ours.render(messages) == theirs.apply_chat_template(messages, tokenize=False)
+
+
+@pytest.mark.parametrize(
+  ("token", "flags", "frame"),
+  [
+    ("<|im_end|>", {"rstrip": True}, "{m}<|im_end|>\n\n"),  # tokenizer.json says otherwise
+    ("<|im_end|>", {"lstrip": True}, "{m}\n <|im_end|>\n"),
+    ("<|new|>", {"rstrip": True}, "<|new|> {m}<|im_end|>"),  # a content follows
+    ("<|new|>", {"lstrip": True}, "{m} <|new|>{eos_token}"),
+    ("<|new|>", {"single_word": True}, "a<|new|>{m}<|im_end|>"),
+  ],
+)
+def test_a_marker_takes_white_space_as_its_flags_say(made, tmp_path, token, flags, frame):
+  """Of the frame, as in transformers; what a content holds stays whole."""
+  import transformers
+
+  full = made[0].chat.full
+  model_tokenizer(made[0], tmp_path)
+  frame = frame.replace("{m}", "{{ m.content }}").replace("{eos_token}", "{{ eos_token }}")
+  id_of = full.token_to_id(token) or made[0].chat.vocab_size
+  decoder = {str(id_of): END | {"content": token, "special": True} | flags}
+  settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
+  settings |= {"chat_template": f"{{% for m in messages %}}{frame}{{% endfor %}}"}
+  settings["added_tokens_decoder"] = decoder
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+  ours = hf_chat.read_chat(tmp_path)
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  messages = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "d."}]
+  expected = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
+  assert ours.encode(messages, generation=False) == expected
 
 
 def test_tokens_that_only_the_files_beside_add(made, tmp_path):
@@ -527,12 +559,14 @@ def test_tokens_that_only_the_files_beside_add(made, tmp_path):
     ("tokenizer_config.json", {"added_tokens_decoder": []}, "added_tokens_decoder=.. must be"),
     ("tokenizer_config.json", {"added_tokens_decoder": {"x": {}}}, "with id 'x' is no added"),
     ("added_tokens.json", {"a": [2]}, r"'a' with id \[2\] is no added token"),
+    ("added_tokens.json", {"\ud800": 7}, "with id 7 is no added token"),
     ("tokenizer_config.json", {"chat_template": {"rag": "x"}}, "chat_template holds rag and no"),
     ("tokenizer_config.json", {"chat_template": [{"name": "a", "template": "x"}]}, "s a and no"),
     ("tokenizer_config.json", {"chat_template": ["x"]}, "must name templates"),
     ("tokenizer_config.json", {"chat_template": 3}, "chat_template=3 is no template"),
     ("tokenizer_config.json", {"chat_template": {"default": 3}}, "chat_template=3 is no template"),
     ("tokenizer_config.json", {"eos_token": 7}, "eos_token=7 is no token"),
+    ("tokenizer_config.json", {"split_special_tokens": True}, "split_special_tokens=True would"),
     ("tokenizer_config.json", {"pad_token": {"id": 7}}, "pad_token={'id': 7} is no token"),
     ("special_tokens_map.json", {"bos_token": ["<s>"]}, "bos_token=.* is no token"),
     ("generation_config.json", {"eos_token_id": "2"}, "eos_token_id='2' is no token id"),
@@ -658,6 +692,14 @@ CHANGES_THE_BASE = ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_g
     ({"peft_type": None}, "peft_type=None"),
     ({"r": 3}, r"lora_A.weight has shape \(4, 32\), not \(3, 32\)"),
     ({"peft_type": "IA3"}, "peft_type='IA3'"),
+    # peft leaves out what has tensors and is not chosen, and starts afresh what has none.
+    ({"target_modules": ["q_proj"]}, r"target_modules=.* do not choose model.layers.0.\w+.k_proj"),
+    ({"target_modules": ".*q_proj"}, "target_modules=.* do not choose"),
+    ({"target_modules": None}, "target_modules=None must be a list of names or a pattern"),
+    ({"target_modules": [1]}, r"target_modules=\[1\] must be"),
+    ({"target_modules": "("}, r"target_modules='\(' must be"),
+    ({"target_modules": r"(?:.|.)*(?<!j)"}, r"target_modules=.* must be .*timed out"),
+    ({"exclude_modules": ["1.mlp.up_proj"]}, "do not choose model.layers.1.mlp.up_proj"),
   ],
 )
 def test_an_adapter_we_cannot_honour_is_refused(made, tmp_path, change, message):
@@ -667,6 +709,20 @@ def test_an_adapter_we_cannot_honour_is_refused(made, tmp_path, change, message)
   (tmp_path / "adapter_config.json").write_text(json.dumps(config))
   with pytest.raises(UserError, match=message):
     hf.load_peft(tmp_path, model.config)
+
+
+def test_adapter_tensors_that_peft_would_not_load_are_refused(made, tmp_path):
+  """Of other names, or fewer than adapter_config.json chooses."""
+  model, adapter, _ = made
+  hf.save_peft(tmp_path, adapter, model, cases.LORA)
+  tensors = load_file(tmp_path / "adapter_model.safetensors")
+  for change, says in (
+    ({n.removeprefix("base_model.model."): x for n, x in tensors.items()}, "must begin with"),
+    ({n: x for n, x in tensors.items() if "v_proj" not in n}, r"choose .*v_proj, .* no adapter"),
+  ):
+    save_file(change, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=says):
+      hf.load_peft(tmp_path, model.config)
 
 
 @pytest.fixture(scope="module")

@@ -196,12 +196,18 @@ def test_records_of_other_types_are_one_line_that_names_them(tmp_path):
   lines = file.read_text().splitlines()
   for field, value in (
     ("step", "1"), ("step", 2**70), ("prompt", None), ("is_gameable", 1), ("messages", "hello"),
-    ("messages", [5]), ("factors", []), ("completion", 7),
+    ("messages", [5]), ("factors", []), ("completion", 7), ("hex", "8"), ("reward", True),
+    ("acc", 1e30), ("acc", float("-inf")), ("finished", "false"), ("length", 2.0),
   ):  # fmt: skip
     lines[2] = json.dumps(json.loads(lines[1]) | {field: value})
     file.write_text("\n".join(lines))
     with pytest.raises(UserError, match=f"train.jsonl, line 3: `{field}` is "):
       render.write_report(path)
+  file.write_text("\n".join([lines[0], json.dumps(json.loads(lines[1]) | {"hex": None})]))
+  assert np.isnan(read.number(read.train_rollouts(read.load_run(path))[1]["hex"]))  # no verdict
+  (path / "metrics.jsonl").write_text('{"step": true}\n')
+  with pytest.raises(UserError, match="metrics.jsonl: a line has no `step`"):
+    read.load_run(path)
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,19 @@ def test_a_run_chooses_no_address_no_module_and_no_file(run, address, tmp_path, 
   with pytest.raises(UserError, match="its judge is the endpoint http.*--judge_url") as e:
     rescore.main([*command, "--name=own"])
   assert not Endpoint.seen and "sk-1234" not in str(e.value) and not (run.path / "scores").exists()
+  for other, says in (
+    ({"evaluator": "http"}, "its judge is the endpoint http"),
+    ({"also": ["http=0.5"]}, "its judge is the endpoint http"),
+    ({"name": "evil.judge"}, "its judge is the function evil.judge"),
+    ({"evaluator": "evil.judge"}, "its judge is the function evil.judge"),
+    ({"also": ["evil.judge=1"]}, "its judge is the function evil.judge"),
+  ):
+    judge = info["config"]["judge"] | {"name": "phrases"} | other
+    changed = info | {"config": info["config"] | {"judge": judge}}
+    (run.path / "config.json").write_text(json.dumps(changed))
+    with pytest.raises(UserError, match=says):
+      rescore.main([*command, "--name=own"])
+  assert not Endpoint.seen
 
   (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
   monkeypatch.syspath_prepend(str(tmp_path))

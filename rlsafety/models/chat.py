@@ -112,6 +112,8 @@ class Chat:
     if follows:
       found = _marker(self.full).search(text)
       at = found.start() if found else len(text)
+      eaten = found and found[0] in _eaters(self.full, "lstrip")
+      text, at = (text[:at].rstrip() + text[at:], len(text[:at].rstrip())) if eaten else (text, at)
     head = self._plain_ids(text[:at])  # frame: its marks are meant
     return head + self.full.encode(text[at:], add_special_tokens=False).ids
 
@@ -133,7 +135,7 @@ class Chat:
     for part in parts:
       if isinstance(part, str):
         frame = part.rstrip(" ")
-        trailing = part[len(frame) :]
+        trailing = "" if frame.endswith(_eaters(self.full, "rstrip")) else part[len(frame) :]
         pieces.append((frame, False, follows))
         continue
       index, strip_left, strip_right = part
@@ -158,12 +160,31 @@ def _marker(tokenizer: Tokenizer) -> re.Pattern:
   return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
 
 
+@functools.lru_cache(16)
+def _eaters(tokenizer: Tokenizer, side: str) -> tuple[str, ...]:
+  """Markers that take the white space of the frame on one side of them, "lstrip" or "rstrip"."""
+  tokens = tokenizer.get_added_tokens_decoder().values()
+  return tuple(t.content for t in tokens if getattr(t, side) and _is_marker(t))
+
+
 def _is_marker(token: AddedToken) -> bool:
   """Added tokens structure a text, flagged special or not; runs of white space do not."""
   return bool(token.content.replace("▁", "").strip())
 
 
-def with_markers(full: Tokenizer, tokens: Sequence[AddedToken]) -> tuple[Tokenizer, set[str]]:
+def rebuilt(spec: str, source: str) -> Tokenizer:
+  """The tokenizer of a text as `to_str` gives it. Not all that can be read once can be again."""
+  try:
+    return Tokenizer.from_str(spec)
+  except (KeyboardInterrupt, SystemExit):
+    raise
+  except BaseException as error:  # a panic of the Rust library is no Exception
+    raise UserError(f"{source}: not a usable tokenizer ({error})") from None
+
+
+def with_markers(
+  full: Tokenizer, tokens: Sequence[AddedToken], source: str
+) -> tuple[Tokenizer, set[str]]:
   """`full` with these tokens as markers, and which of them were ordinary ones before.
 
   transformers does so with every token that a config names: the frame then has them whole.
@@ -173,7 +194,7 @@ def with_markers(full: Tokenizer, tokens: Sequence[AddedToken]) -> tuple[Tokeniz
   if not missing:
     return full, set()
   ordinary = {t.content for t in missing if full.token_to_id(t.content) is not None}
-  full = Tokenizer.from_str(full.to_str())  # the caller's own stays as it is
+  full = rebuilt(full.to_str(), source)  # the caller's own stays as it is
   for token in missing:
     (full.add_special_tokens if token.special else full.add_tokens)([token])
   return full, ordinary
@@ -208,6 +229,9 @@ def _plain(full: Tokenizer, control: set[int], ordinary: set[str], source: str) 
   def without_prefix(step: dict | None) -> dict | None:
     if step is None or step["type"] == "Prepend":
       return None
+    if step["type"] == "Strip":
+      raise UserError(f"{source}: the tokenizer's normalizer Strip cuts texts at their ends, which "
+                      "frame and contents would have in other places")  # fmt: skip
     if step["type"] == "Metaspace":
       return step | {"prepend_scheme": "never"}
     if step["type"] == "ByteLevel":
@@ -219,7 +243,7 @@ def _plain(full: Tokenizer, control: set[int], ordinary: set[str], source: str) 
 
   for key in ("normalizer", "pre_tokenizer"):
     spec[key] = without_prefix(spec[key])
-  plain = Tokenizer.from_str(json.dumps(spec))
+  plain = rebuilt(json.dumps(spec), source)
   for marker in sorted((markers - added) | ordinary):  # a letter that is to end replies, say
     i = ids[marker]
     text = full.decode([i], skip_special_tokens=False)
@@ -275,8 +299,8 @@ def make_chat(
     if token is not None and token not in ids:
       raise UserError(f"{source}: {name} {token!r:.200} is not in the vocabulary")
   named = tuple((k, v) for k, v in special.items() if v is not None)
-  full, ordinary = with_markers(full, [AddedToken(t, special=True, normalized=False)
-                                        for _, t in named])  # fmt: skip
+  markers = [AddedToken(t, special=True, normalized=False) for _, t in named]
+  full, ordinary = with_markers(full, markers, source)
   ending = templates.frame(template, ("user", "assistant"), False, named, source)[-1]
   eos, pad = special["eos_token"], special["pad_token"]
   stops = set(stop_ids) | ({ids[eos]} if eos is not None else set())

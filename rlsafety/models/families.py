@@ -32,8 +32,8 @@ _HARMLESS = set(
   "decoder_start_token_id cache_implementation pretraining_tp chunk_size_feed_forward id2label "
   "label2id problem_type output_attentions output_hidden_states return_dict is_decoder "
   "_attn_implementation _attn_implementation_internal _attn_implementation_autoset "
-  "attn_implementation _flash_attn_2_enabled use_flash_attn tokenizer_class hidden_activation "
-  "_sliding_window_pattern max_window_layers transformers.js_config torchscript use_bfloat16 "
+  "attn_implementation _flash_attn_2_enabled use_flash_attn tokenizer_class "
+  "max_window_layers transformers.js_config torchscript use_bfloat16 "
   "tf_legacy_loss finetuning_task task_specific_params _commit_hash prefix model_max_length "
   "unsloth_fixed unsloth_version neftune_noise_alpha gradient_checkpointing max_new_tokens "
   "assistant_confidence_threshold assistant_lookbehind bad_words_ids begin_suppress_tokens "
@@ -143,7 +143,7 @@ def model_config(hf: dict[str, Any], source: str = "config.json") -> ModelConfig
   heads = fields.number("num_attention_heads")
   width = fields.number("hidden_size")
   depth = fields.number("num_hidden_layers", limit=1000)
-  usual = {"smollm3": 4} | dict.fromkeys(("llama", "gemma", "olmo2", "olmo3"), heads)
+  usual = {"smollm3": 4, "gemma": 16} | dict.fromkeys(("llama", "olmo2", "olmo3"), heads)
   kv_heads = fields.number("num_key_value_heads", usual.get(kind))
   if heads % kv_heads:
     fields.fail("num_key_value_heads", kv_heads, f"must divide num_attention_heads={heads}")
@@ -170,15 +170,7 @@ def model_config(hf: dict[str, Any], source: str = "config.json") -> ModelConfig
     "tie_embeddings": fields.flag("tie_word_embeddings", gemma or kind == "smollm3"),
     "max_positions": fields.number("max_position_embeddings"),
   }
-  activation = fields.take("hidden_act")
-  if gemma:
-    activation = fields.left.get("hidden_activation") or activation or "gelu_pytorch_tanh"
-    if kind == "gemma" and activation == "gelu":  # The first release meant the tanh form.
-      activation = "gelu_pytorch_tanh"
-  activation = activation or "silu"
-  if not isinstance(activation, str) or activation not in _ACTIVATIONS:
-    fields.fail("hidden_act", activation, f"is not supported: {', '.join(_ACTIVATIONS)}")
-  config["activation"] = _ACTIVATIONS[activation]
+  config["activation"] = _ACTIVATIONS[_activation(kind, fields)]
   config |= _windows(kind, fields, depth)
   config |= _ropes(kind, fields)
   if kind in ("gemma2", "gemma3_text"):
@@ -199,11 +191,30 @@ def model_config(hf: dict[str, Any], source: str = "config.json") -> ModelConfig
   return ModelConfig(**config)
 
 
+def _activation(kind: str, fields: _Fields) -> str:
+  """The MLP's activation. Gemma's files have two names for it: transformers reads the one or the
+  other by its version, so they must agree."""
+  name, other, usual = "hidden_act", "hidden_activation", "silu"
+  if kind.startswith("gemma"):
+    name, other = (name, other) if kind == "gemma" else (other, name)
+    usual = "gelu_pytorch_tanh"
+  value, second = fields.take(name, usual), fields.take(other)
+  if kind == "gemma" and value == "gelu":  # the first release meant the tanh form
+    value = usual
+  if not isinstance(value, str) or value not in _ACTIVATIONS:
+    fields.fail(name, value, f"is not supported: {', '.join(_ACTIVATIONS)}")
+  if second not in (None, value):
+    fields.fail(other, second, f"disagrees with {name}={value!r}; keep one")
+  return value
+
+
 def _windows(kind: str, fields: _Fields, depth: int) -> dict[str, Any]:
   """Which layers see only the last `window` positions."""
   types = fields.take("layer_types")
-  fields.left.setdefault("sliding_window_pattern", fields.left.get("_sliding_window_pattern"))
   pattern = fields.number("sliding_window_pattern", 6)
+  older = fields.take("_sliding_window_pattern", pattern)
+  if types is None and older != pattern:  # as transformers writes it, and does not read it
+    fields.fail("_sliding_window_pattern", older, "counts only as sliding_window_pattern")
   switched_on = fields.flag("use_sliding_window", False)
   # null is no window: not the default, which holds where the field is absent.
   without = kind in ("llama", "olmo2", "smollm3")
@@ -229,7 +240,12 @@ def _windows(kind: str, fields: _Fields, depth: int) -> dict[str, Any]:
     known = ("full_attention", "sliding_attention")
     if not isinstance(types, list) or len(types) != depth or any(t not in known for t in types):
       fields.fail("layer_types", types, f"must name {' or '.join(known)} {depth} times")
-    local = [t == "sliding_attention" for t in types]
+    named = [t == "sliding_attention" for t in types]
+    if named != local and kind in ("llama", "mistral", "gemma", "olmo2"):
+      fields.fail("layer_types", types, f"is no field of {kind} models, whose layers are alike")
+    if any(named) and not switched_on and kind in ("qwen2", "qwen3"):
+      fields.fail("layer_types", types, "names sliding_attention, but use_sliding_window is false")
+    local = named
   if not any(local):
     return {}
   window = fields.positive("sliding_window", window, whole=True)
@@ -258,10 +274,14 @@ def _ropes(kind: str, fields: _Fields) -> dict[str, Rope]:
       fields.fail(where, value, "must be an object")
     return {k: v for k, v in (value or {}).items() if v is not None}
 
+  two = kind in ("gemma3_text", "olmo3")
+
   def rope(value: Any, theta: float, where: str) -> Rope:
     given = table(where, value)
     theta = fields.positive(f"{where}.rope_theta", given.pop("rope_theta", theta), limit=10**12)
     older = given.pop("type", "default")
+    if two and "rope_type" not in given and older != "default":  # read by transformers 4 alone
+      fields.fail(f"{where}.type", older, "must be called rope_type")
     form = given.pop("rope_type", older)
     if not isinstance(form, str) or form not in _ROPE_FIELDS:
       fields.fail(where, form, f"is not supported: {', '.join(_ROPE_FIELDS)}")
@@ -276,7 +296,6 @@ def _ropes(kind: str, fields: _Fields) -> dict[str, Rope]:
     original = given.pop("original_max_position_embeddings", 8192)
     return Rope(float(theta), form, original_positions=original, **given)
 
-  two = kind in ("gemma3_text", "olmo3")
   usual = {"gemma3_text": 1e6, "olmo3": 5e5, "smollm3": 2e6}.get(kind, 1e4)
   theta = fields.number("rope_theta", usual, False, 10**12)
   scaling, parameters = fields.take("rope_scaling"), fields.take("rope_parameters")
@@ -289,6 +308,8 @@ def _ropes(kind: str, fields: _Fields) -> dict[str, Rope]:
   local_theta = theta
   if kind == "gemma3_text":
     local_theta = fields.number("rope_local_base_freq", 10_000.0, False, 10**12)
+  elif parameters is None and theta != usual:  # transformers 4 and 5 turn local layers differently
+    fields.fail("rope_theta", theta, "must stand in rope_parameters, for both kinds of layers")
   both = {"full_attention": scaling}
   if parameters is not None:
     both = table("rope_parameters", parameters)

@@ -271,7 +271,9 @@ def read_config(file: File) -> dict:
     value = file.get(f"{arch}.{key}", int, config["head_dim"])
     if value != config["head_dim"]:
       raise UserError(f"{file.path}: {arch}.{key}={value} must equal {config['head_dim']}")
-  scaling, factor = get("rope.scaling.type", str, "none"), get("rope.scaling.factor", float, 1.0)
+  factor = get("rope.scaling.factor", float, 1.0)
+  # A factor alone is a linear one, as llama.cpp has it.
+  scaling = get("rope.scaling.type", str, "none" if factor == 1.0 else "linear")
   get("rope.scaling.original_context_length", int)
   if scaling == "linear":
     config["rope_scaling"] = {"rope_type": "linear", "factor": factor}
@@ -296,9 +298,10 @@ def read_config(file: File) -> dict:
     config |= {
       "sliding_window": window,
       "query_pre_attn_scalar": width // heads if big else config["head_dim"],
-      "attn_logit_softcapping": get("attn_logit_softcapping", float),
-      "final_logit_softcapping": get("final_logit_softcapping", float),
     }
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+      if (cap := get(key, float)) is not None:  # absent: the family's own, null would be none
+        config[key] = cap
   if arch == "gemma3":
     config["rope_local_base_freq"] = get("rope.freq_base_swa", float, 10_000.0)
   unknown = [k for k in file.fields if k.startswith(f"{arch}.") and k[len(arch) + 1 :] not in used]

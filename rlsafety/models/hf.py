@@ -7,11 +7,13 @@ Files that we write carry a checksum per tensor, which reading them back compare
 import json
 import math
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import regex
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -213,7 +215,7 @@ _PEFT_FIXED = {
   "bias": ("none",),
   "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva", "mica"),
 }
-# Fields that name, choose or train; which modules have an adapter, the tensors say themselves.
+# Fields that name, choose or train.
 _PEFT_HARMLESS = set(
   "task_type auto_mapping base_model_name_or_path revision inference_mode peft_version r "
   "lora_alpha lora_dropout use_rslora target_modules exclude_modules layers_pattern eva_config "
@@ -251,18 +253,52 @@ def _peft_settings(where: Path, targets: tuple[str, ...]) -> Lora:
   return Lora(number("r", None, int, 1, 1 << 20), alpha, bool(rslora), dropout, targets)
 
 
+def _check_modules(where: Path, start: str, present: Sequence[str], layers: int) -> None:
+  """Raises UserError unless adapter_config.json chooses the modules that have tensors: peft leaves
+  out what is not chosen, and starts afresh what has none. start: of the modules' names."""
+  settings = read_json(where)
+
+  def chosen(field: str, module: str) -> bool:
+    value = settings.get(field)
+    if value == "all-linear" or not value and field == "exclude_modules":
+      return value == "all-linear"
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+      return any(f".{module}".endswith(f".{name}") for name in value)
+    why = "it is neither"
+    if isinstance(value, str):
+      try:
+        return bool(regex.fullmatch(value, module, timeout=1))  # a stranger's may never end
+      except (regex.error, TimeoutError) as error:
+        why = str(error)
+    raise UserError(f"{where}: {field}={value!r:.200} must be a list of names or a pattern ({why})")
+
+  for module, target in ((_module(t, i), t) for t in TARGETS for i in range(layers)):
+    module = start + module.removeprefix("model.")
+    wanted = chosen("target_modules", module) and not chosen("exclude_modules", module)
+    if wanted != (target in present):
+      raise UserError(
+        f"{where}: target_modules={settings.get('target_modules')!r:.200} and exclude_modules "
+        f"{'choose' if wanted else 'do not choose'} {module}, of which the file beside it has "
+        f"{'no' if wanted else 'an'} adapter; peft would have another one"
+      )
+
+
 def load_peft(folder: str | Path, config: ModelConfig) -> tuple[Adapter, Lora]:
   """A PEFT LoRA adapter of `config`'s layers (numpy, float32) and its settings.
 
   Raises UserError naming file and field for what would be another adapter here.
   """
   path = Path(folder) / "adapter_model.safetensors"
+  stored = open_file(path)
+  if other := [name for name in stored if not name.startswith(_PEFT_ROOT)]:
+    raise UserError(f"{path}: tensor {min(other)} must begin with {_PEFT_ROOT!r}, as peft's do")
   # Of a Gemma 3 with a vision tower, the layers that we have.
-  plain = _text_part({n.removeprefix(_PEFT_ROOT): t for n, t in open_file(path).items()})
+  plain = _text_part({n.removeprefix(_PEFT_ROOT): t for n, t in stored.items()})
   tensors = {f"{_PEFT_ROOT}{name}": tensor for name, tensor in plain.items()}
   flat = flat_weights(config)
   present = tuple(t for t in TARGETS if any(f".{t}_proj.lora_A." in name for name in tensors))
-  lora = _peft_settings(Path(folder) / "adapter_config.json", present)
+  where = Path(folder) / "adapter_config.json"
+  lora = _peft_settings(where, present)
   weights = {}
   for target in present:
     d_in, d_out = flat[f"layers.0.{target}"].shape
@@ -285,6 +321,9 @@ def load_peft(folder: str | Path, config: ModelConfig) -> tuple[Adapter, Lora]:
     raise UserError(f"{path}: tensor {min(tensors)} fits no linear layer of the base model")
   if not present:
     raise UserError(f"{path}: holds no tensor at all")
+  names = (name.removeprefix(_PEFT_ROOT).partition("layers.")[0] for name in stored)
+  start = next(name for name in names if "vision" not in name)
+  _check_modules(where, start, present, config.n_layers)
   return Adapter(weights=weights, scale=lora.scale), lora
 
 

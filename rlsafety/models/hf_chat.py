@@ -1,5 +1,7 @@
 """The tokenizer and chat template of a Hugging Face folder, as transformers would read them."""
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,9 +10,18 @@ from tokenizers import AddedToken, Tokenizer
 
 from rlsafety.errors import UserError
 from rlsafety.files import read_json, read_text
-from rlsafety.models.chat import Chat, make_chat, with_markers
+from rlsafety.models.chat import Chat, make_chat, rebuilt, with_markers
 
 SPECIAL = tuple(f"{name}_token" for name in "bos eos unk sep pad cls mask".split())
+# What transformers' classes name where a file says nothing.
+_END = "<|endoftext|>"
+_USUAL = {
+  "GPT2Tokenizer": {"bos_token": _END, "eos_token": _END, "unk_token": _END},
+  "Qwen2Tokenizer": {"eos_token": _END, "unk_token": _END, "pad_token": _END},
+  "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+  "GemmaTokenizer": {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>",
+                     "pad_token": "<pad>", "mask_token": "<mask>"},
+}  # fmt: skip
 
 
 def read_chat(folder: Path) -> Chat:
@@ -23,9 +34,17 @@ def read_chat(folder: Path) -> Chat:
   def optional(name: str) -> dict[str, Any]:
     return read_json(folder / name) if (folder / name).exists() else {}
 
-  special = dict.fromkeys(SPECIAL)
+  full, special = _marked(folder, optional), dict.fromkeys(SPECIAL)
   sources = ["tokenizer_config.json"]
-  if "added_tokens_decoder" not in optional(sources[0]):  # the newer form: all is in one file
+  settings = optional(sources[0])
+  if (split := settings.get("split_special_tokens")) not in (None, False):
+    raise UserError(
+      f"{folder / sources[0]}: split_special_tokens={split!r:.200} would take a template's marks "
+      "apart; set it to false"
+    )
+  usual = _USUAL.get(str(settings.get("tokenizer_class")).removesuffix("Fast"), {})
+  special |= {name: t for name, t in usual.items() if full.token_to_id(t) is not None}
+  if "added_tokens_decoder" not in settings:  # the newer form: all is in one file
     sources.append("special_tokens_map.json")
   for file in sources:
     for name, token in optional(file).items():
@@ -34,7 +53,7 @@ def read_chat(folder: Path) -> Chat:
         if not isinstance(content, str | None) or (content is None and token is not None):
           raise UserError(f"{folder / file}: {name}={token!r:.200} is no token")
         special[name] = content
-  full, stops = _marked(folder, optional), []
+  stops = []
   size = max(full.get_vocab(with_added_tokens=True).values(), default=-1) + 1
   for file in ("generation_config.json", "config.json"):
     ids = optional(file).get("eos_token_id")
@@ -59,16 +78,22 @@ def _marked(folder: Path, optional: Callable[[str], dict[str, Any]]) -> Tokenize
     pairs = list(decoder.items())
   else:
     raise UserError(f"{folder / file}: added_tokens_decoder={decoder!r:.200} must be an object")
-  stated = {}
+  stated, kinds = {}, ("single_word", "lstrip", "rstrip", "normalized", "special")
+  spec = json.loads(full.to_str())
+  there = {entry["id"]: entry for entry in spec["added_tokens"]}
   for i, token in pairs:
     about = token if isinstance(token, dict) else {"content": token}
     content = about.get("content")
-    if not isinstance(content, str) or not content or not str(i).isdecimal():
+    text = isinstance(content, str) and content and not re.search("[\ud800-\udfff]", content)
+    if not text or not str(i).isdecimal():
       raise UserError(f"{folder / file}: {token!r:.200} with id {i!r:.40} is no added token")
-    kinds = ("single_word", "lstrip", "rstrip", "normalized", "special")
     flags = {k: about[k] for k in kinds if isinstance(about.get(k), bool)}
     stated[int(i)] = AddedToken(content, **({"normalized": False} | flags))
-  full, _ = with_markers(full, [stated[i] for i in sorted(stated)])
+    if there.get(int(i), {}).get("content") == content:  # this file's word counts
+      there[int(i)].update(flags)
+  if pairs:
+    full = rebuilt(json.dumps(spec), str(folder / "tokenizer.json"))
+  full, _ = with_markers(full, [stated[i] for i in sorted(stated)], str(folder / file))
   for i, token in stated.items():
     if (found := full.token_to_id(token.content)) != i:
       raise UserError(

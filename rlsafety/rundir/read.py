@@ -16,12 +16,14 @@ import numpy as np
 
 from rlsafety.errors import UserError
 from rlsafety.files import read_json, read_jsonl
+from rlsafety.metrics.gaps import SCORES
 
 ROLES = ("system", "user", "assistant")  # of a rollout's messages
 # What every rollout must have, and what it may have.
 FIELDS = {"step": int, "prompt": int, "sample": int, "is_gameable": bool}
 MAX_STEP = 1_000_000  # a later step is a damaged one: curves have a slot for each
 OPTIONAL = {"messages": list, "factors": dict, "completion": str, "scenario_id": str}
+OPTIONAL |= {"finished": bool, "length": int}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +107,7 @@ def _by_step(records: list[dict], name: str, notes: list[str]) -> list[dict]:
   """Sorted by step; a step that was written twice keeps its last line."""
   steps = {}
   for record in records:
-    if not isinstance(record.get("step"), int) or not 0 <= record["step"] <= MAX_STEP:
+    if type(record.get("step")) is not int or not 0 <= record["step"] <= MAX_STEP:
       raise UserError(f"{name}: a line has no `step` of 0 to {MAX_STEP}: {json.dumps(record)[:80]}")
     if record["step"] in steps:
       notes.append(f"{name}: step {record['step']} appears twice, last one kept")
@@ -143,6 +145,7 @@ def _rollouts(path: pathlib.Path, notes: list[str] | None) -> list[dict]:
   for line, record in enumerate(records, 1):
     wrong = [field for field, kind in FIELDS.items() if type(record.get(field)) is not kind]
     wrong += [f for f, kind in OPTIONAL.items() if f in record and type(record[f]) is not kind]
+    wrong += [field for field in SCORES if not _is_score(record.get(field))]
     if not wrong and not 0 <= record["step"] <= MAX_STEP:
       wrong = ["step"]
     if not wrong and not all(map(_is_message, record.get("messages", ()))):
@@ -151,6 +154,11 @@ def _rollouts(path: pathlib.Path, notes: list[str] | None) -> list[dict]:
       value = repr(record.get(wrong[0]))[:40]
       raise UserError(f"{path}, line {line}: `{wrong[0]}` is {value}; delete or mend that line")
   return records
+
+
+def _is_score(value: Any) -> bool:
+  """Null and NaN are no verdict; a text, or a number of no scale, would change a mean unseen."""
+  return value is None or (type(value) in (int, float) and not abs(value) > 1e6)
 
 
 def _is_message(value: Any) -> bool:

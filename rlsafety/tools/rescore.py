@@ -91,7 +91,7 @@ def judge_config(
       f"{run.path}/config.json: its judge is the function {dotted[0]}, which a file does not "
       f"decide to import; add --judge={dotted[0]} if it is yours"
     )
-  if not judge and values["judge"].get("name") == "http":
+  if not judge and "http" in named:  # as evaluator or further reward too
     url = masked(str(values["judge"].get("url", "")))
     raise UserError(
       f"{run.path}/config.json: its judge is the endpoint {url}, and a key and replies go only "
