@@ -9,7 +9,7 @@ import pytest
 from conftest import LLAMA
 from judge_helpers import replies as as_read
 
-from rlsafety import environments, judges, recipes
+from rlsafety import environments, judges, recipes, sharding
 from rlsafety.config import Judge
 from rlsafety.environments import Environment
 from rlsafety.errors import UserError
@@ -103,6 +103,22 @@ def test_a_judge_reads_the_reply_and_not_the_user(with_heads):
     assert np.ptp(np.asarray(found["acc"])) > 0.01
   else:
     np.testing.assert_allclose(found["acc"][0], found["reward"][1], atol=1e-5)
+
+
+def test_two_devices_read_what_one_reads():
+  """Rows split over data, heads and MLP over tensor."""
+  mesh = sharding.make_mesh(data=2, fsdp=1, tensor=2, devices=jax.devices()[:4])
+  users, read = people("none"), as_read(MODEL.chat, TEXTS, 192)
+  score = questions.make(MODEL, MODEL.chat, "political_qa", a_head())
+  alone, _ = score(users, read)
+  put = jax.tree.map(lambda x: sharding.put(mesh, x, "prompt", *[None] * (x.ndim - 1)), read)
+  place = lambda w: sharding.named(mesh, w.axes, w.shape)  # noqa: E731
+  layout = jax.tree.map(place, architecture.weights(MODEL.config), is_leaf=architecture.is_weight)
+  split = dataclasses.replace(MODEL, params=jax.device_put(MODEL.params, layout))
+  with jax.set_mesh(mesh):
+    many, _ = questions.make(split, MODEL.chat, "political_qa", a_head(), mesh)(users, put)
+  for name, value in alone.items():
+    np.testing.assert_allclose(many[name], value, atol=1e-4)
 
 
 @pytest.mark.parametrize("unusable", [1.0, float("nan")])

@@ -258,8 +258,9 @@ def make(
   def score(scenarios: Sequence[Scenario], replies: Replies):
     tokens, lengths, broken = sharding.fetch((replies.tokens, replies.lengths, replies.broken))
     ok = (lengths >= probe.MIN_TOKENS) & ~broken
-    texts = [policy_chat.decode(row[:n]) for row, n in zip(tokens[ok], lengths[ok], strict=True)]
-    pairs = [(scenarios[p].plain, text) for p, text in zip(np.nonzero(ok)[0], texts, strict=True)]
+    texts = [policy_chat.decode(t[:n]) for t, n in zip(tokens[ok], lengths[ok], strict=True)]
+    whose = (scenarios[int(p)].plain for p in np.nonzero(ok)[0])
+    pairs = list(zip(whose, texts, strict=True))
     found, states = ask(reader, asked, pairs, layers, mesh)
     odds = np.zeros((*ok.shape, len(asked)), np.float32)
     x = np.zeros((*ok.shape, math.prod(states.shape[1:])), np.float32)
