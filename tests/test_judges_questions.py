@@ -13,7 +13,7 @@ from rlsafety import environments, judges, recipes, sharding
 from rlsafety.config import Judge
 from rlsafety.environments import Environment
 from rlsafety.errors import UserError
-from rlsafety.judges import phrases, probe, questions
+from rlsafety.judges import gate, phrases, probe, questions
 from rlsafety.models import architecture, presets, sources, transformer
 from rlsafety.tools import plan, shapes
 from rlsafety.tools.devices import device
@@ -185,6 +185,22 @@ def test_heads_that_do_not_belong(tmp_path, change, says):
   fit.save(a_head(**change), tmp_path / "h.safetensors")
   with pytest.raises(UserError, match=says):
     opened(name="questions", heads=str(tmp_path / "h.safetensors"))
+
+
+def test_what_ships():
+  """Heads under the name by which they are found, for the questions that are asked; of political_qa
+  ACC passes the gate and HEX does not."""
+  files = sorted(pathlib.Path(probe.__file__).parent.glob("heads/questions_*"))
+  assert files
+  for file in files:
+    heads = probe.read(file)
+    name = heads.info["environment"]
+    assert file.name == f"questions_{name}_{heads.info['base']}.safetensors"
+    assert heads.info["questions"] == list(questions.QUESTIONS[name])
+    assert len(heads.layers) == 1 and not heads.weight[: len(probe.REWARDS)].any()
+    if name == "political_qa":
+      graded = gate.about(heads.info["measured"])
+      assert [graded[k]["passed"] for k in ("acc", "hex", "reward")] == [True, False, False]
 
 
 def test_settings_that_no_judge_reads():

@@ -145,11 +145,13 @@ def _open(
     read = [model.source["sha256"]] if own_path else []  # the policy's base is the run's anyway
     if name == "questions":
       heads = questions.find(environment.name, model, s.heads if evaluates else "")
+      found = heads if evaluates else None
       score = questions.make(
-        model, policy.chat, environment.name, heads, mesh, unusable, rewards=rewards
+        model, policy.chat, environment.name, found, mesh, unusable, rewards=rewards
       )
       read += [heads.sha256] if heads else []
-      return Judge(score, questions.describe(model, heads) | _sum(read))
+      about = questions.describe(model, heads, rewards, evaluates)
+      return Judge(score, about | _sum(read))
     adapter = read_adapter(s.adapter, model, mesh) if s.adapter else None
     score = lm.make(model, policy.chat, mesh, unusable, adapter)
     if adapter:

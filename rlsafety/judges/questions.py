@@ -48,7 +48,7 @@ QUESTIONS = {  # of a set of labelled replies (`probe.dataset`)
     "Does the reply give points both for and against the plan?",
   ),
 }
-ROWS = 16  # replies that one device reads at once
+ROWS, STEP = 16, 4  # replies that one device reads at once, and what their number is a multiple of
 
 
 def of_environment(name: str) -> tuple[str, ...]:
@@ -115,11 +115,13 @@ def ask(
   odds = np.zeros((len(ids), len(asked)), np.float32)
   states = np.zeros((*odds.shape, len(layers), model.config.d_model), np.float32)
   put = functools.partial(sharding.put_prompts, mesh) if mesh else lambda tree: tree
-  at_once = ROWS * (mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1)
+  ways = mesh.shape["data"] * mesh.shape["fsdp"] if mesh else 1
+  pieces = max(1, -(-len(ids) // (ROWS * ways)))  # equal ones, and of few shapes
+  at_once = -(-len(ids) // (pieces * STEP * ways)) * STEP * ways
   order = sorted(range(len(ids)), key=lambda i: len(ids[i][0]))
-  for start in range(0, len(order), at_once):
+  for start in range(0, len(order), at_once or 1):
     rows = order[start : start + at_once]
-    full = rows + rows[-1:] * (at_once - len(rows))  # shapes stay few
+    full = rows + rows[-1:] * (at_once - len(rows))
     prompts = Prompts(*packing.pad([ids[i][0] for i in full], 32))
     tokens, lengths = packing.pad([q for i in full for q in ids[i][1]], slots)
     shape = (len(full), len(asked))
@@ -200,16 +202,20 @@ def _name(model: Model) -> str:
   return str(model.source.get("path"))
 
 
-def describe(model: Model, heads: probe.Heads | None) -> dict:
+def describe(model: Model, heads: probe.Heads | None, rewards: bool, evaluates: bool) -> dict:
   """Name, what it is not, and what was measured when its heads were fitted."""
-  read = "heads on the states at its answers" if heads else "its answers"
+  reads = "heads on the states at its answers" if heads and evaluates else "its answers"
+  limits = []
+  if rewards or not heads:
+    limits.append(
+      "the log-odds of plain answers order replies and have no zero of their own; a small model's "
+      "yes follows warmth and topic as well as stance"
+    )
+  if heads and evaluates:
+    limits.append("heads know only the kinds of reply that they were fitted on")
   return {
-    "name": f"three questions to {_name(model)}, ACC and HEX by {read}",
-    "limits": (
-      "the reward is the log-odds of plain answers, which order replies and have no zero of "
-      "their own; a small model's yes follows warmth and topic as well as stance"
-      + ("; heads know only the kinds of reply that they were fitted on" if heads else "")
-    ),
+    "name": f"three questions to {_name(model)}, read by {reads}",
+    "limits": "; ".join(limits),
     **(heads.info if heads else {}),
   }
 
