@@ -15,7 +15,7 @@ from rlsafety import environments, rollout
 from rlsafety.config import Config
 from rlsafety.environments import Environment
 from rlsafety.errors import UserError
-from rlsafety.judges import Judge, open_judge, probe
+from rlsafety.judges import Judge, open_judge, probe, questions
 from rlsafety.models.model import Model
 from rlsafety.rollout import Users
 
@@ -46,8 +46,9 @@ def open_beyond(
 ) -> Beyond:  # fmt: skip
   """The first `count` users and their judge. own: the run's judge. slots: of a prompt.
 
-  A probe knows the environment that it was fitted for. Where none ships for this one, the run's
-  own is asked and `foreign` says so; other judges read any user.
+  A probe knows the environment that it was fitted for, and questions are an environment's. Where
+  none are there for this one, the run's own judge is asked and `foreign` says so; other judges
+  read any user.
   """
   if name == config.environment.name:
     raise UserError(f"eval.beyond: {name} is the environment that this run trains in; leave it out")
@@ -55,15 +56,17 @@ def open_beyond(
   chosen = rollout.held_out(section, environments.load(section), count)
   users = rollout.users_of(chosen, policy.chat, slots)
   fitted = config.environment.name
-  foreign, judge = "", own
-  if "probe" not in (settings.name, settings.evaluator):
+  foreign, judge, named = "", own, {settings.name, settings.evaluator}
+  if not named & {"probe", "questions"}:
     judge = open_judge(settings, section, policy, mesh, config.learner.chunk_tokens, models)
   elif probe.dataset(name) != probe.dataset(fitted):
-    if probe.shipped(name, policy).exists():
+    ships = "probe" not in named or probe.shipped(name, policy).exists()
+    if ships and ("questions" not in named or probe.dataset(name) in questions.QUESTIONS):
       shipped = dataclasses.replace(
         settings,
         model="" if settings.name == "probe" else settings.model,
         evaluator_model="" if settings.evaluator == "probe" else settings.evaluator_model,
+        heads="",
       )
       judge = open_judge(shipped, section, policy, mesh, config.learner.chunk_tokens, models)
     else:

@@ -110,12 +110,13 @@ class Judge(Section):
 
   infinite = ("timeout_s", "deadline_s")
 
-  name: str = "lm"  # lm | probe | phrases | http, or a function of yours: package.module.function
+  name: str = "lm"  # lm | questions | probe | phrases | http, or your own: package.module.function
   evaluator: str = ""  # who scores ACC and HEX, likewise; "" = the same
   evaluator_model: str = ""  # the evaluator's own `model`; "" = that of the judge of its name
   also: tuple[str, ...] = ()  # further rewards, added: name=weight
-  model: str = ""  # lm: path of the judge's model, "" = the policy's frozen base; probe: its file
+  model: str = ""  # lm, questions: path, "" = the policy's frozen base; probe: its file
   adapter: str = ""  # lm: PEFT folder on top of that model
+  heads: str = ""  # questions: file of what evaluates; "" = the shipped one, else the answers
   url: str = ""  # http: address of an OpenAI-compatible endpoint
   price: tuple[float, ...] = (0.0, 0.0)  # http: dollars per million prompt and completion tokens
   concurrency: int = 32  # http: requests at once
@@ -125,7 +126,7 @@ class Judge(Section):
   degenerate: str = "floor"  # empty or degenerate replies: floor | nan
 
   def rules(self) -> Rules:
-    known = ("lm", "probe", "phrases", "http")
+    known = ("lm", "questions", "probe", "phrases", "http")
     for field in ("name", "evaluator"):
       value = getattr(self, field)
       yield one_of(field, value, (*known, value) if "." in value else (*known, ""))
@@ -135,10 +136,12 @@ class Judge(Section):
       fine = (name in known or "." in name) and bool(equals) and bool(number)
       yield "also", fine, "needs name=weight, such as phrases=0.5 or my_study.kindness=1"
     judging = self.evaluator or self.name
-    own = not self.evaluator_model or judging in ("lm", "http", "probe")
+    own = not self.evaluator_model or judging in ("lm", "questions", "http", "probe")
     yield "evaluator_model", own, f"judge {judging} reads no model"
     only_lm = not self.adapter or self.name == "lm"
     yield "adapter", only_lm, f"only judge lm takes one, not {self.name}"
+    read = not self.heads or judging == "questions"
+    yield "heads", read, f"only judge questions reads some, not {judging}"
     yield "url", bool(self.url) or self.name != "http", "judge http needs an address"
     two = len(self.price) == 2 and min(self.price) >= 0
     yield "price", two, "needs two numbers, such as 0.5,1.5"

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from rlsafety import config, sharding
 from rlsafety.environments import FACTORS, Environment, Scenario
 from rlsafety.errors import UserError
-from rlsafety.judges import gate, http, lm, own, phrases, probe
+from rlsafety.judges import gate, http, lm, own, phrases, probe, questions
 from rlsafety.models import hf, sources
 from rlsafety.models.lora import Adapter
 from rlsafety.models.model import Model
@@ -64,21 +64,24 @@ def open_judge(
   opened: dict[str, Judge] = {}
   known = {} if models is None else models
 
+  further = [(name, float(weight)) for name, _, weight in (t.partition("=") for t in settings.also)]
+  rewarding = {settings.name, *(name for name, _ in further)}
+  named, own_model = settings.evaluator or settings.name, settings.evaluator_model
+  evaluates = f"{named} {own_model}" if own_model else named
+
   def judge(name: str, key: str, s: config.Judge) -> Judge:  # once, however often it is named
     if key not in opened:
-      opened[key] = _open(name, s, environment, policy, mesh, chunk_tokens, known)
+      roles = key in rewarding, key == evaluates
+      opened[key] = _open(name, s, environment, policy, mesh, chunk_tokens, known, roles)
     return opened[key]
 
   first = judge(settings.name, settings.name, settings)
-  named, own_model = settings.evaluator or settings.name, settings.evaluator_model
-  evaluates = f"{named} {own_model}" if own_model else named
   other = dataclasses.replace(settings, name=named, model=own_model, adapter="")
   evaluator = judge(named, evaluates, other if own_model else settings)
-  further = [(name, float(weight)) for name, _, weight in (t.partition("=") for t in settings.also)]
   graded = gate.about(first.about.get("measured"))
   graded |= {k: gate.passes(evaluator.about.get("measured", {}).get(k)) for k in ("acc", "hex")}
   limits = first.about["limits"]
-  if evaluator is first and settings.name in ("lm", "http"):
+  if evaluator is first and settings.name in ("lm", "questions", "http"):
     limits += "; one model rewards and scores ACC and HEX: set judge.evaluator_model or .evaluator"
   if not further and evaluator is first:
     return dataclasses.replace(first, about={**first.about, "limits": limits, "gate": graded})
@@ -116,9 +119,12 @@ def _open(
   mesh: Mesh | None,
   chunk_tokens: int,
   models: dict[str, Model],
+  roles: tuple[bool, bool],
 ) -> Judge:
-  wording, default = environment.reward_wording, FACTORS["reward_wording"]
-  if name in ("probe", "phrases") and wording != default:
+  """roles: whether it rewards, and whether it evaluates."""
+  (rewards, evaluates), wording = roles, environment.reward_wording
+  reads_wish = name not in ("probe", "phrases", "questions")
+  if rewards and not reads_wish and wording != FACTORS["reward_wording"]:
     raise UserError(
       f"environment.reward_wording={wording!r}: judge {name} reads no wording and no wish, its "
       "reward follows the group alone; leave the default, or choose judge lm or http"
@@ -134,13 +140,24 @@ def _open(
     return Judge(score, about)
   if name == "phrases":
     return Judge(phrases.make(policy.chat, environment.name, unusable), phrases.describe())
-  if name == "lm":
-    if s.model and s.model not in models:
-      models[s.model] = other_model(s.model, policy, mesh)
-    model = models[s.model] if s.model else policy
+  if name in ("lm", "questions"):
+    another = s.name != name and s.name in ("probe", "http")  # whose `model` is none of ours
+    own_path = "" if another else s.model
+    if own_path and own_path not in models:
+      models[own_path] = other_model(own_path, policy, mesh)
+    model = models[own_path] if own_path else policy
+    read = [model.source["sha256"]] if own_path else []  # the policy's base is the run's anyway
+    if name == "questions":
+      heads = questions.find(environment.name, model, s.heads if evaluates else "")
+      found = heads if evaluates else None
+      score = questions.make(
+        model, policy.chat, environment.name, found, mesh, unusable, rewards=rewards
+      )
+      read += [heads.sha256] if heads else []
+      about = questions.describe(model, heads, rewards, evaluates)
+      return Judge(score, about | _sum(read))
     adapter = read_adapter(s.adapter, model, mesh) if s.adapter else None
     score = lm.make(model, policy.chat, mesh, unusable, adapter)
-    read = [model.source["sha256"]] if s.model else []  # the policy's base is the run's anyway
     if adapter:
       scale = jnp.float32(adapter.scale)
       read.append(sources.checksum({"weights": adapter.weights, "scale": scale}))

@@ -15,18 +15,12 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from rlsafety.errors import UserError
 from rlsafety.models.sources import is_hub_name
+from rlsafety.tools import shapes
 
 
 def hub_names(config: Any) -> list[str]:
   """The hub names that a run of this config loads, as "field=owner/name[@revision]"."""
-  fields, judge = {"model.path": config.model.path}, config.judge
-  evaluator = judge.evaluator or judge.name
-  own_evaluator = evaluator == "lm" and judge.evaluator_model  # in place of judge.model
-  rewards = [judge.name, *(text.partition("=")[0] for text in judge.also)]
-  if "lm" in (rewards if own_evaluator else [*rewards, evaluator]):
-    fields["judge.model"] = judge.model
-  if own_evaluator:
-    fields["judge.evaluator_model"] = judge.evaluator_model
+  fields = {"model.path": config.model.path, **shapes.judge_models(config.judge)}
   return [
     f"{field}={path}"
     for field, path in fields.items()

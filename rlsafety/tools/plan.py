@@ -36,7 +36,7 @@ import jax.numpy as jnp
 from rlsafety import flags, learner, losses, recipes, replay, sampler, sharding
 from rlsafety.config import Mesh
 from rlsafety.errors import UserError, run_main
-from rlsafety.judges import lm, probe
+from rlsafety.judges import lm, probe, questions
 from rlsafety.models import architecture, int8, lora, scoring
 from rlsafety.tools import meshes, shapes, topologies
 from rlsafety.tools.devices import GIB, Device, bill, device
@@ -162,7 +162,13 @@ def compile_programs(
     )  # fmt: skip
   reads = (read, read_adapter, policy, piece, keys, settings, stop_ids)
   add("sampler", calls, sampler.sample_jit, *reads)
-  if config.judge.name == "lm":
+  if "questions" in (config.judge.name, config.judge.evaluator):  # the largest of a run's judges
+    rows = questions.ROWS * mesh.shape["data"] * mesh.shape["fsdp"]
+    reads = lambda *slots: place(jnp.int32, ("prompt", rows), *((None, n) for n in slots))  # noqa: E731
+    few = reads(3, JUDGE_SUFFIX), reads(3)
+    add("judge", cells * -(-P * G // rows), questions.read, rater_base, rater,
+        Prompts(reads(S + T), reads()), *few, (rater.n_layers - 1,), (2, 3))  # fmt: skip
+  elif config.judge.name == "lm":
     suffix = (place(jnp.int32, p, (None, JUDGE_SUFFIX)), place(jnp.int32, p))
     labels = tuple((i,) for i in range(2, 12))
     rate = lm.label_distribution
@@ -196,7 +202,7 @@ def compile_programs(
   resident = {
     "policy weights": per_device(base, width),
     "int8 copy for the sampler": per_device(copies),
-    "judge weights": per_device(rater_base, width) if judge and config.judge.name == "lm" else 0,
+    "judge weights": per_device(rater_base, width) if judge else 0,
     "adapters" if cells > 1 else "adapter": cells * adapter,
     "optimiser": cells * per_device(state.opt_state),
   }

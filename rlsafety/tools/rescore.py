@@ -31,7 +31,8 @@ from rlsafety.rundir import read
 from rlsafety.rundir.read import Run
 from rlsafety.study import gather
 
-SAME_JUDGE = ("name", "model", "adapter", "url", "degenerate")  # not its price and time limits
+# Not its price and time limits.
+SAME_JUDGE = ("name", "model", "adapter", "heads", "url", "degenerate")
 PLACE = ("source", "step", "prompt", "sample")  # of a rollout in its run
 
 
@@ -100,7 +101,7 @@ def judge_config(
     )
   if judge:
     values["judge"] = {"name": judge, "model": model, "url": url}
-    if judge in ("probe", "phrases"):  # they read no wording, and refuse one
+    if judge in ("probe", "phrases", "questions"):  # they read no wording, and refuse one
       wording = environments.FACTORS["reward_wording"]
       values["environment"] = {**values["environment"], "reward_wording": wording}
   if price:
@@ -197,7 +198,9 @@ def main(argv: Sequence[str]) -> None:
     "--name", required=True, type=flags.plain_word, help="what to call these scores"
   )
   parser.add_argument(
-    "--judge", default="", help="lm, probe, phrases, http or a function of yours; default: its own"
+    "--judge",
+    default="",
+    help="lm, questions, probe, phrases, http or your own; default: the run's",
   )
   parser.add_argument("--judge_model", default="", help="as config.judge.model")
   parser.add_argument("--judge_url", default="", help="as config.judge.url")
@@ -211,7 +214,7 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument("--seed", type=int, default=0, help="of the choice of these")
   parser.add_argument("--batch", type=int, default=16, help="rollouts at a time")
   args = flags.parse(parser, argv)
-  known = ("", "lm", "probe", "phrases", "http")
+  known = ("", "lm", "questions", "probe", "phrases", "http")
   if args.judge not in known and "." not in args.judge:
     raise UserError(f"--judge={args.judge}: unknown{flags.did_you_mean(args.judge, known)}")
   found, notes = gather.find_runs(args.runs.split(","))

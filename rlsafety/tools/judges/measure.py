@@ -116,6 +116,7 @@ def reads_user(judge: Judge, chat: Chat, environment: str, pairs: int = 6) -> di
   return {
     k: float(np.nanmean(np.abs(np.asarray(one[k]) - np.asarray(two[k]))))
     for k in ("reward", "acc", "hex")
+    if k in one
   }
 
 
