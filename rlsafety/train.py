@@ -11,14 +11,12 @@ users are asked in one batch, so that each weight is read once for all of them; 
 by one. A run by itself is one cell, through the same loop.
 """
 
-import contextlib
 import dataclasses
 import functools
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -26,7 +24,6 @@ from jax.sharding import Mesh
 
 from rlsafety import (
   cells,
-  checkpoints,
   errors,
   evaluation,
   flags,
@@ -36,6 +33,7 @@ from rlsafety import (
   runtime,
   sampler,
   sharding,
+  stopping,
 )
 from rlsafety.cells import Cell
 from rlsafety.config import Config
@@ -68,8 +66,8 @@ def run_together(
   runtime.check_platform(common.platform)
   mesh = sharding.make_mesh(common.mesh.data, common.mesh.fsdp, common.mesh.tensor)
   # The caller's own mesh and signal handlers, if any, are back afterwards.
-  with jax.set_mesh(mesh), runtime.stop_signals() as told:
-    summary_of = run_on(mesh, common, configs, folders, told, show)
+  with jax.set_mesh(mesh), runtime.stop_signals() as told, stopping.kept() as live:
+    summary_of = run_on(mesh, common, configs, folders, live, told, show)
   if told.signal == signal.SIGINT:
     sys.exit(told.exit_code)  # all is complete, but what starts the next run must hear of it
   return summary_of
@@ -80,16 +78,17 @@ def run_on(
   common: Config,
   configs: Mapping[str, Config],
   folders: Mapping[str, str],
+  live: list[Cell],
   told: runtime.Told,
   show: Callable[[], None],
 ) -> dict[str, dict]:
-  """`run_together` on the mesh in use: the whole program. common: what the configs share."""
+  """`run_together` on the mesh in use: the whole program. common: what the configs share. live:
+  empty; holds the cells that go on, for whoever has to save them (`stopping.kept`)."""
   # --- Run directories; a base, and of each cell users, judge and learner state ----------
   log = runtime.progress()
   runs, summary_of, stopped = cells.open_runs(configs, folders)
   P = common.prompts_per_step
   sharding.check_batch(mesh, P, common.learner.microbatches)
-  live: list[Cell] = []
   if runs:
     ask_tasks = evaluation.tasks_of(common.eval)  # before the weights: a fault is said at once
     for name in runs:
@@ -110,9 +109,10 @@ def run_on(
       rollout.roll_out, read_by_sampler, cache_gib=common.memory.cache_gib, mesh=mesh
     )
     models: dict[str, Model] = {}  # of judges, loaded once for all cells
-    live = [cells.open_cell(n, configs[n], run, policy, mesh, models) for n, run in runs.items()]
-    cells.tell({cell.name: cell.notes for cell in live})
-    cells.resume(live)
+    opened = [cells.open_cell(n, configs[n], run, policy, mesh, models) for n, run in runs.items()]
+    cells.tell({cell.name: cell.notes for cell in opened})
+    cells.resume(opened)
+    live += opened
     evaluate = functools.partial(
       cells.evaluate, roll_out=roll_out, policy=policy, mesh=mesh, told=told, ask_tasks=ask_tasks
     )
@@ -122,23 +122,20 @@ def run_on(
     for cell in new:
       cell.step = 0
     if not evaluate(new):
-      leave(live, told)
+      stopping.leave(live, told)
     cells.save(new, wait=False)
     show()
   for step in sorted({cell.step for cell in live if cell.again}):
     again = [cell for cell in live if cell.again and cell.step == step]
     cells.tell({c.name: [f"the evaluation at step {step} is missing: made now"] for c in again})
-    with kept(live):
-      whole = evaluate(again)
-    if not whole:
-      leave(live, told)
+    if not evaluate(again):
+      stopping.leave(live, told)
   if live and sharding.any_process(told.signal > 0):
-    leave(live, told)
+    stopping.leave(live, told)
   while going := [cell for cell in live if not cell.is_last]:
     # All of them, unless a lost checkpoint left some behind.
     now = [cell for cell in going if cell.step == min(c.step for c in going)]
-    with kept(live):
-      own = experience(now, roll_out, common)
+    own = experience(now, roll_out, common)
     well, rows, failed = [], [], []
     for cell in now:
       made = learn(cell, own.get(cell.name), policy, mesh)
@@ -156,16 +153,15 @@ def run_on(
     due = [c for c in well if c.is_last or common.eval.every and step % common.eval.every == 0]
     saving = common.checkpoint.every and step % common.checkpoint.every == 0
     if stop or failed or ended or due or saving:
-      with kept(live):
-        whole = not due or evaluate(due)
+      whole = not due or evaluate(due)
       stop = stop or not whole
       cells.save(well, wait=bool(stop or failed or ended))
     for cell, made in failed:
       stopped[cell.name] = cells.stop(cell, made)
       log.info("%sstopped: %s", cell.title, stopped[cell.name])
-    live = [cell for cell in live if cell.name not in stopped]
+    live[:] = [cell for cell in live if cell.name not in stopped]
     if stop and (len(ended) < len(live) or not whole):
-      leave(live, told)
+      stopping.leave(live, told)
     for cell in ended:
       summary_of[cell.name] = cells.finish(cell, policy)
       live.remove(cell)
@@ -173,6 +169,7 @@ def run_on(
       show()
   for cell in live:  # with no update left to make
     summary_of[cell.name] = cells.finish(cell, policy)
+  live.clear()
   show()
   if stopped:
     raise UserError("; ".join(f"{name}: {why}" if name else why for name, why in stopped.items()))
@@ -180,35 +177,6 @@ def run_on(
 
 
 # --- Pieces of `run_on` -----------------------------------------------------------------
-
-
-def leave(live: Sequence[Cell], told: runtime.Told) -> NoReturn:
-  """Ends the process after a signal; what is on its way to the disk gets there first."""
-  saved = None
-  for cell in live:
-    checkpoints.finish(cell.manager)
-    saved = cell.manager.latest_step()
-    cells.close(cell)
-  what = signal.Signals(told.signal or signal.SIGTERM).name
-  done = "nothing to save yet" if saved is None else f"saved step {saved}"
-  runtime.progress().info("%s: %s; the same command continues", what, done)
-  sys.exit(told.exit_code)
-
-
-@contextlib.contextmanager
-def kept(live: Sequence[Cell]) -> Iterator[None]:
-  """Around what a judge may end, such as a function of the user's own that raises: the updates that
-  were made until then are saved, and the same command continues behind them."""
-  try:
-    yield
-  except UserError:
-    if jax.process_count() == 1:  # of several one alone may be here, and a save waits for all
-      for cell in live:
-        checkpoints.finish(cell.manager)
-      cells.save([c for c in live if c.manager.latest_step() != c.step], wait=True)
-      for cell in live:  # in a notebook the next try finds no lock
-        cells.close(cell)
-    raise
 
 
 def experience(

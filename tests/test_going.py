@@ -7,7 +7,7 @@ import types
 import pytest
 import synthetic_runs
 
-from rlsafety import cells, runtime, train
+from rlsafety import cells, runtime, stopping
 from rlsafety.report import render
 
 
@@ -46,7 +46,7 @@ def test_a_page_that_cannot_be_drawn_ends_no_run(tmp_path, monkeypatch, caplog):
 def test_who_leaves_after_a_signal_says_what_is_saved(monkeypatch):
   closed, log = [], types.SimpleNamespace(info=lambda *said: closed.append(said[0] % said[1:]))
   monkeypatch.setattr(runtime, "progress", lambda: log)
-  monkeypatch.setattr(train.checkpoints, "finish", lambda manager: closed.append("finished"))
+  monkeypatch.setattr(stopping.checkpoints, "finish", lambda manager: closed.append("finished"))
 
   def cell(newest):
     manager = types.SimpleNamespace(
@@ -57,7 +57,7 @@ def test_who_leaves_after_a_signal_says_what_is_saved(monkeypatch):
 
   for newest, said in ((None, "nothing to save yet"), (0, "saved step 0")):
     with pytest.raises(SystemExit) as end:
-      train.leave([cell(newest)], runtime.Told(signal.SIGTERM))
+      stopping.leave([cell(newest)], runtime.Told(signal.SIGTERM))
     assert end.value.code == runtime.PREEMPTED
     assert closed == ["finished", "closed", f"SIGTERM: {said}; the same command continues"]
     closed.clear()
