@@ -1,6 +1,7 @@
 """Cells that train together: each gets what it gets alone, whatever happens to the others."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -9,12 +10,13 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from test_data import call, rollout, write_run
+from test_train import environment
 
-from rlsafety import cells, recipes, train
+from rlsafety import cells, recipes, sharding, train
 from rlsafety import rollout as rollout_lib
 from rlsafety.errors import UserError
 
@@ -22,9 +24,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 SMALL = {
   "steps": 4,
   "prompts_per_step": 4,
-  "mesh.data": 2,
   "mesh.fsdp": 2,
-  "mesh.tensor": 2,
   "sampler.group": 2,
   "sampler.max_tokens": 8,
   "learner.microbatches": 1,
@@ -83,6 +83,8 @@ def assert_same(found, wanted):
 
 @pytest.fixture(scope="module", autouse=True)
 def records(tmp_path_factory):
+  from test_data import call, rollout, write_run  # not in the children: TFDS takes seconds
+
   folder = tmp_path_factory.mktemp("records")
   replies = [
     rollout(step, prompt, sample, f"{step}{prompt}{sample}", reward)
@@ -92,8 +94,10 @@ def records(tmp_path_factory):
   ]
   write_run(folder / "run", replies)
   assert call("--runs", folder / "run", "--out", folder / "set") == 0
+  make_mesh = functools.partial(sharding.make_mesh, devices=jax.devices()[:2])
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv(RECORDS, str(folder / "set"))
+    patch.setattr(sharding, "make_mesh", make_mesh)  # two are a mesh, and eight a wait
     yield
 
 
@@ -160,14 +164,14 @@ def test_cells_must_share_what_shapes_the_batch():
 PROGRAM = """
 import os, pathlib, sys
 sys.path.insert(0, {tests!r})
-import test_cells
+import test_cells, test_train
 from rlsafety import errors, train
-os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=1"
+os.environ["XLA_FLAGS"] = test_train.FAST  # of conftest's the eight devices are too many
 path, train.learn = pathlib.Path(sys.argv[1]), test_cells.diverging
 configs = test_cells.configs(test_cells.KILLED, test_cells.ONE_DEVICE)
 errors.run_main(train.run_together, configs, test_cells.folders(path, configs))
 """
-ONE_DEVICE = SMALL | {"mesh.data": 1, "mesh.fsdp": 1, "mesh.tensor": 1, "steps": 3}
+ONE_DEVICE = SMALL | {"mesh.fsdp": 1, "steps": 3}
 # Without b, whose judge is slow: a is recorded by half in its place.
 KILLED = {name: own for name, own in WITH_X.items() if name != "b"}
 KILLED["a"] = {"data.path": RECORDS, "data.fraction": 0.5}
@@ -175,9 +179,8 @@ KILLED["a"] = {"data.path": RECORDS, "data.fraction": 0.5}
 
 def start(path):
   code = PROGRAM.format(tests=str(ROOT / "tests"))
-  env = dict(os.environ, PYTHONPATH=str(ROOT))
   return subprocess.Popen(
-    [sys.executable, "-c", code, str(path)], env=env, text=True,
+    [sys.executable, "-c", code, str(path)], cwd=ROOT, env=environment(), text=True,
     stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
   )  # fmt: skip
 

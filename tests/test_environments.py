@@ -7,6 +7,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -519,3 +520,10 @@ def test_the_worked_example_of_the_docs(tmp_path, monkeypatch):
   by_flag = recipes.of_run([recipe, "--config.environment.name=my_study.tipping"]).environment
   assert (by_flag.framing, by_flag.cue, by_flag.length) == ("advisor", "style", "short")
   assert environments.evaluator_messages(scenarios[0], "acc")
+
+
+def test_people_of_a_module_that_was_reloaded_are_the_new_ones():
+  module = types.ModuleType("mine.folk")
+  for names in (["ada"], ["ada", "bob"]):
+    module.people = lambda seed, names=names: names
+    assert scenario.people_of(module, 0) == tuple(names)

@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import functools
 import importlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -83,11 +83,21 @@ def load(section: Environment | Mapping[str, Any]) -> list[Scenario]:
   """
   factors = resolved(section)
   if factors["users_file"]:
-    users = users_file.read(factors)
-  elif factors["data_dir"]:
-    users = published.read(factors)
-  else:
-    users = bank_users(factors)
+    return _scenarios(users_file.read(factors), factors)
+  if factors["data_dir"]:
+    return _scenarios(published.read(factors), factors)
+  module = environment_module(factors["name"])
+  return list(_of_module(module.people, tuple(factors.items())))
+
+
+@functools.lru_cache(maxsize=32)
+def _of_module(people: Callable, factors: tuple[tuple[str, Any], ...]) -> tuple[Scenario, ...]:
+  """`load` of a module's users, made once: a run asks for the same ones several times. people: the
+  module's, another one after a reload."""
+  return tuple(_scenarios(bank_users(dict(factors)), dict(factors)))
+
+
+def _scenarios(users: Iterable[User], factors: dict[str, Any]) -> list[Scenario]:
   # What decides about the texts of a scenario; it travels into records.
   left_out = ("name", "topics", "data_dir", "users_file", "heldout_fraction")
   recorded = {name: value for name, value in factors.items() if name not in left_out}
@@ -161,13 +171,17 @@ def _mixed(scenarios: list[Scenario], seed: int) -> list[Scenario]:
   return [one for _, _, one in sorted(keyed, key=lambda entry: entry[:2])]
 
 
-@functools.lru_cache(maxsize=8)
 def people_of(module: ModuleType, seed: int) -> tuple[Person, ...]:
   """The people of an environment, before any factor."""
   if module.__name__.startswith("rlsafety."):  # a fault of ours keeps its traceback
-    return tuple(module.people(seed))
+    return _made(module.people, seed)
   with own_code(f"environment.name={module.__name__}"):
-    return tuple(module.people(seed))
+    return _made(module.people, seed)
+
+
+@functools.lru_cache(maxsize=8)
+def _made(people: Callable[[int], Iterable[Person]], seed: int) -> tuple[Person, ...]:
+  return tuple(people(seed))
 
 
 def policy_messages(scenario: Scenario) -> list[dict[str, str]]:
@@ -245,5 +259,5 @@ def resolved(section: Environment | Mapping[str, Any]) -> dict[str, Any]:
     raise UserError("environment.data_dir and environment.users_file: give only one of them")
   if not factors["data_dir"] and not factors["users_file"]:
     accept("topics", factors["topics"], module.TOPICS)
-    factors["topics"] = factors["topics"] or module.TOPICS
+    factors["topics"] = factors["topics"] or tuple(module.TOPICS)
   return factors
