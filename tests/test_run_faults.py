@@ -321,7 +321,7 @@ def test_ctrl_c_during_the_imports_is_one_line():
 def test_ctrl_c_while_the_report_is_written_ends_in_130(monkeypatch):
   """The run is complete, but a loop over runs must not go on to the next one."""
 
-  def report(mesh, common, configs, folders, told, show):
+  def report(mesh, common, configs, folders, live, told, show):
     os.kill(os.getpid(), signal.SIGINT)
     while not told.signal:
       time.sleep(0.01)
