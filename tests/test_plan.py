@@ -202,9 +202,8 @@ def test_work_space_is_the_compilers_and_of_what_does_not_fit_what_it_says(monke
   monkeypatch.setattr(plan, "compile_programs", compiled)
   monkeypatch.setattr(plan.topologies, "devices", lambda target: ["device"])
   of = lambda *names: plan.work_space(None, None, None, device("v5e-4"), 1, names)  # noqa: E731
-  assert of("sampler", "update") == {"sampler": 123, "update": 18.67 * 2**30}
-  with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
-    of("judge")
+  # The judge's, which the compiler fails at, is left to the estimate.
+  assert of("sampler", "judge", "update") == {"sampler": 123, "update": 18.67 * 2**30}
 
 
 MEASURE = """

@@ -228,7 +228,8 @@ def compile_programs(
 
 def work_space(config, policy, judge, target: Device, cells: int, names) -> dict[str, float]:
   """Bytes of work space per device of the named programs, as the device's own compiler lays them
-  out; of a program that it refuses for want of memory, what it says that this needs."""
+  out; of a program that it refuses for want of memory, what it says that this needs. One that it
+  cannot compile without the device is left out: the H100's finds no tiles for some products."""
   out, devices = {}, topologies.devices(target)
   for name in names:
     try:
@@ -236,9 +237,8 @@ def work_space(config, policy, judge, target: Device, cells: int, names) -> dict
       out[name] = made["programs"][name][0].memory_analysis().temp_size_in_bytes
     except jax.errors.JaxRuntimeError as error:
       needs = re.search(r"RESOURCE_EXHAUSTED.*\(([\d.]+)G\) exceeds", str(error), re.DOTALL)
-      if not needs:
-        raise
-      out[name] = float(needs[1]) * GIB
+      if needs:
+        out[name] = float(needs[1]) * GIB
   return out
 
 
@@ -286,6 +286,7 @@ def make_plan(
   return {
     "device": target.name,
     "compiler": compiler,
+    "estimated": sorted(programs.keys() - exact.keys()),
     "cells": cells,
     "mesh": made["mesh"],
     "resident": resident,
@@ -384,6 +385,8 @@ def show(plan: dict, hints: list[str]) -> str:
     f"cost per run, no discount: {plan['bill']}",
   ]
   said = f"as {plan['compiler']} lays it out" if plan["compiler"] else "an estimate: " + NO_COMPILER
+  if plan["compiler"] and plan["estimated"]:
+    said += f"; of {', '.join(plan['estimated'])}, which it cannot compile here, an estimate"
   return "\n".join([*lines, *(f"  try {hint}" for hint in hints), f"work space: {said}"])
 
 
