@@ -25,6 +25,7 @@ SMALL = {
   "steps": 4,
   "prompts_per_step": 4,
   "mesh.fsdp": 2,
+  "mesh.tensor": 2,
   "sampler.group": 2,
   "sampler.max_tokens": 8,
   "learner.microbatches": 1,
@@ -94,10 +95,10 @@ def records(tmp_path_factory):
   ]
   write_run(folder / "run", replies)
   assert call("--runs", folder / "run", "--out", folder / "set") == 0
-  make_mesh = functools.partial(sharding.make_mesh, devices=jax.devices()[:2])
+  make_mesh = functools.partial(sharding.make_mesh, devices=jax.devices()[:4])
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv(RECORDS, str(folder / "set"))
-    patch.setattr(sharding, "make_mesh", make_mesh)  # two are a mesh, and eight a wait
+    patch.setattr(sharding, "make_mesh", make_mesh)  # with data=2, eight, the compiler takes longer
     yield
 
 
@@ -171,7 +172,7 @@ path, train.learn = pathlib.Path(sys.argv[1]), test_cells.diverging
 configs = test_cells.configs(test_cells.KILLED, test_cells.ONE_DEVICE)
 errors.run_main(train.run_together, configs, test_cells.folders(path, configs))
 """
-ONE_DEVICE = SMALL | {"mesh.fsdp": 1, "steps": 3}
+ONE_DEVICE = SMALL | {"mesh.fsdp": 1, "mesh.tensor": 1, "steps": 3, "epochs": 2}
 # Without b, whose judge is slow: a is recorded by half in its place.
 KILLED = {name: own for name, own in WITH_X.items() if name != "b"}
 KILLED["a"] = {"data.path": RECORDS, "data.fraction": 0.5}

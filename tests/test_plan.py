@@ -187,7 +187,7 @@ def test_every_model_of_the_study_has_a_shape_and_a_mesh():
     shapes.shape_of("someone/unheard-of", "model.path")
 
 
-def test_work_space_is_the_compilers_and_of_what_does_not_fit_what_it_says(monkeypatch):
+def test_work_space_is_the_compilers_and_of_what_does_not_fit_what_it_says(monkeypatch, capsys):
   told = "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
   told += "required for HLO temporaries (18.67G) exceeds available HBM (15.75G). HLO module: jit_x."
 
@@ -204,6 +204,8 @@ def test_work_space_is_the_compilers_and_of_what_does_not_fit_what_it_says(monke
   of = lambda *names: plan.work_space(None, None, None, device("v5e-4"), 1, names)  # noqa: E731
   # The judge's, which the compiler fails at, is left to the estimate.
   assert of("sampler", "judge", "update") == {"sampler": 123, "update": 18.67 * 2**30}
+  said = "judge cannot be compiled here: INTERNAL: something else (1.0G)\n"
+  assert capsys.readouterr().err == said
 
 
 MEASURE = """

@@ -35,7 +35,7 @@ import jax.numpy as jnp
 
 from rlsafety import flags, learner, losses, recipes, replay, sampler, sharding
 from rlsafety.config import Mesh
-from rlsafety.errors import UserError, run_main
+from rlsafety.errors import UserError, first_line, run_main
 from rlsafety.judges import lm, probe, questions
 from rlsafety.models import architecture, int8, lora, scoring
 from rlsafety.tools import meshes, shapes, topologies
@@ -229,7 +229,8 @@ def compile_programs(
 def work_space(config, policy, judge, target: Device, cells: int, names) -> dict[str, float]:
   """Bytes of work space per device of the named programs, as the device's own compiler lays them
   out; of a program that it refuses for want of memory, what it says that this needs. One that it
-  cannot compile without the device is left out: the H100's finds no tiles for some products."""
+  cannot compile without the device, as the H100's finds no tiles for some products, is left out and
+  the reason printed."""
   out, devices = {}, topologies.devices(target)
   for name in names:
     try:
@@ -239,6 +240,8 @@ def work_space(config, policy, judge, target: Device, cells: int, names) -> dict
       needs = re.search(r"RESOURCE_EXHAUSTED.*\(([\d.]+)G\) exceeds", str(error), re.DOTALL)
       if needs:
         out[name] = float(needs[1]) * GIB
+      else:
+        print(f"{name} cannot be compiled here: {first_line(error)}", file=sys.stderr)
   return out
 
 
