@@ -10,8 +10,13 @@ import importlib.metadata
 import os
 import pathlib
 import shutil
+import sys
 import tempfile
 
+# Containers often forbid to keep compiled Python: each program that a test starts would compile
+# jax and what hangs on it anew, 3 s of CPU.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Tests compile far longer than they compute: generating the code takes two thirds less time so.
 FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:3])) <= (0, 11, 0):
