@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from rlsafety.config import TARGETS
+from rlsafety.models.products import product
 
 
 @struct.dataclass
@@ -38,4 +39,4 @@ def quantise_base(params: dict) -> dict:
 
 def matmul(x: jax.Array, w: Int8) -> jax.Array:
   """x [..., in] @ w [in, out]; the scale is applied to the product."""
-  return (x @ w.values.astype(x.dtype)) * w.scale.astype(x.dtype)
+  return product(x, w.values.astype(x.dtype)) * w.scale.astype(x.dtype)

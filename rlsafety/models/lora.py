@@ -83,30 +83,6 @@ def per_layer(adapter: Adapter | None, layers: int) -> Sequence[dict]:
   return [jax.tree.map(lambda x, i=i: x[i][0], split, is_leaf=is_split) for i in range(layers)]
 
 
-@jax.custom_vjp
-def narrow(x: jax.Array, w: jax.Array) -> jax.Array:
-  """x [P, G, t, in] @ w [in, out], one of the two a rank: a product with `a` or `b`.
-
-  Its gradient for w keeps the wide one of x and y as it lies and has the narrow one first. JAX's
-  own transposes the wide one, which XLA's CPU code takes several times as long for.
-  """
-  return x @ w
-
-
-def _narrow_backward(saved, dy):
-  x, w = saved
-  over_tokens = (tuple(range(x.ndim - 1)),) * 2
-  if x.shape[-1] < dy.shape[-1]:
-    dw = jnp.tensordot(x, dy, over_tokens)
-  else:
-    dw = jnp.tensordot(dy, x, over_tokens)
-    dw = jax.lax.optimization_barrier(dw).T  # else XLA moves the transpose into the product
-  return dy @ w.T, dw
-
-
-narrow.defvjp(lambda x, w: (x @ w, (x, w)), _narrow_backward)
-
-
 def by_row(weights: dict, ranks: jax.Array, scale: float = 1.0) -> Adapter:
   """Adapters side by side as one in which row p weighs rank r by ranks [P, R].
 

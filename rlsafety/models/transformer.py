@@ -22,8 +22,8 @@ from rlsafety.config import TARGETS
 from rlsafety.errors import UserError
 from rlsafety.models import int8
 from rlsafety.models.architecture import ModelConfig
-from rlsafety.models.int8 import Int8
-from rlsafety.models.lora import Adapter, Dropout, narrow, per_layer
+from rlsafety.models.lora import Adapter, Dropout, per_layer
+from rlsafety.models.products import einsum, product
 from rlsafety.models.rotary import cos_sin, rope_frequencies, rotate
 from rlsafety.packing import mask_from_lengths
 from rlsafety.sharding import constrain
@@ -95,7 +95,7 @@ def _attend(q, own, prompt, scale, softcap):
   logits = []
   for keys, (k, _, mask) in segments:
     values, of_slot = _factors(k, q.dtype)
-    part = jnp.einsum(f"pgtkmd,{keys}->pgkmts", q, values, preferred_element_type=jnp.float32)
+    part = einsum(f"pgtkmd,{keys}->pgkmts", q, values, jnp.float32)
     part = part * (scale if of_slot is None else scale * of_slot)
     if softcap is not None:
       part = softcap * jnp.tanh(part / softcap)
@@ -109,19 +109,19 @@ def _attend(q, own, prompt, scale, softcap):
   for part, (keys, (_, v, _)) in zip(weights, segments, strict=True):
     values, of_slot = _factors(v, q.dtype)
     part = part if of_slot is None else part * of_slot
-    out = out + jnp.einsum(f"pgkmts,{keys}->pgtkmd", part.astype(q.dtype), values)
+    out = out + einsum(f"pgkmts,{keys}->pgtkmd", part.astype(q.dtype), values, q.dtype)
   out = out / jnp.moveaxis(total, -1, 2)[..., None]
   return out.astype(q.dtype).reshape(P, G, t, H * Dh)
 
 
-def _slots(k: jax.Array | Int8) -> int:
+def _slots(k: jax.Array | int8.Int8) -> int:
   return jax.tree.leaves(k)[0].shape[-3]
 
 
-def _factors(x: jax.Array | Int8, dtype) -> tuple[jax.Array, jax.Array | None]:
+def _factors(x: jax.Array | int8.Int8, dtype) -> tuple[jax.Array, jax.Array | None]:
   """Keys or values as what is multiplied, in dtype, and a factor per slot, shaped for logits
   [P, G, K, M, t, s], if there is one: no dequantised cache is ever written."""
-  if not isinstance(x, Int8):
+  if not isinstance(x, int8.Int8):
     return x, None
   factor = jnp.moveaxis(x.scale[..., 0], -1, -2)[..., None, None, :]  # [P, (G,) K, 1, 1, s]
   return x.values.astype(dtype), factor if factor.ndim == 6 else factor[:, None]
@@ -159,7 +159,7 @@ _ACTIVATIONS = {
 
 def linear(
   x: jax.Array,
-  w: jax.Array | Int8,
+  w: jax.Array | int8.Int8,
   bias: jax.Array | None,
   ab: dict | None,
   scale: float | jax.Array,
@@ -171,7 +171,7 @@ def linear(
   ab: {"a" [in, R], "b" [R, out]} of this layer, or None where there is no adapter. With "rows"
   too, which weighs the ranks row by row: adapters side by side, each row with its own.
   """
-  y = int8.matmul(x, w) if isinstance(w, Int8) else x @ w
+  y = int8.matmul(x, w) if isinstance(w, int8.Int8) else product(x, w)
   if bias is not None:
     y = y + bias
   if ab is None:
@@ -181,10 +181,10 @@ def linear(
     key = jax.random.fold_in(dropout.key, TARGETS.index(target))
     keep = jax.random.bernoulli(key, 1.0 - dropout.rate, x.shape)
     h = jnp.where(keep, x / (1.0 - dropout.rate), 0.0).astype(x.dtype)
-  h = narrow(h, ab["a"].astype(x.dtype))
+  h = product(h, ab["a"].astype(x.dtype))
   if "rows" in ab:  # [P, 1, 1, R]: which ranks a row uses, where each row has its own adapter
     h = h * ab["rows"].astype(x.dtype)
-  delta = narrow(h, ab["b"].astype(x.dtype))
+  delta = product(h, ab["b"].astype(x.dtype))
   return checkpoint_name(y + delta * jnp.asarray(scale, x.dtype), "linear")
 
 
@@ -267,7 +267,7 @@ def _layer(c: ModelConfig, fused: bool, x, w, ab, scale, dropout, view, offset, 
 
 def _written(cache, new, offset):
   """cache [P, G, T, K, Dh] with `new` [P, G, t, K, Dh] from slot `offset` on."""
-  if isinstance(cache, Int8):
+  if isinstance(cache, int8.Int8):
     new = int8.quantise(new, -1)
   put = lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b.astype(a.dtype), offset, 2)  # noqa: E731
   return jax.tree.map(put, cache, new)
@@ -443,7 +443,8 @@ def gathered_head(params: dict) -> dict:
 def unembed(params: dict, c: ModelConfig, hidden: jax.Array) -> jax.Array:
   """hidden [..., D] -> logits [..., V] float32. For few positions: see `scoring.score`."""
   matrix, axes = head_matrix(params)
-  logits = jnp.einsum(f"...d,{axes}->...v", hidden, matrix, preferred_element_type=jnp.float32)
+  rows = "pgt"[: hidden.ndim - 1]
+  logits = einsum(f"{rows}d,{axes}->{rows}v", hidden, matrix, jnp.float32)
   if c.final_softcap is not None:
     logits = c.final_softcap * jnp.tanh(logits / c.final_softcap)
   return logits
