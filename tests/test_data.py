@@ -211,6 +211,9 @@ BAD = {
   "numbers <= 0": GOOD | {"tokens": [1], "logprobs": [2.0]},
   "list of token ids": GOOD | {"tokens": [1.5]},
   "of token ids": GOOD | {"tokens": [2**31]},
+  "a list of token ids": GOOD | {"tokens": [-1]},
+  "`tokens` must be a list": GOOD | {"tokens": [True]},
+  "`logprobs` must be numbers": GOOD | {"tokens": [1], "logprobs": ["x"]},
   "not inf": GOOD | {"reward": float("inf")},
   "give either": GOOD | {"chosen": "a", "rejected": "b"},
   "`step` must be": GOOD | {"step": "1"},
@@ -218,7 +221,7 @@ BAD = {
 
 
 def test_malformed_lines_are_named_and_good_ones_kept(tmp_path, capsys):
-  lines = [json.dumps(GOOD), json.dumps(GOOD | {"completion": "No."})]
+  lines = [json.dumps(GOOD | {"scenario_id": "a\ud800"}), json.dumps(GOOD | {"completion": "No."})]
   lines += [bad if isinstance(bad, str) else json.dumps(bad) for bad in BAD.values()]
   lines += [json.dumps({"messages": MESSAGES[1:], "chosen": "A", "rejected": "B"}), '{"mess']
   path = tmp_path / "mixed.jsonl"
@@ -234,6 +237,7 @@ def test_malformed_lines_are_named_and_good_ones_kept(tmp_path, capsys):
   records = replay.load(str(tmp_path / "set"), model(), objective_of("sft"), 2, 100, 20)
   first = replay.example_at(records, 0)
   assert json.loads(first["completions"]) == ["Yes.", "No."]  # one prompt, one group
+  assert first["scenario_id"] == "a?"
   assert first["reward"].tolist() == [3, 3] and first["is_gameable"] == 1
   pair = replay.example_at(records, 1)
   assert json.loads(pair["completions"]) == ["A", "B"] and pair["reward"].tolist() == [10, 1]
