@@ -323,6 +323,7 @@ def test_a_model_in_parts_is_joined_or_what_is_missing_is_named(tmp_path, monkey
     (("add_unk_token_id", 97), "unknown_token_id=97, of 97 tokens"),
     (("add_eot_token_id", 97), "eot_token_id=97, of 97 tokens"),
     (("add_string", "tokenizer.ggml.add_bos_token", "yes"), "of type bool"),
+    (("add_token_list", [*map(str, range(96)), "7"]), "tokens has a token twice"),
     (("add_token_list", ["a" * 400_000] + [str(i) for i in range(96)]), "400000 characters"),
     (("add_chat_template", "{% for a in range(9**9) %}{% endfor %}"), "chat template, for user"),
   ],
@@ -411,8 +412,9 @@ def test_a_missing_field_is_named_or_has_the_value_of_llama_cpp(described):
     last, other = key.rpartition(".")[2], changed(described, **{key: None})
     if last == "factor":
       expected = dataclasses.replace(config, rope=dataclasses.replace(config.rope, factor=1.0))
-    elif key == "llama.attention.sliding_window":  # full attention
+    elif key == "llama.attention.sliding_window":  # full attention, as with 0
       expected = dataclasses.replace(config, window=None, local_layers=())
+      assert understood(changed(described, **{key: 0})) == (expected, text, stops)
     elif last not in MAY_BE_MISSING or key == "gemma3.rope.freq_base":
       with pytest.raises(UserError, match=f"m.gguf.*{last}.* missing|sliding_window=None"):
         understood(other)
@@ -440,10 +442,11 @@ def test_tensors_lie_one_behind_the_other_or_are_refused(tmp_path):
   for place, size, change in (
     (good.index(norm) + len(norm) + 4 + 8 + 4, 8, 64),  # behind dimensions and type
     (good.index(align) + len(align) + 4, 4, 128),
+    (good.index(align) + len(align) + 4, 4, -64),
   ):
     value = int.from_bytes(good[place : place + size], "little") + change
     path.write_bytes(good[:place] + value.to_bytes(size, "little") + good[place + size :])
-    with pytest.raises(UserError, match=r"m.gguf: tensor .*: offset \d+ is not \d+, where"):
+    with pytest.raises(UserError, match=r"m.gguf: .*(offset \d+ is not \d+, where|alignment=0)"):
       sources.load_model(str(path))
 
 
