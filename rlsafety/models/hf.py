@@ -151,7 +151,6 @@ def _save(path: Path, tensors: dict[str, np.ndarray]) -> None:
   tensors = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
   sums = {CHECKSUM + name: _checksum(x) for name, x in tensors.items()}
   unfinished = path.with_name(path.name + ".partial")
-  unfinished.unlink(missing_ok=True)  # never through a link that lies there
   save_file(tensors, unfinished, metadata={"format": "pt"} | sums)
   _sort_header(unfinished)
   unfinished.replace(path)
