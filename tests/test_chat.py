@@ -149,6 +149,29 @@ def test_a_template_that_does_not_end_well_is_one_line(chat, bomb):
   assert len(str(found.value)) < 500
 
 
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("special", [True, False])
+def test_a_marker_that_is_not_found_behind_a_text_is_refused(chat, normalized, special):
+  """As in Llama 2 with ChatML's tokens added: normalised, the marker begins with "▁"."""
+  import transformers
+
+  full = Tokenizer.from_str(chat("llama2").full.to_str())
+  markers = ["<|im_start|>", "<|im_end|>"]
+  add = full.add_special_tokens if special else full.add_tokens
+  add([AddedToken(m, special=special, normalized=normalized) for m in markers])
+  names = {"bos_token": "<s>", "eos_token": "</s>"}
+  make = lambda: chats.make_chat(full, template=templates.CHATML, special=names, source="x.json")  # noqa: E731
+  if normalized:
+    with pytest.raises(UserError, match="x.json: token '<.im_start.>' .* as '▁<.im_start.>' and"):
+      make()
+    return
+  theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=full, **names)
+  theirs.chat_template = templates.CHATML
+  messages = [USER, REPLY, USER]
+  expected = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
+  assert make().encode(messages, generation=False) == expected
+
+
 @pytest.mark.parametrize("name", ["llama2", "mistral"])
 def test_text_that_marks_turns_is_never_a_mark_in_a_content(chat, name):
   """Llama-2 and Mistral v0.1 have no control token for [INST], [/INST] and <<SYS>>."""
