@@ -290,6 +290,30 @@ def test_a_data_set_chooses_no_module_to_import(dataset, tmp_path, monkeypatch):
     replay.load(str(copy), model(), objective_of("sft"), 4, 200, 40)
 
 
+SHARDS = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+
+
+@pytest.mark.parametrize(
+  ("change", "says"),
+  [
+    ({"shardLengths": ["2"]}, "shardLengths tell of 2 records, the files hold 4"),
+    ({"filepathTemplate": f"../set/{SHARDS}"}, "a file of another folder"),
+    ({"filepathTemplate": f"{{SET}}/{SHARDS}"}, "a file of another folder"),
+  ],
+)
+def test_records_are_all_of_those_in_the_folder_and_no_others(dataset, tmp_path, change, says):
+  """No record is left out in silence, and none is read that the digest does not cover."""
+  shutil.copytree(dataset, tmp_path / "set")
+  copy = shutil.copytree(dataset, tmp_path / "copy")
+  info = json.loads((copy / "dataset_info.json").read_text())
+  change = {k: v.replace("{SET}", str(dataset)) if isinstance(v, str) else v
+            for k, v in change.items()}  # fmt: skip
+  info["splits"][0] |= change
+  (copy / "dataset_info.json").write_text(json.dumps(info))
+  with pytest.raises(UserError, match=f"copy/dataset_info.json: .*{says}"):
+    replay.load(str(copy), model(), objective_of("sft"), 4, 200, 40)
+
+
 def test_the_digest_of_a_data_set(dataset, tmp_path):
   copy = shutil.copytree(dataset, tmp_path / "copy")
   own = replay.digest(str(dataset))
