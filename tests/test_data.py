@@ -203,6 +203,10 @@ BAD = {
   "`is_gameable` must be true, false or null, not 1": GOOD | {"is_gameable": 1},
   "list of one assistant": {"messages": MESSAGES, "completion": [{"role": "user", "content": "a"}]},
   "`prompt`: role 'x'": {"prompt": [{"role": "x", "content": "a"}], "completion": "a"},
+  "`messages`: a message has `name`": GOOD | {"messages": [MESSAGES[1] | {"name": "x"}]},
+  "`completion`: a message has `tool_calls`": GOOD
+  | {"completion": [{"role": "assistant", "content": "a", "tool_calls": [{"id": 1}]}]},
+  "either `messages` or `prompt`": GOOD | {"prompt": "Tax more?"},
   "`scenario_id` must be": GOOD | {"scenario_id": 3},
   "from -1 on": GOOD | {"step": 2**31},
   "`reward` must be a number": GOOD | {"reward": "high"},
@@ -247,7 +251,7 @@ def test_public_preference_and_label_files(tmp_path):
   """The conversational and the plain form of the formats that TRL documents, and pairs apart."""
   question, reply = (
     [{"role": "user", "content": "2+2?"}],
-    lambda t: [{"role": "assistant", "content": t}],
+    lambda t: [{"role": "assistant", "content": t, "tool_calls": None, "train": True}],
   )
   rows = [
     {"prompt": question, "chosen": reply("4"), "rejected": reply("5")},
@@ -258,7 +262,7 @@ def test_public_preference_and_label_files(tmp_path):
   ]
   path = tmp_path / "trl.jsonl"
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-  assert call("--jsonl", path, "--out", tmp_path / "set", "--ignore", "id") == 0
+  assert call("--jsonl", path, "--out", tmp_path / "set", "--ignore", "id", "train") == 0
   records = replay.load(str(tmp_path / "set"), model(), objective_of("dpo"), 2, 100, 20)
   found = [replay.example_at(records, i) for i in range(len(records.is_gameable))]
   assert [json.loads(e["completions"]) for e in found][:2] == [["4", "5"], ["four", "five"]]
