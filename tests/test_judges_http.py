@@ -402,6 +402,9 @@ def test_usable_addresses_and_what_is_shown_of_them():
   shown = addresses.masked(f"https://x.example/{SECRET}/v1")
   assert shown.startswith("https://x.example/***") and shown.endswith("/v1") and "Zx81" not in shown
   assert shown != addresses.masked(f"https://x.example/{SECRET}1/v1")
+  for key in ("sk-short", "hf_abc", "token=abc", "Zx81kQ0aBcD3eF5gH7", "v1-Zx81kQ0aBcD3eF5gH7"):
+    shown = addresses.masked(f"https://x.example/{key}/v1")
+    assert key not in shown and "Zx81" not in shown, key
   with pytest.raises(UserError, match="judge.model"):
     addresses.check("http://x/v1", "")
   with pytest.raises(UserError, match="judge.attempts=0"):
