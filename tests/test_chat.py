@@ -3,6 +3,7 @@
 import datetime
 import json
 import random
+import resource
 
 import chat_families
 import pytest
@@ -144,9 +145,12 @@ BOMBS = {
 
 @pytest.mark.parametrize("bomb", BOMBS, ids=lambda b: b[:40])
 def test_a_template_that_does_not_end_well_is_one_line(chat, bomb):
+  used = lambda: resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime  # noqa: E731
+  before = used()
   with pytest.raises(UserError, match=f"^some.gguf: the chat template.*{BOMBS[bomb]}") as found:
     chats.make_chat(chat("chatml").full, template=bomb, source="some.gguf", stop_ids=[1])
   assert len(str(found.value)) < 500
+  assert used() - before < 2 * jinja.MAX_SECONDS  # of the processor, however loaded it is
 
 
 @pytest.mark.parametrize("normalized", [True, False])
@@ -343,7 +347,8 @@ def test_bad_roles_and_templates(chat):
   with pytest.raises(UserError, match="leaves out message 0"):
     chats.make_chat(full, template="{{ messages|length }}", special={"eos_token": "<|im_end|>"})
   with pytest.raises(UserError, match="x.gguf: the chat template has .* characters; the limit"):
-    chats.make_chat(full, template="a" * (templates.MAX_TEMPLATE + 1), source="x.gguf")
+    comment = "{#" + "a" * templates.MAX_TEMPLATE + "#}"  # whose rendering would be short
+    chats.make_chat(full, template=comment + templates.CHATML, source="x.gguf")
   with pytest.raises(UserError, match="eos_token '</s>' is not in the vocabulary"):
     chats.make_chat(full, special={"eos_token": "</s>"})
 
