@@ -255,7 +255,8 @@ def test_weights_and_users_exchanged_between_two_starts_are_refused(tmp_path):
     people.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 
   flags = [f"--config.model.path={weights}", f"--config.environment.users_file={people}"]
-  flags += ["--config.model.preset=", "--config.steps=1", "--config.eval.every=0"]
+  flags += ["--config.model.preset=", "--config.steps=2"]  # more than one, with 0 for "off"
+  flags += ["--config.eval.every=0", "--config.checkpoint.every=0"]
   place(0, "Good")
   code, said = finish(start(run, *flags))
   assert code == 0, said
@@ -270,7 +271,7 @@ def test_weights_and_users_exchanged_between_two_starts_are_refused(tmp_path):
     assert code == 2 and re.search(f"started with other {what}", said), said
   place(0, "Good")
   code, said = finish(start(run, *flags))
-  assert code == 0 and "resuming after step 1" in said, said
+  assert code == 0 and "resuming after step 2" in said, said
 
 
 @pytest.mark.parametrize(
