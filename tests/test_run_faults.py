@@ -58,6 +58,21 @@ def test_the_second_ctrl_c_stops_at_once(tmp_path):
   assert "stopped by the second Ctrl-C" in said or "SIGINT: saved step" in said
 
 
+def test_the_second_ctrl_c_ends_a_step_that_never_does():
+  program = """
+import os, signal, time
+from rlsafety import runtime
+with runtime.stop_signals() as told:
+  os.kill(os.getpid(), signal.SIGINT)
+  while not told.signal:
+    time.sleep(0.01)
+  os.kill(os.getpid(), signal.SIGINT)
+  time.sleep(20)
+"""
+  ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+  assert (ended.returncode, ended.stderr) == (130, "rlsafety: stopped by the second Ctrl-C\n")
+
+
 # --- Logs ---------------------------------------------------------------------------------
 
 
