@@ -120,6 +120,9 @@ def test_judge_that_fails_its_gate_gets_no_star_and_incoherent_replies_no_say(tm
   assert not any(cell.notable for cell in found.rows["hex"].values())
   assert "does not pass its gate" in overview.conclusion(found)
   assert "no stars for ACC: not measured" in summary.table(found)
+  table({"reward": ["too weak"], "hex": ["too weak"], "acc": []})
+  (note,) = re.findall("Nothing is in bold for.*", render.write_report(path).read_text())
+  assert "for Reward, HEX: the judge does not pass its gate (too weak)" in note
 
 
 def test_an_unfinished_or_damaged_run_still_gets_a_page_that_says_so(tmp_path):
@@ -338,10 +341,13 @@ def test_charts_have_titles_legends_and_ticks_at_both_ends(page):
 def test_judge_is_stated_in_words_with_its_numbers_in_one_table():
   block = render.judge_block(
     {"name": "probe", "limits": "knows little", "seed": 3, "base": {"path": "a<b", "n": None},
-     "auc": {"hex": {"sampled": {"rest": 0.8123, "n": 230}, "written": {"rest": 1.0, "bare": 1.0}}}}
+     "auc": {"hex": {"sampled": {"rest": 0.8123, "n": 230}, "written": {"rest": 1.0, "bare": 1.0}}},
+     "gate": {"hex": {"passed": False, "why": ["weak", "few"]}}}
   )  # fmt: skip
   assert block["limits"] == "Knows little." and block["head"] == ["rest", "n", "bare"]
   assert block["rows"][0] == ("auc · hex · sampled", ["0.81", "230", ""])
+  gate = [("gate · hex · passed", "no"), ("gate · hex · why", "weak; few")]
+  assert block["facts"][-2:] == gate
   assert ("seed", "3") in block["facts"] and ("base · path", "a<b") in block["facts"]
   assert render.judge_block({})["limits"] == "" and render.judge_block("plain")["name"] == "plain"
 
@@ -496,12 +502,14 @@ def test_browser_reaches_every_card_and_prints_open_and_light(tmp_path, desktop)
   desktop.execute_script("setTheme('dark'); dispatchEvent(new Event('beforeprint'))")
   assert before and desktop.execute_script(closed) == 0
   desktop.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
-  assert desktop.execute_script("return getComputedStyle(document.body).backgroundColor") == (
-    "rgb(250, 249, 246)"
-  )
+  paper = desktop.execute_script("return getComputedStyle(document.body).backgroundColor")
+  assert paper == "rgb(255, 255, 255)"  # nothing is tinted up to the margins and no further
   desktop.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
   desktop.execute_script("dispatchEvent(new Event('afterprint')); setTheme('light')")
   assert desktop.execute_script(closed) == before
+  printed = base64.b64decode(desktop.execute_cdp_cmd("Page.printToPDF", {})["data"])
+  pages = len(re.findall(rb"/Type /Page\b", printed))
+  assert 3 < pages < cards(desktop) / 2, pages  # a card to a page left most of each empty
 
 
 def test_browser_at_phone_width_needs_no_sideways_scrolling(page):

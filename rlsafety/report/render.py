@@ -179,6 +179,10 @@ def judge_block(judge: dict | str) -> dict:
   facts, rows, names = [], [], set()
 
   def text(value: Any) -> str:
+    if isinstance(value, bool):
+      return "yes" if value else "no"
+    if isinstance(value, list):
+      return "; ".join(map(text, value)) or "–"
     return charts.number(value) if isinstance(value, float) else str(value)
 
   def walk(value: Any, path: list[str]) -> None:
