@@ -101,6 +101,8 @@ PUBLISHED = {
   "smollm3-3b": 3_075_098_624,
   "olmo-2-1b-instruct": 1_484_916_736,
   "olmo-2-7b-instruct": 7_298_617_344,
+  "olmo-3-7b-instruct": 7_298_011_136,
+  "olmo-3.1-32b-instruct": 32_233_522_176,
 }
 
 
@@ -128,6 +130,7 @@ def test_transformers_reads_the_exported_config_alike(name):
 
 
 WRONG_FLAGS = ("false", "no", 0, 2, {}, [False])
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 WRONG_NUMBERS = (math.nan, math.inf, 0, -1.0, "10000", [1], {}, True)
 
 
@@ -142,7 +145,12 @@ def test_unknown_preset_suggests():
     ({"model_type": "mixtral"}, "model_type='mixtral'.*Supported: llama: Llama 2"),
     ({"model_type": None}, "model_type=None"),
     ({"hidden_act": "relu"}, "hidden_act='relu'"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling='yarn'"),
+    ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "rope_scaling='dynamic'"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "original_max_position_embeddings"),
+    ({"rope_scaling": YARN | {"mscale": 1.0}}, "mscale"),
+    ({"rope_scaling": YARN | {"factor": "4"}}, "factor='4'"),
+    ({"rope_scaling": YARN | {"beta_slow": 40}}, "beta_slow below beta_fast"),
+    ({"rope_scaling": YARN, "rope_theta": 1}, "rope_theta above 1"),
     ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 1}}, "must have just"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rlsafety import config, sharding
+from rlsafety import addresses, config, sharding
 from rlsafety.environments import FACTORS, Environment, Scenario
 from rlsafety.errors import UserError
 from rlsafety.judges import gate, http, lm, own, phrases, probe, questions
@@ -41,11 +41,16 @@ class Judge:
 
 
 def check_names(settings: config.Judge) -> None:
-  """Raises UserError for a function of the user's that cannot be imported."""
+  """Raises UserError for a function of the user's that cannot be imported, and for an endpoint's
+  address that cannot be one: before any weights are loaded."""
   further = [text.partition("=")[0] for text in settings.also]
   for name in (settings.name, settings.evaluator, *further):
     if "." in name:
       own.find(name)
+  if "http" in (settings.name, *further):
+    addresses.check(settings.url, settings.model)
+  elif settings.evaluator == "http":
+    addresses.check(settings.url, settings.evaluator_model or settings.model)
 
 
 def open_judge(
