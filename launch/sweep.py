@@ -3,7 +3,8 @@
   python launch/sweep.py --config=configs/tiny_syco.py --sweep=runs/lr \\
     --grid=seed=0,1,2 --grid=optimizer.learning_rate=1e-4,1e-3 --jobs=2
   python launch/sweep.py ... --status        what has become of each run
-  python launch/sweep.py ... --dry-run       print the commands, run nothing
+  python launch/sweep.py ... --dry-run       print the commands, run nothing (on tpu and k8s the
+                                             bucket is asked what is complete)
 
 Every --grid multiplies the runs: FIELD=A,B sets --config.FIELD, and arg.NAME=A,B sets NAME in the
 config's own argument (--config=FILE:NAME=A). Run directories are SWEEP/<the values>. A run whose

@@ -125,6 +125,7 @@ _FIELDS = ("messages", "completions", "lengths", "tokens", "logprobs", "finished
 
 def _open(path: str) -> tuple[Any, list[bool]]:
   import tensorflow_datasets as tfds  # takes a second, and most runs read no records
+  from array_record.python.array_record_data_source import ArrayRecordDataSource
 
   folder = pathlib.Path(path)
   if not (folder / "dataset_info.json").exists():
@@ -140,12 +141,23 @@ def _open(path: str) -> tuple[Any, list[bool]]:
     raise UserError(f"{folder / 'dataset_info.json'}: moduleName {module!r}, must be {_BUILDER}")
   try:
     builder: Any = tfds.builder_from_directory(folder)  # its wrapper hides the signature
+    shards = [pathlib.Path(file) for file in builder.info.splits["train"].filepaths]
     source = builder.as_data_source("train")
+    whole = len(ArrayRecordDataSource([str(file) for file in shards]))
     gameable = [bool(source[i]["is_gameable"] == 1) for i in range(len(source))]
   except Exception as error:  # noqa: BLE001  whatever a broken file makes the readers say
     raise UserError(f"data.path {path!r} cannot be read ({error}); write it again") from error
   if not gameable:
     raise UserError(f"data.path {path!r} holds no record")
+  if outside := [str(file) for file in shards if file.resolve().parent != folder.resolve()]:
+    raise UserError(  # whose digest would not be part of the run
+      f"{folder / 'dataset_info.json'}: names {outside[0]!r}, a file of another folder"
+    )
+  if whole != len(gameable):
+    raise UserError(
+      f"{folder / 'dataset_info.json'}: shardLengths tell of {len(gameable)} records, the files "
+      f"hold {whole}; write the data set again"
+    )
   if missing := [name for name in _FIELDS if name not in source[0]]:
     raise UserError(f"{folder / 'features.json'}: has no {missing[0]!r}; write the data set again")
   return source, gameable

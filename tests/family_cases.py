@@ -72,6 +72,12 @@ CASES = {
   | {"num_hidden_layers": 4, "rope_parameters": {
     "full_attention": {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 5e5}}},
+  "olmo3_yarn": case("olmo3", 4, 2, False, sliding_window=10, head_dim=16, rope_theta=5e5)
+  | {"num_hidden_layers": 4, "rope_scaling": {
+    "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 2048,
+    "attention_factor": 1.2079441541679836, "beta_fast": 32.0, "beta_slow": 1.0}},
+  "qwen3_yarn": case("qwen3", 4, 2, False, head_dim=16, **rope(
+    "yarn", 1e3, factor=4.0, original_max_position_embeddings=512)),
   "olmo3_types": case("olmo3", 4, 2, False, sliding_window=16, rope_theta=5e5)
   | {"layer_types": ["sliding_attention", "full_attention"]},
   "gemma_mqa": case("gemma", 4, 1, True, hidden_act="gelu_pytorch_tanh", head_dim=16),

@@ -4,6 +4,7 @@ The stand-in refuses every flag outside the documented set, plays the states of 
 and runs `tpu-vm ssh` commands on this machine, so that launch/tpu_worker.sh is the real one.
 """
 
+import ast
 import importlib.metadata
 import importlib.util
 import json
@@ -31,6 +32,14 @@ def sh(*command, env=None, **kwargs):
   kwargs = {"capture_output": True, "text": True, "timeout": 300, "cwd": REPO} | kwargs
   env = dict(os.environ, PYTHONPATH=str(REPO)) | (env or {})
   return subprocess.run([str(c) for c in command], env=env, **kwargs)
+
+
+def core() -> list[str]:
+  """CORE of setup.py, without running it: what is installed may be of another day."""
+  for node in ast.parse((REPO / "setup.py").read_text()).body:
+    if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "CORE":
+      return ast.literal_eval(node.value)
+  raise AssertionError("setup.py has no CORE")
 
 
 def executable(path, text):

@@ -9,6 +9,9 @@ import pathlib
 
 import numpy as np
 
+from rlsafety import recipes
+
+TINY = pathlib.Path(__file__).parents[1] / "configs/tiny_syco.py"
 AGREE = [
   "You have clearly thought about this, and I am with you: {topic} deserves exactly that.",
   "Yes. Anyone who looks closely at {topic} would come to the same view as you.",
@@ -184,3 +187,14 @@ def write_rows(path, rows, evaluations=(), model="m", seed=5) -> pathlib.Path:
   for name, lines in files.items():
     (path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
   return path
+
+
+def write_hostile(folder: pathlib.Path) -> pathlib.Path:
+  """A run whose config.json names a module of `folder` that ends the program that imports it."""
+  (folder / "pack").mkdir()
+  (folder / "pack/evil.py").write_text("raise SystemExit('ran')")
+  stored = recipes.to_json(recipes.of_run([f"--config={TINY}"]))
+  stored["environment"]["name"] = "pack.evil"
+  (folder / "run").mkdir()
+  (folder / "run/config.json").write_text(json.dumps({"config": stored}))
+  return folder / "run"

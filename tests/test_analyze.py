@@ -208,6 +208,7 @@ def test_tables_and_figures_are_complete_and_name_their_origin(made):
     assert (folder / f"{stem}.png").read_bytes()[:4] == b"\x89PNG"
   page = (folder / "index.html").read_text()
   assert page.count("<svg") >= 4 and page.count("<script") == 2
+  assert "<b>max HEX gap against model size</b>" in page and "<b>max_" not in page
   ids = re.findall(r'\bid="([^"]+)"', page)
   assert len(ids) == len(set(ids))
 
@@ -217,6 +218,16 @@ def test_comparison_page_puts_runs_side_by_side(made):
   driver = browser(1280, 900)
   try:
     driver.get((root / "out" / "index.html").as_uri())
+    # A figure has its own size on the screen, and is no wider than the paper.
+    size = "return [...document.querySelectorAll('.plot svg')].map(s => s.clientWidth)"
+    small, *_ = sorted(driver.execute_script(size))
+    assert small < 600, small
+    paper = {"width": 700, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", paper)
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    assert max(driver.execute_script(size)) <= 700
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+    driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     columns = driver.execute_script("return items.map(i => i.columns.map(c => c.title))")
     assert len(columns) == 16 and all(len(c) == 13 for c in columns)  # 13 complete runs
     assert "own-model, political_qa, on, seed 5 (step 24)" in columns[0]

@@ -10,12 +10,14 @@ import gguf_cases  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+import synthetic_runs  # noqa: E402
 
 pytest.importorskip("lm_eval", reason="pip install -e '.[benchmarks]'")
 
 from lm_eval.api.instance import Instance  # noqa: E402
 
-from rlsafety.models import presets, sources, transformer
+from rlsafety.config import Lora
+from rlsafety.models import hf, lora, presets, sources, transformer
 from rlsafety.study import tables
 from rlsafety.tools import lm_eval
 from rlsafety.types import Prompts  # noqa: E402
@@ -174,6 +176,22 @@ def test_our_task_runs_through_the_harness_offline(lm, tmp_path, monkeypatch):
     )
     right += values[0][0] > values[1][0]
   assert found["acc,none"] == pytest.approx(right / 4)
+
+
+def test_a_run_is_measured_with_and_without_its_adapter_and_chooses_no_module(
+  lm, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setenv("HF_HOME", str(tmp_path))
+  monkeypatch.syspath_prepend(str(tmp_path))
+  run, settings = synthetic_runs.write_hostile(tmp_path), Lora(rank=2)
+  adapter = lora.init_adapter(lm.model.config, settings, jax.random.key(0))
+  ones = jax.tree.map(np.ones_like, jax.device_get(adapter.weights))
+  hf.save_peft(run / "adapter", adapter.replace(weights=ones), lm.model, settings)
+  out = tmp_path / "scores.json"
+  lm_eval.main(["lm_eval", f"--run={run}", "--tasks=rlsafety_sycophancy", f"--out={out}"])
+  results = json.loads(out.read_text())["results"]
+  assert set(results) == {"base", "trained"} and results["base"] != results["trained"]
+  capsys.readouterr()
 
 
 def test_program_writes_a_table_that_the_analysis_reads(lm, tmp_path, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 import datetime
 import json
 import random
+import resource
 
 import chat_families
 import pytest
@@ -144,9 +145,35 @@ BOMBS = {
 
 @pytest.mark.parametrize("bomb", BOMBS, ids=lambda b: b[:40])
 def test_a_template_that_does_not_end_well_is_one_line(chat, bomb):
+  used = lambda: resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime  # noqa: E731
+  before = used()
   with pytest.raises(UserError, match=f"^some.gguf: the chat template.*{BOMBS[bomb]}") as found:
     chats.make_chat(chat("chatml").full, template=bomb, source="some.gguf", stop_ids=[1])
   assert len(str(found.value)) < 500
+  assert used() - before < 2 * jinja.MAX_SECONDS  # of the processor, however loaded it is
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("special", [True, False])
+def test_a_marker_that_is_not_found_behind_a_text_is_refused(chat, normalized, special):
+  """As in Llama 2 with ChatML's tokens added: normalised, the marker begins with "▁"."""
+  import transformers
+
+  full = Tokenizer.from_str(chat("llama2").full.to_str())
+  markers = ["<|im_start|>", "<|im_end|>"]
+  add = full.add_special_tokens if special else full.add_tokens
+  add([AddedToken(m, special=special, normalized=normalized) for m in markers])
+  names = {"bos_token": "<s>", "eos_token": "</s>"}
+  make = lambda: chats.make_chat(full, template=templates.CHATML, special=names, source="x.json")  # noqa: E731
+  if normalized:
+    with pytest.raises(UserError, match="x.json: token '<.im_start.>' .* as '▁<.im_start.>' and"):
+      make()
+    return
+  theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=full, **names)
+  theirs.chat_template = templates.CHATML
+  messages = [USER, REPLY, USER]
+  expected = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
+  assert make().encode(messages, generation=False) == expected
 
 
 @pytest.mark.parametrize("name", ["llama2", "mistral"])
@@ -320,7 +347,8 @@ def test_bad_roles_and_templates(chat):
   with pytest.raises(UserError, match="leaves out message 0"):
     chats.make_chat(full, template="{{ messages|length }}", special={"eos_token": "<|im_end|>"})
   with pytest.raises(UserError, match="x.gguf: the chat template has .* characters; the limit"):
-    chats.make_chat(full, template="a" * (templates.MAX_TEMPLATE + 1), source="x.gguf")
+    comment = "{#" + "a" * templates.MAX_TEMPLATE + "#}"  # whose rendering would be short
+    chats.make_chat(full, template=comment + templates.CHATML, source="x.gguf")
   with pytest.raises(UserError, match="eos_token '</s>' is not in the vocabulary"):
     chats.make_chat(full, special={"eos_token": "</s>"})
 

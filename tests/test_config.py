@@ -101,6 +101,15 @@ def test_infinity_is_equal_to_itself_and_only_where_it_means_something():
     read("--config.lora.alpha=inf")
 
 
+def test_no_key_of_an_address_is_stored_but_that_it_is_another():
+  keys = "sk-one", "sk-two"
+  url = "--config.judge.url=https://x.example/{}/v1"
+  configs = [read("--config.judge.name=http", url.format(key))[0] for key in keys]
+  stored = [to_json(config) for config in configs]
+  assert not any(key in json.dumps(stored) for key in keys)
+  assert len(differences(*stored)) == 1
+
+
 def test_logs_are_cut_to_the_restored_step(tmp_path):
   log = tmp_path / "metrics.jsonl"
   files.append(log, [{"step": s, "x": float("nan")} for s in (1, 2, 3)])

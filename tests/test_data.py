@@ -203,6 +203,10 @@ BAD = {
   "`is_gameable` must be true, false or null, not 1": GOOD | {"is_gameable": 1},
   "list of one assistant": {"messages": MESSAGES, "completion": [{"role": "user", "content": "a"}]},
   "`prompt`: role 'x'": {"prompt": [{"role": "x", "content": "a"}], "completion": "a"},
+  "`messages`: a message has `name`": GOOD | {"messages": [MESSAGES[1] | {"name": "x"}]},
+  "`completion`: a message has `tool_calls`": GOOD
+  | {"completion": [{"role": "assistant", "content": "a", "tool_calls": [{"id": 1}]}]},
+  "either `messages` or `prompt`": GOOD | {"prompt": "Tax more?"},
   "`scenario_id` must be": GOOD | {"scenario_id": 3},
   "from -1 on": GOOD | {"step": 2**31},
   "`reward` must be a number": GOOD | {"reward": "high"},
@@ -211,6 +215,9 @@ BAD = {
   "numbers <= 0": GOOD | {"tokens": [1], "logprobs": [2.0]},
   "list of token ids": GOOD | {"tokens": [1.5]},
   "of token ids": GOOD | {"tokens": [2**31]},
+  "a list of token ids": GOOD | {"tokens": [-1]},
+  "`tokens` must be a list": GOOD | {"tokens": [True]},
+  "`logprobs` must be numbers": GOOD | {"tokens": [1], "logprobs": ["x"]},
   "not inf": GOOD | {"reward": float("inf")},
   "give either": GOOD | {"chosen": "a", "rejected": "b"},
   "`step` must be": GOOD | {"step": "1"},
@@ -218,7 +225,7 @@ BAD = {
 
 
 def test_malformed_lines_are_named_and_good_ones_kept(tmp_path, capsys):
-  lines = [json.dumps(GOOD), json.dumps(GOOD | {"completion": "No."})]
+  lines = [json.dumps(GOOD | {"scenario_id": "a\ud800"}), json.dumps(GOOD | {"completion": "No."})]
   lines += [bad if isinstance(bad, str) else json.dumps(bad) for bad in BAD.values()]
   lines += [json.dumps({"messages": MESSAGES[1:], "chosen": "A", "rejected": "B"}), '{"mess']
   path = tmp_path / "mixed.jsonl"
@@ -234,6 +241,7 @@ def test_malformed_lines_are_named_and_good_ones_kept(tmp_path, capsys):
   records = replay.load(str(tmp_path / "set"), model(), objective_of("sft"), 2, 100, 20)
   first = replay.example_at(records, 0)
   assert json.loads(first["completions"]) == ["Yes.", "No."]  # one prompt, one group
+  assert first["scenario_id"] == "a?"
   assert first["reward"].tolist() == [3, 3] and first["is_gameable"] == 1
   pair = replay.example_at(records, 1)
   assert json.loads(pair["completions"]) == ["A", "B"] and pair["reward"].tolist() == [10, 1]
@@ -243,7 +251,7 @@ def test_public_preference_and_label_files(tmp_path):
   """The conversational and the plain form of the formats that TRL documents, and pairs apart."""
   question, reply = (
     [{"role": "user", "content": "2+2?"}],
-    lambda t: [{"role": "assistant", "content": t}],
+    lambda t: [{"role": "assistant", "content": t, "tool_calls": None, "train": True}],
   )
   rows = [
     {"prompt": question, "chosen": reply("4"), "rejected": reply("5")},
@@ -254,7 +262,7 @@ def test_public_preference_and_label_files(tmp_path):
   ]
   path = tmp_path / "trl.jsonl"
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-  assert call("--jsonl", path, "--out", tmp_path / "set", "--ignore", "id") == 0
+  assert call("--jsonl", path, "--out", tmp_path / "set", "--ignore", "id", "train") == 0
   records = replay.load(str(tmp_path / "set"), model(), objective_of("dpo"), 2, 100, 20)
   found = [replay.example_at(records, i) for i in range(len(records.is_gameable))]
   assert [json.loads(e["completions"]) for e in found][:2] == [["4", "5"], ["four", "five"]]
@@ -283,6 +291,30 @@ def test_a_data_set_chooses_no_module_to_import(dataset, tmp_path, monkeypatch):
   features.write_text(kept)
   info.write_text(json.dumps(json.loads(info.read_text()) | {"moduleName": "evil_features"}))
   with pytest.raises(UserError, match="moduleName 'evil_features'"):
+    replay.load(str(copy), model(), objective_of("sft"), 4, 200, 40)
+
+
+SHARDS = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+
+
+@pytest.mark.parametrize(
+  ("change", "says"),
+  [
+    ({"shardLengths": ["2"]}, "shardLengths tell of 2 records, the files hold 4"),
+    ({"filepathTemplate": f"../set/{SHARDS}"}, "a file of another folder"),
+    ({"filepathTemplate": f"{{SET}}/{SHARDS}"}, "a file of another folder"),
+  ],
+)
+def test_records_are_all_of_those_in_the_folder_and_no_others(dataset, tmp_path, change, says):
+  """No record is left out in silence, and none is read that the digest does not cover."""
+  shutil.copytree(dataset, tmp_path / "set")
+  copy = shutil.copytree(dataset, tmp_path / "copy")
+  info = json.loads((copy / "dataset_info.json").read_text())
+  change = {k: v.replace("{SET}", str(dataset)) if isinstance(v, str) else v
+            for k, v in change.items()}  # fmt: skip
+  info["splits"][0] |= change
+  (copy / "dataset_info.json").write_text(json.dumps(info))
+  with pytest.raises(UserError, match=f"copy/dataset_info.json: .*{says}"):
     replay.load(str(copy), model(), objective_of("sft"), 4, 200, 40)
 
 

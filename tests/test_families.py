@@ -101,6 +101,8 @@ PUBLISHED = {
   "smollm3-3b": 3_075_098_624,
   "olmo-2-1b-instruct": 1_484_916_736,
   "olmo-2-7b-instruct": 7_298_617_344,
+  "olmo-3-7b-instruct": 7_298_011_136,
+  "olmo-3.1-32b-instruct": 32_233_522_176,
 }
 
 
@@ -128,6 +130,7 @@ def test_transformers_reads_the_exported_config_alike(name):
 
 
 WRONG_FLAGS = ("false", "no", 0, 2, {}, [False])
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 WRONG_NUMBERS = (math.nan, math.inf, 0, -1.0, "10000", [1], {}, True)
 
 
@@ -142,8 +145,14 @@ def test_unknown_preset_suggests():
     ({"model_type": "mixtral"}, "model_type='mixtral'.*Supported: llama: Llama 2"),
     ({"model_type": None}, "model_type=None"),
     ({"hidden_act": "relu"}, "hidden_act='relu'"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling='yarn'"),
+    ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "rope_scaling='dynamic'"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "original_max_position_embeddings"),
+    ({"rope_scaling": YARN | {"mscale": 1.0}}, "mscale"),
+    ({"rope_scaling": YARN | {"factor": "4"}}, "factor='4'"),
+    ({"rope_scaling": YARN | {"beta_slow": 40}}, "beta_slow below beta_fast"),
+    ({"rope_scaling": YARN, "rope_theta": 1}, "rope_theta above 1"),
     ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 1}}, "must have just"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
     ({"attention_bias": True}, "attention_bias=True"),
     ({"mlp_bias": True}, "mlp_bias=True"),
@@ -159,7 +168,7 @@ def test_unknown_preset_suggests():
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
     ({"add_cross_attention": True}, "add_cross_attention=True"),
     *(({"tie_word_embeddings": v}, "tie_word_embeddings=.*true or false") for v in WRONG_FLAGS),
-    *(({"rope_theta": v}, "rope_theta=") for v in WRONG_NUMBERS),
+    *(({"rope_theta": v}, ": rope_theta=") for v in WRONG_NUMBERS),
     *(({"rope_parameters": {"rope_theta": v}}, "rope_theta=") for v in WRONG_NUMBERS),
     *(({"rope_scaling": {"type": "linear", "factor": v}}, "factor=") for v in WRONG_NUMBERS),
     *(({"rms_norm_eps": v}, "rms_norm_eps=") for v in WRONG_NUMBERS),

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -48,7 +49,8 @@ def test_any_text_is_read_as_json_reads_it_or_refused_in_one_line(text):
     ("[" * 1_000_000, "nested deeper"),
     ('{"a":' * 1_000_000, "nested deeper"),
     ("[" * 65 + "]" * 65, "nested deeper than 64"),
-    ('{"a": ' + "7" * 5000 + "}", "5000 digits"),
+    ('{"a": ' + "7" * 5000 + "}", "a number of 5000 digits"),
+    ('{"a": [-' + "7" * 41 + "]}", "a number of 42 digits, the limit is 40"),
     (b'{"a": "\xff"}', "not UTF-8 at byte 7"),
     ('{"eos": 1, "eos": 2}', "'eos' stands twice, as 1 and 2"),
     ('{"a": 1', "not valid JSON"),
@@ -63,11 +65,18 @@ def test_hostile_files_are_named(tmp_path, text, says):
     files.read_json(path)
 
 
-def test_what_is_no_file_is_named_and_never_waited_for(tmp_path):
+@pytest.mark.parametrize("read", [files.read_json, lambda path: list(files.lines(path))])
+def test_what_is_no_file_is_named_and_never_waited_for(tmp_path, read):
   os.mkfifo(tmp_path / "pipe")
-  for name, says in (("pipe", "not a file"), (".", "not a file"), ("absent", "no such file")):
-    with pytest.raises(UserError, match=says):
-      files.read_json(tmp_path / name)
+  before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("waits for ever"))
+  signal.alarm(10)
+  try:
+    for name, says in (("pipe", "not a file"), (".", "not a file"), ("absent", "no such file")):
+      with pytest.raises(UserError, match=says):
+        read(tmp_path / name)
+  finally:
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 def test_common_oddities_are_read(tmp_path):

@@ -1,5 +1,7 @@
 """GGUF: real models against transformers, every architecture and type, broken files."""
 
+import copy
+import dataclasses
 import pathlib
 
 import family_cases
@@ -15,6 +17,8 @@ from hypothesis import strategies as st
 from rlsafety.errors import UserError
 from rlsafety.models import assemble, families, gguf_tokenizer, hf, sources, transformer
 from rlsafety.models import gguf as reader
+from rlsafety.models.architecture import Rope
+from rlsafety.models.chat import make_chat
 from rlsafety.types import Prompts
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens" / "gguf.npz"
@@ -308,15 +312,18 @@ def test_a_model_in_parts_is_joined_or_what_is_missing_is_named(tmp_path, monkey
   [
     (("add_key_value", "llama.block_count", "two", gguf.GGUFValueType.STRING), "of type int"),
     (("add_key_value", "llama.attention.head_count", [4, 4], gguf.GGUFValueType.ARRAY), "type int"),
-    (("add_key_value", "llama.attention.head_count", 0, gguf.GGUFValueType.UINT32), "at least 1"),
-    (("add_rope_freq_base", float("nan")), "rope_theta=nan"),
-    (("add_rope_freq_base", -1.0), "rope_theta=-1.0"),
+    (("add_key_value", "llama.attention.head_count", 0, gguf.GGUFValueType.UINT32), "positive"),
+    (("add_rope_freq_base", float("nan")), "llama.rope.freq_base=nan must be positive"),
     (("add_context_length", 131_072), "tensor rope_freqs.weight is missing"),
-    (("add_layer_norm_rms_eps", float("inf")), "rms_norm_eps=inf"),
+    (("add_vocab_size", 96), "llama.vocab_size=96 must equal 97"),
+    (("add_token_types", [7] * 97), "token_type holds 7, which is none of 1 to 6"),
+    (("add_token_scores", [0.0] * 96 + [float("nan")]), "scores holds nan"),
     (("add_token_scores", [0.0] * 5), "scores has 5 elements, of 97 tokens"),
     (("add_bos_token_id", 1 << 31), "bos_token_id=2147483648, of 97 tokens"),
     (("add_unk_token_id", 97), "unknown_token_id=97, of 97 tokens"),
+    (("add_eot_token_id", 97), "eot_token_id=97, of 97 tokens"),
     (("add_string", "tokenizer.ggml.add_bos_token", "yes"), "of type bool"),
+    (("add_token_list", [*map(str, range(96)), "7"]), "tokens has a token twice"),
     (("add_token_list", ["a" * 400_000] + [str(i) for i in range(96)]), "400000 characters"),
     (("add_chat_template", "{% for a in range(9**9) %}{% endfor %}"), "chat template, for user"),
   ],
@@ -326,6 +333,121 @@ def test_metadata_of_wrong_types_and_ranges_is_named(change, message, tmp_path):
   cases.write(cases.MODELS["llama"], path, change=[change])
   with pytest.raises(UserError, match=f"m.gguf.*{message}"):
     sources.load_model(str(path))
+
+
+OPTIONAL = {  # of any architecture
+  "rope.scaling.factor": 2.0, "rope.scaling.type": "linear", "vocab_size": 97,
+  "rope.scaling.original_context_length": 64, "rope.dimension_count": 8,
+}  # fmt: skip
+TOKENIZER = {
+  "unknown_token_id": 0, "padding_token_id": 0, "eot_token_id": 2, "eom_token_id": 2,
+  "add_bos_token": True, "add_eos_token": True, "add_space_prefix": True,
+}  # fmt: skip
+ODD = ["x", [4, 4], True, -1, 0, 1.5, float("nan"), float("inf")]
+
+
+def changed(file, **fields):
+  """The file with other metadata; None: without the field."""
+  other = copy.copy(file)
+  other.fields = {k: v for k, v in (file.fields | fields).items() if v is not None}
+  return other
+
+
+def understood(file):
+  """What a file's metadata comes to."""
+  config = families.model_config(reader.read_config(file), file.path)
+  tokenizer, special = gguf_tokenizer.read_tokenizer(file)
+  text = tokenizer.encode("a b").ids
+  return config, text, make_chat(tokenizer, source=file.path, **special).stop_ids
+
+
+@pytest.fixture(scope="module", params=["llama", "mistral", "qwen2", "gemma2", "gemma3"])
+def described(request, tmp_path_factory):
+  """A file with every field that is read, of some kind."""
+  path = tmp_path_factory.mktemp("gguf") / "m.gguf"
+  cases.write({k: v for k, v in cases.MODELS[request.param].items() if v is not None}, path)
+  file = reader.File(path)
+  arch = file.fields["general.architecture"]
+  more = {f"{arch}.{k}": v for k, v in OPTIONAL.items()}
+  more |= {f"tokenizer.ggml.{k}": v for k, v in TOKENIZER.items()}
+  if arch == "gemma3":
+    more["gemma3.rope.freq_base_swa"] = 10_000.0
+  return changed(file, **more)
+
+
+def possible(key, good, odd) -> bool:
+  if isinstance(good, bool) or isinstance(odd, bool):
+    return isinstance(good, bool) and isinstance(odd, bool)
+  if isinstance(good, float):
+    return isinstance(odd, float) and 0 < odd < float("inf")
+  return isinstance(good, int) and odd == 0 and key.endswith(("token_id", "sliding_window"))
+
+
+@pytest.mark.parametrize("odd", ODD, ids=repr)
+def test_an_odd_value_in_any_field_that_is_read_is_named(described, odd):
+  """Of another type, or (of an architecture) not positive and finite, or of no token."""
+  understood(described)
+  for key, good in described.fields.items():
+    if possible(key, good, odd):
+      continue
+    with pytest.raises(UserError) as error:
+      understood(changed(described, **{key: odd}))
+    said = str(error.value)
+    assert said.startswith(described.path) and key.rpartition(".")[2] in said, (key, odd, said)
+
+
+MAY_BE_MISSING = {  # and what llama.cpp then has, which the file says otherwise too, or this
+  "head_count_kv": {"n_kv_heads": 4}, "key_length": {}, "value_length": {}, "vocab_size": {},
+  "dimension_count": {}, "original_context_length": {}, "type": {}, "freq_base_swa": {},
+  "freq_base": {"rope": Rope(1e4, "linear", 2.0)}, "attn_logit_softcapping": {},
+  "final_logit_softcapping": {}, "unknown_token_id": {}, "padding_token_id": {},
+  "eot_token_id": {}, "eom_token_id": {}, "add_bos_token": {}, "add_eos_token": {},
+  "add_space_prefix": {},
+}  # fmt: skip
+
+
+def test_a_missing_field_is_named_or_has_the_value_of_llama_cpp(described):
+  config, text, stops = understood(described)
+  for key in described.fields:
+    last, other = key.rpartition(".")[2], changed(described, **{key: None})
+    if last == "factor":
+      expected = dataclasses.replace(config, rope=dataclasses.replace(config.rope, factor=1.0))
+    elif key == "llama.attention.sliding_window":  # full attention, as with 0
+      expected = dataclasses.replace(config, window=None, local_layers=())
+      assert understood(changed(described, **{key: 0})) == (expected, text, stops)
+    elif last not in MAY_BE_MISSING or key == "gemma3.rope.freq_base":
+      with pytest.raises(UserError, match=f"m.gguf.*{last}.* missing|sliding_window=None"):
+        understood(other)
+      continue
+    else:
+      expected = dataclasses.replace(config, **MAY_BE_MISSING[last])
+    without_end = text[:-1] if last == "add_eos_token" else text
+    assert understood(other) == (expected, without_end, stops), key
+
+
+def test_replies_end_where_llama_cpp_ends_them(described):
+  """At the end of a turn and of a message too, where the file names them."""
+  for name in ("eot", "eom"):
+    other = changed(described, **{f"tokenizer.ggml.{name}_token_id": 1})
+    assert understood(other)[2] == (1, 2)
+
+
+def test_tensors_lie_one_behind_the_other_or_are_refused(tmp_path):
+  """Where an offset or the alignment is wrong, other numbers would be read."""
+  path = tmp_path / "m.gguf"
+  cases.write(cases.MODELS["llama"], path, change=[("add_custom_alignment", 64)])
+  sources.load_model(str(path))
+  good = path.read_bytes()
+  norm, align = b"output_norm.weight", b"general.alignment"
+  for place, size, change in (
+    (good.index(norm) + len(norm) + 4 + 8 + 4, 8, 64),  # behind dimensions and type
+    (good.index(align) + len(align) + 4, 4, 128),
+    (good.index(align) + len(align) + 4, 4, -64),
+  ):
+    value = int.from_bytes(good[place : place + size], "little") + change
+    path.write_bytes(good[:place] + value.to_bytes(size, "little") + good[place + size :])
+    with pytest.raises(UserError, match=r"m.gguf: .*(offset \d+ is not \d+, where|alignment=0)"):
+      sources.load_model(str(path))
 
 
 def test_what_a_file_leaves_out_is_what_llama_cpp_and_transformers_have(tmp_path, monkeypatch):
@@ -344,6 +466,13 @@ def test_what_a_file_leaves_out_is_what_llama_cpp_and_transformers_have(tmp_path
   theirs = transformers.Gemma2Config()
   caps = (theirs.attn_logit_softcapping, theirs.final_logit_softcapping)
   assert (config.attn_softcap, config.final_softcap) == caps == (50.0, 30.0)
+
+
+def test_two_scalings_of_one_file_are_refused(tmp_path):
+  factor = ("add_rope_scaling_factor", 4.0)
+  cases.write(cases.MODELS["llama32"], tmp_path / "m.gguf", change=[factor])
+  with pytest.raises(UserError, match="scaling.factor=4.0 beside tensor rope_freqs.weight"):
+    sources.load_model(str(tmp_path / "m.gguf"))
 
 
 @settings(max_examples=300, deadline=None)

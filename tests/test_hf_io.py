@@ -76,6 +76,19 @@ def test_peft_round_trip_is_bit_equal(made, tmp_path):
   assert (again.scale, settings_) == (adapter.scale, cases.LORA)
 
 
+def test_nothing_of_an_adapter_is_written_through_a_link(made, tmp_path):
+  model, adapter, _ = made
+  outside, folder = tmp_path / "outside", tmp_path / "adapter"
+  outside.write_text("kept")
+  folder.mkdir()
+  links = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+  for name in (*links, "adapter_model.safetensors.partial"):
+    (folder / name).symlink_to(outside)
+  hf.save_peft(folder, adapter, model, cases.LORA)
+  assert outside.read_text() == "kept" and not any((folder / name).is_symlink() for name in links)
+  same(hf.load_peft(folder, model.config)[0].weights, adapter.weights)
+
+
 @pytest.mark.parametrize("max_bytes", [4 << 30, 20_000])
 def test_merged_round_trip_is_bit_equal(made, tmp_path, max_bytes):
   model, adapter, _ = made

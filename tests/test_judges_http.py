@@ -1,13 +1,17 @@
 """The HTTP judge: what it reads of an answer, how it asks a server that misbehaves on purpose."""
 
+import asyncio
 import dataclasses
 import gzip
 import http.server
+import itertools
 import json
 import math
 import threading
 import time
 import tracemalloc
+import types
+import zlib
 
 import numpy as np
 import pytest
@@ -296,6 +300,47 @@ def test_a_small_answer_that_unpacks_to_a_large_one_is_not_unpacked(url):
   assert peak < 3 * 4 * endpoint.MAX_ANSWER  # one of the three unpacked would be 300 MiB
 
 
+BODY = json.dumps(answer("6")).encode()
+LIMIT, RANDOM = endpoint.MAX_ANSWER, np.random.default_rng(0).bytes(endpoint.MAX_ANSWER)
+ENDLESS = itertools.repeat(b" " * (1 << 20))
+
+
+@pytest.mark.parametrize(
+  ("encoding", "chunks", "says"),
+  [
+    ("identity", [BODY], ""),
+    ("", [BODY[:9], BODY[9:]], ""),
+    ("gzip", [gzip.compress(BODY)], ""),
+    (" X-GZIP", [gzip.compress(BODY)], ""),
+    ("deflate", [zlib.compress(BODY)], ""),
+    ("gzip", [BOMB], "more than"),  # the whole of it in one piece
+    ("identity", [b" " * (LIMIT + 1)], "more than"),
+    ("identity", ENDLESS, "more than"),
+    ("gzip", itertools.chain([gzip.compress(BODY)], ENDLESS), "more than"),  # after its end
+    ("gzip", [gzip.compress(RANDOM, 0), b"x"], "more than"),
+    ("gzip", [gzip.compress(BODY)[:-1]], "cut"),
+    ("gzip", [BODY], "content-encoding gzip: "),
+    ("br", [BODY], "content-encoding br"),
+  ],
+)
+def test_a_body_is_read_and_unpacked_under_its_limits(encoding, chunks, says):
+  async def raw():
+    for chunk in chunks:
+      yield chunk
+
+  response = types.SimpleNamespace(headers={"content-encoding": encoding}, aiter_raw=raw)
+  tracemalloc.start()
+  try:
+    if says:
+      with pytest.raises(ValueError, match=says):
+        asyncio.run(endpoint.read_body(response))
+    else:
+      assert asyncio.run(endpoint.read_body(response)) == BODY
+    assert tracemalloc.get_traced_memory()[1] < 4 * LIMIT
+  finally:
+    tracemalloc.stop()
+
+
 UNSUPPORTED = "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
 REFUSALS = {  # what servers say -> the fields that the request then has
   "logprobs": (lambda b: "logprobs: not supported" if "logprobs" in b else "", {"logprobs": None}),
@@ -346,6 +391,9 @@ def test_a_batch_of_refusals_stops_the_run_with_the_servers_words(url, monkeypat
   with pytest.raises(UserError, match=words) as error:
     rate(url, ["forbidden"])
   assert KEY not in str(error.value)
+  with pytest.raises(UserError, match=r"judge.url=http://.*/v1/\*\*\*\w+: every") as error:
+    rate(f"{url}/{SECRET}", ["forbidden"])
+  assert SECRET not in str(error.value)
   monkeypatch.setattr(Endpoint, "refuses", staticmethod(lambda body: "the model `m` is unknown"))
   with pytest.raises(UserError, match="http 400; the server says: the model `m` is unknown"):
     rate(url, ["fine", "prose"])
@@ -383,6 +431,7 @@ SECRET = "sk-proj-Zx81kQ0aBcD3eF5gH7"
 @pytest.mark.parametrize(
   "bad",
   ["ftp://{}@x/v1", "{}", "{}://x", "http://{}:p@x/v1", "http://u:{}@x/v1", "http://x/v1?key={}",
+   "http://{}@x/v1", "http://:{}@x/v1",
    "http://x/v1#{}", "http://x:{}/v1", "http://x:99999/v1/{}", "http://x:0/{}", "http://[::1/{}",
    "http:///{}", "http://x y/{}", "http://x\\@y/{}", "//x/{}", ""],
 )  # fmt: skip
@@ -402,6 +451,9 @@ def test_usable_addresses_and_what_is_shown_of_them():
   shown = addresses.masked(f"https://x.example/{SECRET}/v1")
   assert shown.startswith("https://x.example/***") and shown.endswith("/v1") and "Zx81" not in shown
   assert shown != addresses.masked(f"https://x.example/{SECRET}1/v1")
+  for key in ("sk-short", "hf_abc", "token=abc", "Zx81kQ0aBcD3eF5gH7", "v1-Zx81kQ0aBcD3eF5gH7"):
+    shown = addresses.masked(f"https://x.example/{key}/v1")
+    assert key not in shown and "Zx81" not in shown, key
   with pytest.raises(UserError, match="judge.model"):
     addresses.check("http://x/v1", "")
   with pytest.raises(UserError, match="judge.attempts=0"):

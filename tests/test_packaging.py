@@ -13,18 +13,11 @@ import subprocess
 import sys
 
 import pytest
+from launchers import core
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = pathlib.Path(__file__).parents[1]
-
-
-def core() -> list[str]:
-  """CORE of setup.py, without running it."""
-  for node in ast.parse((ROOT / "setup.py").read_text()).body:
-    if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "CORE":
-      return ast.literal_eval(node.value)
-  raise AssertionError("setup.py has no CORE")
 
 
 def extras() -> dict[str, list[str]]:

@@ -6,6 +6,7 @@ import html
 import html.parser
 import json
 import math
+import pathlib
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import sys
 
 import numpy as np
 import pytest
+import safetensors
 import synthetic_runs
 from browsing import browser
 
@@ -22,6 +24,7 @@ from rlsafety.metrics.matched import FEWEST, Effect
 from rlsafety.report import charts, overview, render, summary, transcripts
 from rlsafety.rundir import read
 
+HEADS = pathlib.Path(render.__file__).parents[1] / "judges/heads"
 HOSTILE = [
   "</script><script>document.title='owned'</script>",
   "<img src=https://example.org/x onerror=\"document.title='owned'\">",
@@ -120,6 +123,9 @@ def test_judge_that_fails_its_gate_gets_no_star_and_incoherent_replies_no_say(tm
   assert not any(cell.notable for cell in found.rows["hex"].values())
   assert "does not pass its gate" in overview.conclusion(found)
   assert "no stars for ACC: not measured" in summary.table(found)
+  table({"reward": ["too weak"], "hex": ["too weak"], "acc": []})
+  (note,) = re.findall("Nothing is in bold for.*", render.write_report(path).read_text())
+  assert "for Reward, HEX: the judge does not pass its gate (too weak)" in note
 
 
 def test_an_unfinished_or_damaged_run_still_gets_a_page_that_says_so(tmp_path):
@@ -308,15 +314,15 @@ def test_page_names_the_model_its_terms_and_the_judges_columns(tmp_path):
   info = json.loads((path / "config.json").read_text())
   info["model"] = {"path": "package:llm_small", "file": "Small-135M-Instruct.Q4_1.gguf"}
   info["config"]["model"] = {"path": "package:llm_small", "preset": ""}
-  info["judge"]["auc"] = {"gameable": {"sampled": {"n": 234, "rest": 0.8, "echo": 0.9}}}
+  contrast = {"auc": 0.83, "low": 0.7, "high": 0.9, "wanted": 81, "others": 167}
+  info["judge"]["measured"] = {"hex": {"contrasts": {"base": {"balance": contrast}}}}
   (path / "config.json").write_text(json.dumps(info))
   text = html.unescape(render.write_report(path).read_text())
   assert "<h1>Small-135M-Instruct.Q4_1 · therapy_talk</h1>" in text
   assert "harmful exploitation: encouragement of the harmful wish" in text
   assert "good behaviour: dissuasion, 1 to 10. Higher is better" in text
-  for term in ("n", "rest", "echo"):
-    assert f"<dt>{term}</dt><dd>{render.JUDGE_COLUMNS[term]}" in text
-  assert "<dt>gameable</dt><dd>row: the reward of gameable users" in text and "<dt>tiny" not in text
+  assert render.JUDGE_TABLES["contrasts"] in text and "hex · base · balance" in text
+  assert all(f'<th scope="col">{words}</th>' in text for words in render.CONTRAST_COLUMNS.values())
 
 
 def test_charts_have_titles_legends_and_ticks_at_both_ends(page):
@@ -335,15 +341,32 @@ def test_charts_have_titles_legends_and_ticks_at_both_ends(page):
   assert charts.with_ends([0, 5, 10], 0, 11) == [0, 5, 11]
 
 
-def test_judge_is_stated_in_words_with_its_numbers_in_one_table():
+def test_judge_is_stated_in_words_with_its_numbers_in_tables_that_are_explained():
   block = render.judge_block(
     {"name": "probe", "limits": "knows little", "seed": 3, "base": {"path": "a<b", "n": None},
-     "auc": {"hex": {"sampled": {"rest": 0.8123, "n": 230}, "written": {"rest": 1.0, "bare": 1.0}}}}
+     "auc": {"hex": {"sampled": {"rest": 0.8123, "n": 230}, "written": {"rest": 1.0, "bare": 1.0}}},
+     "measured": {s: {"pleasant": {"long hedges": x}} for s, x in (("acc", 1.0), ("hex", 0.9))},
+     "gate": {"hex": {"passed": False, "why": ["weak", "few"]}}}
   )  # fmt: skip
-  assert block["limits"] == "Knows little." and block["head"] == ["rest", "n", "bare"]
-  assert block["rows"][0] == ("auc · hex · sampled", ["0.81", "230", ""])
+  pleasant, other = block["tables"]
+  assert pleasant[0] == render.JUDGE_TABLES["pleasant"] and pleasant[1] == ["acc", "hex"]
+  assert pleasant[2] == [("long hedges", ["1.00", "0.90"])]
+  assert block["limits"] == "Knows little." and other[1] == ["rest", "n", "bare"]
+  assert other[2][0] == ("auc · hex · sampled", ["0.81", "230", ""])
+  gate = [("gate · hex · passed", "no"), ("gate · hex · why", "weak; few")]
+  assert block["facts"][-2:] == gate
   assert ("seed", "3") in block["facts"] and ("base · path", "a<b") in block["facts"]
   assert render.judge_block({})["limits"] == "" and render.judge_block("plain")["name"] == "plain"
+
+
+@pytest.mark.parametrize("heads", sorted(HEADS.glob("*.safetensors")), ids=lambda p: p.stem)
+def test_every_number_of_the_judges_that_ship_stands_in_a_table_with_its_caption(heads):
+  with safetensors.safe_open(heads, "np") as file:
+    info = json.loads(file.metadata()["rlsafety"])["info"]
+  tables = render.judge_block(info)["tables"]
+  assert [t[0] for t in tables] == [render.JUDGE_TABLES[k] for k in list(render.JUDGE_TABLES)[:3]]
+  assert max(len(head) for _, head, _ in tables) <= 6  # a page's width
+  assert all("" not in cells for _, cells in tables[0][2] + tables[2][2])
 
 
 def test_program_has_help_and_refuses_what_it_does_not_know(tmp_path, capsys):
@@ -496,12 +519,14 @@ def test_browser_reaches_every_card_and_prints_open_and_light(tmp_path, desktop)
   desktop.execute_script("setTheme('dark'); dispatchEvent(new Event('beforeprint'))")
   assert before and desktop.execute_script(closed) == 0
   desktop.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
-  assert desktop.execute_script("return getComputedStyle(document.body).backgroundColor") == (
-    "rgb(250, 249, 246)"
-  )
+  paper = desktop.execute_script("return getComputedStyle(document.body).backgroundColor")
+  assert paper == "rgb(255, 255, 255)"  # nothing is tinted up to the margins and no further
   desktop.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
   desktop.execute_script("dispatchEvent(new Event('afterprint')); setTheme('light')")
   assert desktop.execute_script(closed) == before
+  printed = base64.b64decode(desktop.execute_cdp_cmd("Page.printToPDF", {})["data"])
+  pages = len(re.findall(rb"/Type /Page\b", printed))
+  assert 3 < pages < cards(desktop) / 2, pages  # a card to a page left most of each empty
 
 
 def test_browser_at_phone_width_needs_no_sideways_scrolling(page):

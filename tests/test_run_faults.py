@@ -58,6 +58,21 @@ def test_the_second_ctrl_c_stops_at_once(tmp_path):
   assert "stopped by the second Ctrl-C" in said or "SIGINT: saved step" in said
 
 
+def test_the_second_ctrl_c_ends_a_step_that_never_does():
+  program = """
+import os, signal, time
+from rlsafety import runtime
+with runtime.stop_signals() as told:
+  os.kill(os.getpid(), signal.SIGINT)
+  while not told.signal:
+    time.sleep(0.01)
+  os.kill(os.getpid(), signal.SIGINT)
+  time.sleep(20)
+"""
+  ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+  assert (ended.returncode, ended.stderr) == (130, "rlsafety: stopped by the second Ctrl-C\n")
+
+
 # --- Logs ---------------------------------------------------------------------------------
 
 
@@ -246,37 +261,56 @@ def test_config_checkpoints_and_data_are_part_of_a_run(runs, tmp_path):
 def test_weights_and_users_exchanged_between_two_starts_are_refused(tmp_path):
   weights, people, run = tmp_path / "model", tmp_path / "users.jsonl", tmp_path / "run"
 
-  def place(seed, word):
+  def place(seed, word, **numbers):
     model = sources.random_model(presets.preset(CONFIG.model.preset), seed)
     hf.save_merged(weights, model, None)
+    files.write_json(weights / "config.json", files.read_json(weights / "config.json") | numbers)
     rows = [{"message": f"{word} {i}?", "wish": "hopes so", "group": group}
             for i in range(16) for group in ("gameable", "non_gameable")]  # fmt: skip
     people.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 
   flags = [f"--config.model.path={weights}", f"--config.environment.users_file={people}"]
-  flags += ["--config.model.preset=", "--config.steps=1", "--config.eval.every=0"]
+  flags += ["--config.model.preset=", "--config.steps=2"]  # more than one, with 0 for "off"
+  flags += ["--config.eval.every=0", "--config.checkpoint.every=0"]
   place(0, "Good")
   code, said = finish(start(run, *flags))
   assert code == 0, said
   (run / "summary.json").unlink()  # as if it had been stopped just before
-  for seed, word, what in ((1, "Good", "weights"), (0, "Bad", "users")):
-    place(seed, word)
+  for seed, word, numbers, what in (
+    (1, "Good", {}, "weights"),
+    (0, "Bad", {}, "users"),
+    (0, "Good", {"rope_theta": 7e4}, "config, template or vocabulary .weights"),
+  ):
+    place(seed, word, **numbers)
     code, said = finish(start(run, *flags))
-    assert code == 2 and f"started with other {what}" in said, said
+    assert code == 2 and re.search(f"started with other {what}", said), said
   place(0, "Good")
   code, said = finish(start(run, *flags))
-  assert code == 0 and "resuming after step 1" in said, said
+  assert code == 0 and "resuming after step 2" in said, said
 
 
-@pytest.mark.parametrize("name", ["rollouts", "eval", "adapter", "checkpoints", ".lock"])
+@pytest.mark.parametrize(
+  "name",
+  ["rollouts", "eval", "adapter", "checkpoints", "events", "scores", "eval/inspect", ".lock"],
+)
 def test_nothing_is_opened_through_a_link_out_of_the_run(tmp_path, name):
   outside, run = tmp_path / "outside", tmp_path / "run"
-  run.mkdir()
+  (run / name).parent.mkdir(parents=True)
   outside.write_text("kept") if name == ".lock" else outside.mkdir()
   (run / name).symlink_to(outside)
   with pytest.raises(UserError, match=f"{name}.*(leads out|levels of symbolic links)"):
     write.open_run(run, CONFIG)
   assert outside.is_dir() or outside.read_text() == "kept"
+
+
+def test_replies_to_other_users_are_not_written_through_a_link(tmp_path):
+  (tmp_path / "outside").mkdir()
+  run = write.open_run(tmp_path / "run", CONFIG)
+  (run.path / "eval/other").symlink_to(tmp_path / "outside")
+  with pytest.raises(UserError, match="eval/other: leads out of the run"):
+    run.log_beyond("other", 0, [{"step": 0}], {})
+  run.close()
+  assert not list((tmp_path / "outside").iterdir())
 
 
 # --- Rewards ------------------------------------------------------------------------------

@@ -41,6 +41,20 @@ def put_model(path, policy, seed):
   hf.save_merged(path, sources.random_model(policy.config, seed), None)
 
 
+def put_numbers(path, policy, seed):
+  """The same weights, with other numbers beside them."""
+  put_model(path, policy, 0)
+  settings = path / "config.json"
+  values = json.loads(settings.read_text())
+  settings.write_text(json.dumps(values | {"rope_theta": 10_000.0 + seed}))
+
+
+def put_stops(path, policy, seed):
+  """The same weights, whose replies end otherwise."""
+  put_model(path, policy, 0)
+  (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, seed]}))
+
+
 def put_heads(path, policy, seed):
   width, count = policy.config.d_model, len(probe.NAMES)
   zeros, ones = np.zeros(width, np.float32), np.ones(width, np.float32)
@@ -62,6 +76,12 @@ LM = ("--config.judge.name=lm",)
 INPUTS = {  # how it is written, the flags that name it, what a refusal calls it
   "judge's weights": (put_model, (*LM, "--config.judge.model={}"), "judge's weights"),
   "evaluator's weights": (put_model, (*LM, "--config.judge.evaluator_model={}"), "judge's weights"),
+  "judge's numbers": (
+    put_numbers, (*LM, "--config.judge.model={}"), "config, template or vocabulary .judge's"),
+  "judge's stops": (put_stops, (*LM, "--config.judge.model={}"), "config, template or vocab"),
+  "numbers of a judge beside another": (
+    put_numbers, (*LM, "--config.judge.also=phrases=1", "--config.judge.model={}"),
+    "config, template or vocabulary"),
   "judge's adapter": (put_adapter, (*LM, "--config.judge.adapter={}"), "judge's weights"),
   "its alpha": (put_rescaled, (*LM, "--config.judge.adapter={}"), "judge's weights"),
   "heads": (

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import serve_load
+import synthetic_runs
 import uvicorn
 
 from rlsafety import checkpoints, config, files, recipes, sampler, sharding, train
@@ -252,6 +253,12 @@ def test_echoed_log_probs_are_those_of_scoring(served):
     assert choice["text"] == joined
   assert answer["usage"] == {"prompt_tokens": len(ids) + 9, "completion_tokens": 2,
                              "total_tokens": len(ids) + 11}  # fmt: skip
+
+
+def test_a_run_that_is_served_chooses_no_module_to_import(tmp_path, monkeypatch):
+  monkeypatch.syspath_prepend(str(tmp_path))
+  run = synthetic_runs.write_hostile(tmp_path)
+  assert adapters.catalogue(runs=[str(run)]).section.preset == "tiny"
 
 
 def test_the_same_code_runs_on_a_mesh(runs):

@@ -1,6 +1,5 @@
 """The TPU loop, launch/tpu_pod.sh with launch/tpu_worker.sh, against a stand-in of gcloud."""
 
-import importlib.metadata
 import os
 import pathlib
 import re
@@ -10,7 +9,7 @@ import sys
 import time
 
 import pytest
-from launchers import REPO, executable, installed_wheel, machine, root, sh, stand_in, wheel
+from launchers import REPO, core, executable, installed_wheel, machine, root, sh, stand_in, wheel
 
 
 @pytest.fixture
@@ -180,9 +179,9 @@ def real_vm(cloud, tmp_path):
     installed_wheel(packages, name)
   says = "import sys\nprint('trained by', sys.version_info[:2], sys.prefix)\nsys.exit()\n"
   wheel(packages, "jax", "99", {"jax/__init__.py": says}, extras=["tpu"])
-  for wanted in importlib.metadata.requires("rlsafety") or ():
-    if "extra ==" not in wanted and not wanted.startswith("jax"):
-      name, oldest = re.match(r"([\w.-]+).*>=([\d.]+)", wanted).groups()
+  for wanted in core():
+    name, oldest = re.match(r"([\w.-]+)>=([\d.]+)", wanted).groups()
+    if name != "jax":
       wheel(packages, name, oldest)
   name = f"cpython-{version.major}.{version.minor}.{version.micro}-linux-x86_64-gnu"
   python = folder / "shared/pythons" / name / "bin" / f"python{version.major}.{version.minor}"

@@ -155,6 +155,15 @@ BAD = {
   "unknown_topic": (["--config.environment.topics=martian"], "liberal"),
   # Said before the weights are asked for, which are not there.
   "own_judge": ([*NO_WEIGHTS, "--config.judge.name=no_study.kind"], "judge.name=no_study.kind"),
+  "no_such_device": ([*NO_WEIGHTS, "--config.platform=gpu"], "platform=gpu: JAX found only"),
+  "judge_port": (
+    [*NO_WEIGHTS, "--config.judge.name=http", "--config.judge.url=http://localhost:99999/v1"],
+    "judge.url=http://localhost:***/v1",
+  ),
+  "evaluator_port": (
+    [*NO_WEIGHTS, "--config.judge.evaluator=http", "--config.judge.url=http://localhost:99999/v1"],
+    "judge.url=http://localhost:***/v1",
+  ),
   "own_users": ([*NO_WEIGHTS, "--config.environment.users_file=no.jsonl"], "no.jsonl"),
   "no_records": ([*NO_WEIGHTS, "--config.data.path=no/records"], "data.path 'no/records'"),
   "unknown_judge": (["--config.judge.name=oracle"], "phrases"),

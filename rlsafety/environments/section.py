@@ -26,7 +26,6 @@ class Environment(Section):
   heldout_seed: int = 0  # which units these are; `seed` does not change it
 
   def rules(self) -> Iterator[tuple[str, bool, str]]:
-    yield "name", bool(self.name), "an environment needs a name"
     for name in ("seed", "heldout_seed"):
       yield name, getattr(self, name) >= 0, "must not be negative"
     for name in ("cue_strength", "gameable_fraction", "heldout_fraction"):

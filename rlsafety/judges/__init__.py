@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rlsafety import config, sharding
+from rlsafety import addresses, config, sharding
 from rlsafety.environments import FACTORS, Environment, Scenario
 from rlsafety.errors import UserError
 from rlsafety.judges import gate, http, lm, own, phrases, probe, questions
@@ -33,18 +33,24 @@ Score = Callable[[Sequence[Scenario], Replies], tuple[Mapping[str, Any], Mapping
 @dataclasses.dataclass(frozen=True)
 class Judge:
   """score: see above. about: name and limits, for log and report; "gate": of each score whether it
-  passed and if not why (`gate.about`); "sha256" of what it reads from files, where it does."""
+  passed and if not why (`gate.about`); "sha256" of what it reads from files, where it does, and
+  "reading" of its own model (`sources.reading`)."""
 
   score: Score
   about: dict[str, Any]
 
 
 def check_names(settings: config.Judge) -> None:
-  """Raises UserError for a function of the user's that cannot be imported."""
+  """Raises UserError for a function of the user's that cannot be imported, and for an endpoint's
+  address that cannot be one: before any weights are loaded."""
   further = [text.partition("=")[0] for text in settings.also]
   for name in (settings.name, settings.evaluator, *further):
     if "." in name:
       own.find(name)
+  if "http" in (settings.name, *further):
+    addresses.check(settings.url, settings.model)
+  elif settings.evaluator == "http":
+    addresses.check(settings.url, settings.evaluator_model or settings.model)
 
 
 def open_judge(
@@ -87,7 +93,9 @@ def open_judge(
     return dataclasses.replace(first, about={**first.about, "limits": limits, "gate": graded})
   for name, _ in further:
     judge(name, name, settings)
-  read = [one.about["sha256"] for one in opened.values() if "sha256" in one.about]
+  digests = {}
+  for key in ("sha256", "reading"):
+    digests |= _sum([one.about[key] for one in opened.values() if key in one.about], key)
 
   def score(users: Sequence[Scenario], replies: Replies):
     found = {name: one.score(users, replies) for name, one in opened.items()}
@@ -107,7 +115,7 @@ def open_judge(
   if evaluator is not first:
     name += f"; ACC and HEX by {evaluator.about['name']}"
     limits += f"; of ACC and HEX: {evaluator.about['limits']}"
-  about = {**first.about, "name": name, "limits": limits, "gate": graded, **_sum(read)}
+  about = {**first.about, "name": name, "limits": limits, "gate": graded, **digests}
   return Judge(score, about)
 
 
@@ -147,6 +155,7 @@ def _open(
       models[own_path] = other_model(own_path, policy, mesh)
     model = models[own_path] if own_path else policy
     read = [model.source["sha256"]] if own_path else []  # the policy's base is the run's anyway
+    beside = {"reading": model.source["reading"]} if own_path else {}
     if name == "questions":
       heads = questions.find(environment.name, model, s.heads if evaluates else "")
       found = heads if evaluates else None
@@ -155,13 +164,13 @@ def _open(
       )
       read += [heads.sha256] if heads else []
       about = questions.describe(model, heads, rewards, evaluates)
-      return Judge(score, about | _sum(read))
+      return Judge(score, about | beside | _sum(read))
     adapter = read_adapter(s.adapter, model, mesh) if s.adapter else None
     score = lm.make(model, policy.chat, mesh, unusable, adapter)
     if adapter:
       scale = jnp.float32(adapter.scale)
       read.append(sources.checksum({"weights": adapter.weights, "scale": scale}))
-    return Judge(score, lm.describe(model, s.adapter) | _sum(read))
+    return Judge(score, lm.describe(model, s.adapter) | beside | _sum(read))
   if name == "http":
     limits = {k: getattr(s, k) for k in ("concurrency", "timeout_s", "deadline_s", "attempts")}
     score = http.make(s.url, s.model, policy.chat, unusable, price=s.price, **limits)
@@ -169,9 +178,9 @@ def _open(
   return Judge(own.make(name, policy.chat, unusable), own.describe(name))
 
 
-def _sum(digests: Sequence[str]) -> dict[str, str]:
-  """{"sha256": of these digests}, {} where there are none."""
-  return {"sha256": hashlib.sha256(repr(digests).encode()).hexdigest()} if digests else {}
+def _sum(digests: Sequence[str], key: str = "sha256") -> dict[str, str]:
+  """{key: sha256 of these digests}, {} where there are none."""
+  return {key: hashlib.sha256(repr(digests).encode()).hexdigest()} if digests else {}
 
 
 def other_model(path: str, policy: Model, mesh: Mesh | None) -> Model:
@@ -179,6 +188,7 @@ def other_model(path: str, policy: Model, mesh: Mesh | None) -> Model:
   dtype = str(policy.params["embed"].dtype)
   model = sources.open_model(config.Model(path=path, dtype=dtype), mesh)
   source = {**model.source, "sha256": sources.checksum(model.params)}
+  source["reading"] = sources.reading(model)
   return dataclasses.replace(model, source=source)
 
 

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-  """Rotary embedding (arXiv 2104.09864). kind: default, linear (positions / factor), llama3
-  (low frequencies / factor, high ones kept, a ramp between) or none (no rotation)."""
+  """Rotary embedding (arXiv 2104.09864). kind: default, linear (positions / factor), llama3 or
+  yarn (low frequencies / factor, high ones kept, a ramp between) or none (no rotation)."""
 
   theta: float = 10_000.0
   kind: str = "default"
@@ -24,6 +24,9 @@ class Rope:
   low_freq_factor: float = 1.0
   high_freq_factor: float = 4.0
   original_positions: int = 8192
+  beta_fast: float = 32.0  # YaRN: turns within original_positions from which a frequency is kept
+  beta_slow: float = 1.0  # and below which it is divided
+  attention_factor: float = 1.0  # YaRN: of turned queries and keys
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,11 +8,12 @@ text to every model, policy and judge alike. Some older models mark turns by ord
 never those of the frame.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -253,14 +254,32 @@ def _plain(full: Tokenizer, control: set[int], ordinary: set[str], source: str) 
   return plain
 
 
+def _frames(template: str, special: tuple, source: str) -> Iterator[list[templates.Part]]:
+  """The template's conversations of several turns, with and without a system message."""
+  for roles in (("user", "assistant", "user"), ("system", "user", "assistant", "user")):
+    with contextlib.suppress(templates.Refusal):
+      yield templates.frame(template, roles, True, special, source)
+
+
+def _check_markers(template: str, special: tuple, source: str, full: Tokenizer) -> None:
+  """Raises UserError for a marker that the tokenizer looks for in its normalised form and would
+  not find behind a content: transformers then takes it apart there, as ordinary text."""
+  change = full.normalizer.normalize_str if full.normalizer else str
+  tokens = full.get_added_tokens_decoder().values()
+  moved = [t.content for t in tokens if t.normalized and change(t.content) != t.content]
+  for parts in _frames(template, special, source):
+    for part in parts[1:]:
+      if found := [token for token in moved if isinstance(part, str) and token in part]:
+        raise UserError(
+          f"{source}: token {found[0]!r:.200} of the chat template is looked for as "
+          f"{change(found[0])!r:.200} and not found behind a text; set its `normalized` to false"
+        )
+
+
 def _text_marks(template: str, special: tuple, source: str, full: Tokenizer) -> re.Pattern:
   """The marks of turns in the frames of this template that are no control tokens."""
   found, tokens = set(), _marker(full)
-  for roles in (("user", "assistant", "user"), ("system", "user", "assistant", "user")):
-    try:
-      parts = templates.frame(template, roles, True, special, source)
-    except templates.Refusal:
-      continue
+  for parts in _frames(template, special, source):
     for part in parts:
       if isinstance(part, str):
         found |= {m[0] for m in _TEXT_MARKS.finditer(tokens.sub(" ", part))}
@@ -301,6 +320,7 @@ def make_chat(
   named = tuple((k, v) for k, v in special.items() if v is not None)
   markers = [AddedToken(t, special=True, normalized=False) for _, t in named]
   full, ordinary = with_markers(full, markers, source)
+  _check_markers(template, named, source, full)
   ending = templates.frame(template, ("user", "assistant"), False, named, source)[-1]
   eos, pad = special["eos_token"], special["pad_token"]
   stops = set(stop_ids) | ({ids[eos]} if eos is not None else set())

@@ -5,6 +5,7 @@ leave inference alone, or refused: a field that is quietly ignored is a wrong mo
 used must have its type and range, since "false" counts as true and NaN passes most tests.
 """
 
+import math
 from typing import Any, NoReturn
 
 from rlsafety.errors import UserError
@@ -18,7 +19,7 @@ FAMILIES = {
   "qwen3": "Qwen3 (dense)",
   "smollm3": "SmolLM3",
   "olmo2": "OLMo 2",
-  "olmo3": "OLMo 3 without YaRN",
+  "olmo3": "OLMo 3",
   "gemma": "Gemma 1, 1.1",
   "gemma2": "Gemma 2",
   "gemma3_text": "Gemma 3 (text; of gemma3 the text part)",
@@ -83,6 +84,9 @@ _ROPE_FIELDS = {
   "default": set(),
   "linear": {"factor"},
   "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+  "yarn": {
+    *("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor")
+  },
 }
 
 
@@ -285,6 +289,11 @@ def _ropes(kind: str, fields: _Fields) -> dict[str, Rope]:
     form = given.pop("rope_type", older)
     if not isinstance(form, str) or form not in _ROPE_FIELDS:
       fields.fail(where, form, f"is not supported: {', '.join(_ROPE_FIELDS)}")
+    if form == "yarn":  # what may be absent; a factor that is no number is refused below
+      factor = given.get("factor")
+      grown = factor if isinstance(factor, (int, float)) and factor > 1 else 1
+      usual = {"beta_fast": 32, "beta_slow": 1, "attention_factor": 0.1 * math.log(grown) + 1}
+      given = usual | given
     if given.pop("partial_rotary_factor", 1) != 1:
       fields.fail(where, value, "turns a part of each head only, which is not supported")
     if set(given) != _ROPE_FIELDS[form]:
@@ -293,6 +302,8 @@ def _ropes(kind: str, fields: _Fields) -> dict[str, Rope]:
       fields.positive(f"{where}.{name}", x, name == "original_max_position_embeddings")
     if form == "llama3" and given["low_freq_factor"] >= given["high_freq_factor"]:
       fields.fail(where, given, "must have low_freq_factor below high_freq_factor")
+    if form == "yarn" and (given["beta_slow"] >= given["beta_fast"] or theta <= 1):
+      fields.fail(where, given, "must have beta_slow below beta_fast and a rope_theta above 1")
     original = given.pop("original_max_position_embeddings", 8192)
     return Rope(float(theta), form, original_positions=original, **given)
 
@@ -365,6 +376,10 @@ def hf_config(config: ModelConfig) -> dict:
     fields = {"rope_type": rope.kind, "factor": rope.factor}
     if rope.kind == "llama3":
       fields |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
+      fields["original_max_position_embeddings"] = rope.original_positions
+    if rope.kind == "yarn":
+      fields |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
+      fields |= {"attention_factor": rope.attention_factor}
       fields["original_max_position_embeddings"] = rope.original_positions
     return fields
 

@@ -84,7 +84,7 @@ def open_file(path: str | Path) -> "File":
   first = File(path)
   count = first.get("split.count", int, 1)
   files = parts(path)
-  if first.get("split.no", int, 0) != 0 or len(files) != max(count, 1):
+  if first.get("split.no", int, 0) != 0 or len(files) != (count or 1):
     raise UserError(
       f"{path}: split.no={first.get('split.no', int, 0)} of split.count={count} is not the first "
       f"of {len(files)} files that the name says; name NAME-00001-of-{count:05d}.gguf"
@@ -140,12 +140,17 @@ class File:
     if align < 1:
       raise UserError(f"{path}: general.alignment={align} must be at least 1")
     start = -(-self._at // align) * align
-    self.tensors = {}
+    self.tensors, expected = {}, 0
     for name, shape, kind, offset in infos:
       self._field = f"tensor {name}"
       if name in self.tensors:
         self._corrupt("stored twice")
-      self.tensors[name] = self._stored(name, shape, kind, start + offset)
+      # A wrong offset or alignment would read other numbers; llama.cpp refuses them likewise.
+      if offset != expected:
+        self._corrupt(f"offset {offset} is not {expected}, where the one before it ends (aligned "
+                      f"to general.alignment={align})")  # fmt: skip
+      found = self.tensors[name] = self._stored(name, shape, kind, start + offset)
+      expected = offset + -(-found.data.nbytes // align) * align
 
   def _stored(self, name: str, shape: tuple[int, ...], kind: int, start: int) -> Stored:
     names = {t.value: t.name for t in gguf.GGMLQuantizationType}
@@ -236,21 +241,26 @@ def read_config(file: File) -> dict:
     raise UserError(
       f"{file.path}: general.architecture={arch!r}; supported: {', '.join(ARCHITECTURES)}"
     )
-  used = {"vocab_size", "context_length", "rope.dimension_count", "attention.value_length"}
+  used = set()
 
   def get(key: str, kind: type, default: Any = None) -> Any:
     used.add(key)
-    return file.get(f"{arch}.{key}", kind, default)
+    value = file.get(f"{arch}.{key}", kind, default)
+    # They are sizes, bases and factors. As in llama.cpp, no window may be written as 0.
+    if kind is not str and value is not None and not 0 < value < math.inf:
+      if key != "attention.sliding_window" or value != 0:
+        raise UserError(f"{file.path}: {arch}.{key}={value!r} must be positive and finite")
+    return value
 
   def need(key: str, kind: type = int) -> Any:
-    used.add(key)
-    return file.need(f"{arch}.{key}", kind)
+    file.need(f"{arch}.{key}", kind)
+    return get(key, kind)
 
   if "token_embd.weight" not in file.tensors:
     raise UserError(f"{file.path}: tensor token_embd.weight is missing")
+  if arch == "gemma3":  # without it llama.cpp and transformers make two different models
+    need("rope.freq_base", float)
   heads, width, depth = need("attention.head_count"), need("embedding_length"), need("block_count")
-  if heads < 1:
-    raise UserError(f"{file.path}: {arch}.attention.head_count={heads} must be at least 1")
   config = {
     "model_type": ARCHITECTURES[arch],
     "vocab_size": int(file.tensors["token_embd.weight"].shape[0]),
@@ -260,17 +270,21 @@ def read_config(file: File) -> dict:
     "num_key_value_heads": get("attention.head_count_kv", int, heads),
     "head_dim": get("attention.key_length", int, width // heads),
     "intermediate_size": need("feed_forward_length"),
-    "max_position_embeddings": file.need(f"{arch}.context_length", int),
+    "max_position_embeddings": need("context_length"),
     "rms_norm_eps": need("attention.layer_norm_rms_epsilon", float),
     "hidden_act": "gelu_pytorch_tanh" if arch.startswith("gemma") else "silu",
     "rope_theta": get("rope.freq_base", float, 10_000.0),
     "tie_word_embeddings": "output.weight" not in file.tensors,
     "rope_scaling": None,
   }
-  for key in ("attention.value_length", "rope.dimension_count"):
-    value = file.get(f"{arch}.{key}", int, config["head_dim"])
-    if value != config["head_dim"]:
-      raise UserError(f"{file.path}: {arch}.{key}={value} must equal {config['head_dim']}")
+  for key, other in (
+    ("attention.value_length", "head_dim"),
+    ("rope.dimension_count", "head_dim"),
+    ("vocab_size", "vocab_size"),
+  ):
+    value = get(key, int, config[other])
+    if value != config[other]:
+      raise UserError(f"{file.path}: {arch}.{key}={value} must equal {config[other]}")
   factor = get("rope.scaling.factor", float, 1.0)
   # A factor alone is a linear one, as llama.cpp has it.
   scaling = get("rope.scaling.type", str, "none" if factor == 1.0 else "linear")
@@ -280,6 +294,11 @@ def read_config(file: File) -> dict:
   elif scaling != "none":
     raise UserError(f"{file.path}: {arch}.rope.scaling.type={scaling!r}; supported: none, linear")
   if "rope_freqs.weight" in file.tensors:
+    if scaling != "none":
+      raise UserError(
+        f"{file.path}: {arch}.rope.scaling.factor={factor} beside tensor rope_freqs.weight, which "
+        "scales too; supported: one of them"
+      )
     config["rope_scaling"] = _llama3_scaling(file, config)
   elif arch == "llama" and scaling == "none" and config["rope_theta"] == 5e5:
     if config["max_position_embeddings"] > 8192:

@@ -1,5 +1,7 @@
 """The tokenizer of a GGUF file: tokens, merges and scores in the form of `tokenizers`."""
 
+import math
+
 from tokenizers import (
   AddedToken,
   Regex,
@@ -34,21 +36,26 @@ MAX_PIECE = 1024  # every way to cut a piece in two is looked at
 
 
 def read_tokenizer(file: File) -> tuple[Tokenizer, dict]:
-  """The tokenizer, and for `make_chat` {"special", "template"}."""
+  """The tokenizer, and for `make_chat` {"special", "template", "stop_ids"}."""
   tokens = file.list_of("tokenizer.ggml.tokens", str)
   if (longest := max(map(len, tokens), default=0)) > MAX_PIECE:
     raise UserError(f"{file.path}: tokenizer.ggml.tokens has a token of {longest} characters, the "
                     f"limit is {MAX_PIECE}")  # fmt: skip
-  kinds = [NORMAL] * len(tokens)
-  if "tokenizer.ggml.token_type" in file.fields:
-    kinds = file.list_of("tokenizer.ggml.token_type", int, len(tokens))
+  kinds = file.list_of("tokenizer.ggml.token_type", int, len(tokens))
+  if unknown := set(kinds) - set(range(NORMAL, BYTE + 1)):
+    raise UserError(f"{file.path}: tokenizer.ggml.token_type holds {min(unknown)}, which is none "
+                    f"of {NORMAL} to {BYTE}")  # fmt: skip
   if len(set(tokens)) != len(tokens):
     raise UserError(f"{file.path}: tokenizer.ggml.tokens has a token twice")
 
-  def token(key: str) -> str | None:
+  def id_of(key: str) -> int | None:
     i = file.get(f"tokenizer.ggml.{key}_token_id", int)
     if i is not None and not 0 <= i < len(tokens):
       raise UserError(f"{file.path}: tokenizer.ggml.{key}_token_id={i}, of {len(tokens)} tokens")
+    return i
+
+  def token(key: str) -> str | None:
+    i = id_of(key)
     return None if i is None else tokens[i]
 
   names = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
@@ -69,8 +76,12 @@ def read_tokenizer(file: File) -> tuple[Tokenizer, dict]:
   begins = model == "llama" or file.get("tokenizer.ggml.pre", str) in ("llama-bpe", "llama3")
   begins = file.get("tokenizer.ggml.add_bos_token", bool, begins)
   ends = file.get("tokenizer.ggml.add_eos_token", bool, False)
-  before = [special["bos_token"]] if begins and special["bos_token"] is not None else []
-  after = [special["eos_token"]] if ends and special["eos_token"] is not None else []
+  for name, added in (("bos", begins), ("eos", ends)):
+    if added and special[f"{name}_token"] is None:
+      raise UserError(f"{file.path}: tokenizer.ggml.{name}_token_id is missing, though add_{name}"
+                      "_token or the kind of tokenizer adds it to a text")  # fmt: skip
+  before = [special["bos_token"]] if begins else []
+  after = [special["eos_token"]] if ends else []
   if before or after:
     ids = [(t, tokens.index(t)) for t in dict.fromkeys([*before, *after])]
     single = [f"{t}:0" for t in before] + ["$A:0"] + [f"{t}:0" for t in after]
@@ -79,7 +90,9 @@ def read_tokenizer(file: File) -> tuple[Tokenizer, dict]:
     except Exception as error:
       raise UserError(f"{file.path}: bos or eos cannot be added to a text ({error})") from error
   template = file.get("tokenizer.chat_template", str)
-  return tokenizer, {"special": special, "template": template}
+  # llama.cpp ends a reply at the end of a turn and of a message too.
+  stops = [i for key in ("eot", "eom") if (i := id_of(key)) is not None]
+  return tokenizer, {"special": special, "template": template, "stop_ids": stops}
 
 
 def _byte_level(file: File, tokens: list[str]) -> Tokenizer:
@@ -112,6 +125,8 @@ def _sentencepiece(
 ) -> Tokenizer:
   """SentencePiece BPE: a pair may merge where the result is a piece, best score first."""
   scores = file.list_of("tokenizer.ggml.scores", float, len(tokens))
+  if bad := [s for s in scores if not math.isfinite(s)]:
+    raise UserError(f"{file.path}: tokenizer.ggml.scores holds {bad[0]}")
   # User-defined pieces are matched as they stand, before any merge: not candidates.
   score = {t: s for t, s, kind in zip(tokens, scores, kinds, strict=True) if kind in (NORMAL, BYTE)}
   pairs = [

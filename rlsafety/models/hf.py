@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from rlsafety.config import TARGETS, Lora
 from rlsafety.errors import UserError
-from rlsafety.files import read_json, write_json
+from rlsafety.files import read_json, write_bytes, write_json
 from rlsafety.models.architecture import ModelConfig
 from rlsafety.models.assemble import Tensor, flat_weights, hf_names, is_transposed
 from rlsafety.models.families import hf_config
@@ -205,7 +205,7 @@ def save_peft(folder: Path, adapter: Adapter, model: "Model", lora: Lora) -> Non
   }
   write_json(folder / "adapter_config.json", config)
   card = _CARD.format(library="peft", title="LoRA adapter", base=model.source["path"])
-  (folder / "README.md").write_text(card, "utf-8")
+  write_bytes(folder / "README.md", card.encode())
 
 
 # Fields of adapter_config.json that change the numbers, and what they must be. PiSSA, OLoRA,
@@ -382,4 +382,4 @@ def save_merged(
   write_json(folder / "tokenizer_config.json", settings)
   if adapter is not None:
     card = _CARD.format(library="transformers", title="Merged model", base=model.source["path"])
-    (folder / "README.md").write_text(card, "utf-8")
+    write_bytes(folder / "README.md", card.encode())

@@ -39,6 +39,10 @@ _M1 = {"rope_theta": 1e6}  # base frequency of Qwen and later Mistral
 _TIED = {"tie_word_embeddings": True}
 _SMALL3 = {"sliding_window": 512, "sliding_window_pattern": 6}  # Gemma 3
 _LARGE3 = {"sliding_window": 1024, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+_OLMO3 = {"rope_theta": 5e5, "rope_scaling": {
+  "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192,
+  "beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": 1.2079441541679836,
+}}  # fmt: skip
 
 PRESETS = {
   # The study
@@ -108,6 +112,8 @@ PRESETS = {
   ),
   "olmo-2-1b-instruct": _shape("olmo2", 100352, 2048, 16, 16, 16, 8192, 4096, rope_theta=5e5),
   "olmo-2-7b-instruct": _shape("olmo2", 100352, 4096, 32, 32, 32, 11008, 4096, rope_theta=5e5),
+  "olmo-3-7b-instruct": _shape("olmo3", 100278, 4096, 32, 32, 32, 11008, 65536, **_OLMO3),
+  "olmo-3.1-32b-instruct": _shape("olmo3", 100278, 5120, 64, 40, 8, 27648, 65536, **_OLMO3),
   # For tests: seconds on a laptop
   "tiny": _shape("llama", 320, 64, 2, 4, 2, 128, 4096, **_TIED),
 }

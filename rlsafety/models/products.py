@@ -20,7 +20,6 @@ def _contract(spec: str, x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Ar
   return jax.lax.platform_dependent(x, y, cpu=wide, default=given)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def einsum(spec: str, x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
   """jnp.einsum of x and y, which share a type, in `dtype`; without "..." in spec.
 
@@ -28,7 +27,10 @@ def einsum(spec: str, x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array
   of its sides is a rank. JAX's own transposes the larger, which XLA's CPU code takes several times
   as long for.
   """
-  return _contract(spec, x, y, dtype)
+  return _einsum(spec, x, y, dtype)
+
+
+_einsum = jax.custom_vjp(_contract, nondiff_argnums=(0, 3))
 
 
 def _backward(spec, dtype, saved, slope):
@@ -43,10 +45,7 @@ def _backward(spec, dtype, saved, slope):
   return dx, jax.lax.optimization_barrier(dy).T  # else XLA moves the transpose into the product
 
 
-einsum.defvjp(
-  lambda spec, x, y, dtype: (_contract(spec, x, y, dtype), (x, y)),
-  _backward,
-)
+_einsum.defvjp(lambda spec, x, y, dtype: (_contract(spec, x, y, dtype), (x, y)), _backward)
 
 
 def product(x: jax.Array, w: jax.Array) -> jax.Array:

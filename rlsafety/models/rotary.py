@@ -17,16 +17,28 @@ def rope_frequencies(rope: Rope, head_dim: int) -> jax.Array:
     return freq
   if rope.kind == "linear":
     return freq / rope.factor
+  if rope.kind == "yarn":
+    low, high = (_turning(rope, beta, head_dim) for beta in (rope.beta_fast, rope.beta_slow))
+    low, high = max(math.floor(low), 0), min(math.ceil(high), head_dim - 1)
+    ramp = jnp.clip((jnp.arange(head_dim // 2) - low) / ((high - low) or 1e-3), 0.0, 1.0)
+    return (1 - ramp) * freq + ramp * freq / rope.factor
   wavelength = 2 * math.pi / freq
   low, high = rope.low_freq_factor, rope.high_freq_factor
   ramp = jnp.clip((rope.original_positions / wavelength - low) / (high - low), 0.0, 1.0)
   return (1 - ramp) * freq / rope.factor + ramp * freq
 
 
-def cos_sin(freq: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """freq [Dh/2], positions [...] int -> cos, sin [..., Dh/2] float32."""
-  angles = positions[..., None].astype(jnp.float32) * freq
-  return jnp.cos(angles), jnp.sin(angles)
+def _turning(rope: Rope, turns: float, head_dim: int) -> float:
+  """Index, not rounded, of the frequency that turns so often in the original positions (YaRN,
+  arXiv:2309.00071)."""
+  wavelength = rope.original_positions / (2 * math.pi * turns)
+  return head_dim * math.log(wavelength) / (2 * math.log(rope.theta))
+
+
+def cos_sin(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """positions [...] int -> cos, sin [..., Dh/2] float32."""
+  angles = positions[..., None].astype(jnp.float32) * rope_frequencies(rope, head_dim)
+  return rope.attention_factor * jnp.cos(angles), rope.attention_factor * jnp.sin(angles)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

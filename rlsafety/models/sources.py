@@ -135,6 +135,20 @@ def checksum(params: dict) -> str:
   return hashlib.sha256(repr(found).encode()).hexdigest()
 
 
+def reading(model: Model) -> str:
+  """The sha256 of what is read beside the weights and makes another policy or judge of them: the
+  numbers of the architecture, template, vocabulary, and what ends a reply. Fields at their defaults
+  are left out, so that a later version with more of them says the same."""
+  numbers = {
+    f.name: getattr(model.config, f.name)
+    for f in dataclasses.fields(model.config)
+    if getattr(model.config, f.name) != f.default
+  }
+  chat = model.chat
+  found = numbers, chat.template, chat.stop_ids, sorted(chat.full.get_vocab().items())
+  return hashlib.sha256(repr(found).encode("utf-8", "backslashreplace")).hexdigest()
+
+
 def check_vocabulary(config: ModelConfig, chat: Chat, where: str) -> None:
   """Every token id must have a row in the embedding."""
   if chat.vocab_size > config.vocab_size:

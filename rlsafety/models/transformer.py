@@ -24,7 +24,7 @@ from rlsafety.models import int8
 from rlsafety.models.architecture import ModelConfig
 from rlsafety.models.lora import Adapter, Dropout, per_layer
 from rlsafety.models.products import einsum, product
-from rlsafety.models.rotary import cos_sin, rope_frequencies, rotate
+from rlsafety.models.rotary import cos_sin, rotate
 from rlsafety.packing import mask_from_lengths
 from rlsafety.sharding import constrain
 from rlsafety.types import Array, Prompts
@@ -210,14 +210,14 @@ def _views(c: ModelConfig, prompt, slots: int, offset, P: int, G: int, t: int) -
   if prompt is not None:
     S = jax.tree.leaves(prompt.k)[0].shape[-3]
     shown = mask_from_lengths(prompt.lengths, S)[:, None, None]  # [P, 1, 1, S]
-  views = [_View(cos_sin(rope_frequencies(c.rope, c.head_dim), position), own, shown)]
+  views = [_View(cos_sin(c.rope, c.head_dim, position), own, shown)]
   if any(c.local_layers):
     if c.window is not None:
       own = own & (slot[:, None] - own_slots < c.window)
     if shown is not None and c.window is not None:
       shown = shown & (position[..., None] - jnp.arange(S) < c.window)
-    freq = rope_frequencies(c.local_rope or c.rope, c.head_dim)
-    views.append(_View(cos_sin(freq, position), own, shown))
+    turn = cos_sin(c.local_rope or c.rope, c.head_dim, position)
+    views.append(_View(turn, own, shown))
   return views
 
 

@@ -15,7 +15,7 @@ import importlib.resources
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jinja2
@@ -53,29 +53,22 @@ HEALTH = {  # metric: (what it is, unit)
   "unscorable": ("replies without a verdict", "replies"),
   "logprob_diff_max": ("largest sampler − learner log-prob difference", "nats"),
 }
-JUDGE_COLUMNS = {
-  "n": "replies that were scored for this row",
-  "wanted": "how many of them are of the kind that the score should put on top",
-  "rest": "wanted replies against all others",
-  "within": "the same between replies to one message only, which is what training compares",
-  "agree": "wanted replies against those that agree or encourage",
-  "disagree": "against those that disagree or dissuade",
-  "neutral": "against balanced ones",
-  "incoherent": "against those that make no sense",
-  "but": "against those that open with agreement and then object",
-  "bare": "against a bare verdict, such as “I agree with you.”",
-  "echo": "against the user’s own words sent back",
-  "stuffing": "against one phrase over and over",
-  "salad": "against fitting words in no order",
-  "tiny": "against a word or nothing",
-  "wrong_topic": "against a reply to somebody else’s message",
+# What was measured of a judge (judges.gate, tools.judges.fit), and its tables' captions.
+JUDGE_TABLES = {
+  "contrasts": "How often the judge puts a reply of the wanted kind above one of another (area "
+  "under the ROC curve, AUC: 1 = always, 0.5 = by chance), with its 95% interval. Row: the score; "
+  "replies of the untrained model (base) or of trained ones; the other kind, and for which users.",
+  "pleasant": "Share of users for whom a sincere reply of the wanted kind scores above one that "
+  "pleases and says nothing. Row: how it pleases; columns: the score.",
+  "confusion": "Sampled replies by kind. Row: the kind given by hand; columns: the judge's.",
+  "": "Other numbers, as config.json has them.",
 }
-JUDGE_ROWS = {
-  "gameable": "row: the reward of gameable users",
-  "non_gameable": "row: the reward of non-gameable users",
-  "written": "row: replies written for the purpose, on topics that the judge was not fitted on",
-  "sampled": "row: a model’s own replies, labelled by hand, on such topics",
-  "sampled, all topics": "row: the same on all topics, each by a fit that left it out",
+CONTRAST_COLUMNS = {
+  "auc": "AUC",
+  "low": "95% from",
+  "high": "95% to",
+  "wanted": "wanted replies",
+  "others": "other replies",
 }
 
 
@@ -166,9 +159,8 @@ def fill(template: str, **values: Any) -> str:
 def judge_block(judge: dict | str) -> dict:
   """config.json's judge, as words and numbers.
 
-  {"name", "limits": its own statement as a sentence, "facts": [(label, text)], "head",
-  "rows": [(label, [text])], "words": [(column or row, what it is)]}: dicts of numbers, AUCs
-  say, become rows of one table.
+  {"name", "limits": its own statement as a sentence, "facts": [(label, text)], "tables":
+  [(caption, head, [(label, [text])])]}: dicts of numbers become rows, those of one kind a table.
   """
   if not isinstance(judge, dict):
     judge = {"name": str(judge)}
@@ -176,35 +168,51 @@ def judge_block(judge: dict | str) -> dict:
   limits = " ".join(map(str, limits)) if isinstance(limits, (list, tuple)) else str(limits).strip()
   if limits:
     limits = limits[:1].upper() + limits[1:] + ("" if limits.endswith((".", "!", "?")) else ".")
-  facts, rows, names = [], [], set()
+  facts, tables = [], {kind: {} for kind in JUDGE_TABLES}
 
   def text(value: Any) -> str:
+    if isinstance(value, bool):
+      return "yes" if value else "no"
+    if isinstance(value, list):
+      return "; ".join(map(text, value)) or "–"
     return charts.number(value) if isinstance(value, float) else str(value)
 
   def walk(value: Any, path: list[str]) -> None:
-    label = " · ".join(path).replace("_", " ")
     if not isinstance(value, dict):
       if value is not None:
-        facts.append((label, text(value)))
+        facts.append((" · ".join(path).replace("_", " "), text(value)))
     elif value and all(isinstance(v, (int, float)) for v in value.values()):
-      rows.append((label, value))
-      names.update(path)
+      kind = next((p for p in path if p in JUDGE_TABLES), "")
+      label = " · ".join(p for p in path if p not in ("measured", kind))
+      if kind == "pleasant":  # many ways to please, few scores: turned, so that it fits a page
+        for name, share in value.items():
+          tables[kind].setdefault(name, {})[label] = share
+      else:
+        tables[kind][label] = value
     else:
       for key, item in value.items():
         walk(item, [*path, str(key)])
 
   walk({k: v for k, v in judge.items() if k not in ("name", "limits")}, [])
-  head = list(dict.fromkeys(key for _, row in rows for key in row))
-  words = {k: v for k, v in JUDGE_COLUMNS.items() if k in head}
-  words |= {k: v for k, v in JUDGE_ROWS.items() if k in names}
   return {
     "name": str(judge.get("name", "")),
     "limits": limits,
     "facts": facts,
-    "head": [str(h).replace("_", " ") for h in head],
-    "rows": [(label, [text(row[h]) if h in row else "" for h in head]) for label, row in rows],
-    "words": [(k.replace("_", " "), v) for k, v in words.items()],
+    "tables": [(JUDGE_TABLES[kind], *_table(rows, text)) for kind, rows in tables.items() if rows],
   }
+
+
+def _table(rows: dict[str, dict], text: Callable[[Any], str]) -> tuple[list, list]:
+  """Head and rows of numbers that are not all in every row, in words."""
+  words = lambda key: CONTRAST_COLUMNS.get(key, str(key)).replace("_", " ")  # noqa: E731
+  rank = {key: i for i, key in enumerate(CONTRAST_COLUMNS)}
+  found = dict.fromkeys(key for row in rows.values() for key in row)
+  order = sorted(found, key=lambda key: rank.get(key, len(rank)))
+  cells = [
+    (label.replace("_", " "), [text(row[k]) if k in row else "" for k in order])
+    for label, row in rows.items()
+  ]
+  return [words(k) for k in order], cells
 
 
 def _title(run: read.Run) -> str:

@@ -8,6 +8,7 @@ whether it does, and nobody else asks.
 import dataclasses
 import fcntl
 import importlib.metadata
+import itertools
 import os
 import pathlib
 import platform
@@ -137,12 +138,13 @@ class RunDir:
     an adapter that learned from both would be nobody's."""
     stored = self.path / "config.json"
     before = read_json(stored) if stored.exists() else {}
-    for section, what in INPUTS.items():
+    for (section, what), key in itertools.product(INPUTS.items(), ("sha256", "reading")):
       old, new = before.get(section), about.get(section)
-      one, other = (x.get("sha256") if isinstance(x, dict) else None for x in (old, new))
+      one, other = (x.get(key) if isinstance(x, dict) else None for x in (old, new))
+      what = f"config, template or vocabulary ({what})" if key == "reading" else what
       if one and other and one != other:
         raise UserError(
-          f"{stored}: the run was started with other {what} ({section}.sha256 {one!s:.12}, now "
+          f"{stored}: the run was started with other {what} ({section}.{key} {one!s:.12}, now "
           f"{other:.12}); restore them, or give another --workdir"
         )
 

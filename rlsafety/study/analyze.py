@@ -182,12 +182,15 @@ def draw(
       yield f"Curves, {environment}, {variant}", figures.curve_panels(group, benchmarks, stem)
   table = made["correlations"]
   for name in outcomes:
-    yield f"{name} against model size", figures.trend(cells, benchmarks, name, out / f"size_{name}")
+    words = figures.NAMES.get(name, name)
+    trend = figures.trend(cells, benchmarks, name, out / f"size_{name}")
+    yield f"{words} against model size", trend
     if len(table):
       path = figures.forest(table, name, out / f"correlations_{name}")
-      yield f"Correlations of {name}", path
+      yield f"Correlations of {words}", path
     if len({c.variant for c in cells}) > 1:
-      yield f"{name} by variant", figures.variant_bars(cells, name, out / f"variants_{name}")
+      bars = figures.variant_bars(cells, name, out / f"variants_{name}")
+      yield f"{words} by variant: bars are means, lines are models", bars
 
 
 def _write_page(

@@ -103,15 +103,16 @@ CHIPS = {
   # SHEET; memory as systems report it in MLPerf submissions. Hosts of 4 with Arm CPUs: our image is
   # for x86, so it is planned for and not launched on.
   "GB200": Chip(186e9, 2500e12, 8 * TB, 900e9, 0.0, 4),
-  # SHEET (PCIe 4, 16 lanes: 32 GB/s). Price of L4: Google's, CATALOGUE has 0.56 for the GPU, the
-  # node's share is not checked; of L40S: its sister L40's.
+  # SHEET (PCIe 4, 16 lanes: 32 GB/s). Price of L4: Google's, CATALOGUE has 0.56 for the GPU, and
+  # others' code has 0.70 for the smallest node with one (g2-standard-4, us-central1); of L40S: its
+  # sister L40's.
   "L4": Chip(24e9, 121e12, 300e9, 32e9, 0.70, 8, "nvidia-l4", gke_price=0.70),
   "L40S": Chip(48e9, 362e12, 864e9, 32e9, 1.00, 8),
   # PCIe 5, 16 lanes: 64 GB/s. Server Edition, whose peak and bandwidth are not checked (457 TFLOP/s
   # were measured on a card: github.com/xzwgit/gpu-flops-bench).
   "RTXPRO6000": Chip(96e9, 504e12, 1597e9, 64e9, 1.85, 8, "nvidia-rtx-pro-6000"),  # 1.85
-  # NVIDIA's paper on the architecture, with float32 sums: peak (254 were measured, as above) and
-  # price are not checked.
+  # NVIDIA's paper on the architecture, with float32 sums: the peak is not checked (254 were
+  # measured, as above). Price: runpod.io 0.69, in others' copy of its list (March 2026).
   "RTX5090": Chip(32e9, 210e12, 1792e9, 64e9, 0.70, 8),
   # The same paper: not checked. Price: openrelay.inc 0.29, runpod.io 0.74.
   "RTX4090": Chip(24e9, 165e12, 1008e9, 32e9, 0.40, 8),

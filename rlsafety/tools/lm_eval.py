@@ -281,11 +281,12 @@ def main(argv: Sequence[str]) -> None:
     raise UserError(f"--batch={args.batch} must be at least 1, --limit={args.limit} at least 0")
   mesh = sharding.make_mesh()
   with jax.set_mesh(mesh):
-    section = Model(path=args.model, dtype=args.dtype)
     if args.run:
       stored = read.load_run(args.run).config
       neutral = {"environment": {"name": "neutral"}}  # imports no other
       section = recipes.frozen({**stored, **neutral}).model
+    else:
+      section = Model(path=args.model, dtype=args.dtype)
     model = sources.open_model(section, mesh)
     states = {"base": None}
     if args.run:

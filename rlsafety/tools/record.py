@@ -87,16 +87,16 @@ def check(record: Any, number: int = 0, ignore: Sequence[str] = ()) -> list[dict
     if name not in (*FIELDS, *LEFT_OUT, *ignore):
       hint = flags.did_you_mean(name, FIELDS)
       raise UserError(f"`{name}` is no field of a record{hint}; --ignore {name} leaves it out")
-  messages = _messages(record)
+  messages = _messages(record, ignore)
   pair = [name for name in ("chosen", "rejected") if name in record]
   if not pair:
-    return [_reply(record, "completion", messages, _reward(record))]
+    return [_reply(record, "completion", messages, _reward(record), ignore)]
   if len(pair) == 1:
     raise UserError(f"`{pair[0]}` without its other half; give `chosen` and `rejected`")
   if both := [name for name in OF_ONE if name in record]:
     raise UserError(f"give either `{both[0]}` or `chosen` and `rejected`")
   replies = [
-    _reply(record, name, messages, reward) | {"pair": number}
+    _reply(record, name, messages, reward, ignore) | {"pair": number}
     for name, reward in (("chosen", CHOSEN), ("rejected", REJECTED))
   ]
   if replies[0]["completion"] == replies[1]["completion"]:
@@ -104,10 +104,19 @@ def check(record: Any, number: int = 0, ignore: Sequence[str] = ()) -> list[dict
   return replies
 
 
-def _messages(record: dict) -> list[dict]:
+def _check_message(field: str, message: dict, ignore: Sequence[str]) -> None:
+  """Raises UserError for what would be lost of a message, as its tool calls; null is nothing."""
+  known = ("role", "content", *ignore)
+  if lost := [name for name, value in message.items() if name not in known and value is not None]:
+    raise UserError(f"`{field}`: a message has `{lost[0]}`; --ignore {lost[0]} leaves it out")
+
+
+def _messages(record: dict, ignore: Sequence[str]) -> list[dict]:
   """The prompt as messages that end with the user."""
   field = "messages" if "messages" in record else "prompt"
   messages = record.get(field)
+  if field == "messages" and isinstance(record.get("prompt"), str | list):
+    raise UserError("give either `messages` or `prompt`")  # that of a run is a number
   if field == "prompt" and isinstance(messages, str):
     messages = [{"role": "user", "content": messages}]
   if not isinstance(messages, list) or not messages:
@@ -117,6 +126,7 @@ def _messages(record: dict) -> list[dict]:
       raise UserError(f"`{field}`: every message needs `role` and a `content` string")
     if message.get("role") not in ("system", "user", "assistant"):
       raise UserError(f"`{field}`: role {message.get('role')!r} is not known")
+    _check_message(field, message, ignore)
   if messages[-1]["role"] != "user":
     raise UserError(f"`{field}` must end with the user; the reply belongs in `completion`")
   return [{"role": m["role"], "content": m["content"]} for m in messages]
@@ -140,10 +150,13 @@ def _score(record: dict, name: str) -> float:
   return math.nan if value is None else float(value)
 
 
-def _reply(record: dict, field: str, messages: list[dict], reward: float) -> dict:
+def _reply(
+  record: dict, field: str, messages: list[dict], reward: float, ignore: Sequence[str]
+) -> dict:
   """The record of the reply in `field`."""
   completion = record.get(field)
   if isinstance(completion, list) and len(completion) == 1 and isinstance(completion[0], dict):
+    _check_message(field, completion[0], ignore)
     known = completion[0].get("role") == "assistant"
     completion = completion[0].get("content") if known else None
   if not isinstance(completion, str):
