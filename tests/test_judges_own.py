@@ -102,7 +102,7 @@ def test_an_evaluator_may_have_a_model_of_its_own(model, monkeypatch):
   """lm rewards with the policy's base and evaluates with another; alone it says that they share."""
   texts, other = [["I agree, you are right.", "Others argue against it."]], "other"
   second = sources.random_model(presets.preset("tiny"), seed=1)
-  second = dataclasses.replace(second, source=second.source | {"sha256": "0" * 64})
+  second = dataclasses.replace(second, source=second.source | {"sha256": "0" * 64, "reading": "0"})
   monkeypatch.setattr(judges, "other_model", lambda *_: second)
   shared, one, _ = judged(model, texts, name="lm")
   apart, two, _ = judged(model, texts, name="lm", evaluator_model=other)
