@@ -97,9 +97,7 @@ def run_on(
     parameters = architecture.params_count(policy.config)
     log.info("model %s: %.1f M parameters", policy.source, parameters / 1e6)
     if common.model.path:  # random weights are the seed's, and rounded as the device does
-      source = {**policy.source, "sha256": sources.checksum(policy.params)}
-      source["reading"] = sources.reading(policy)
-      policy = dataclasses.replace(policy, source=source)
+      policy = sources.identified(policy)
     tokens = P * (common.max_prompt_tokens + common.sampler.group * common.sampler.max_tokens)
     runtime.warn_of_cpu(parameters, len(runs) * tokens, common.steps)
     read_by_sampler = policy

@@ -184,12 +184,9 @@ def _sum(digests: Sequence[str], key: str = "sha256") -> dict[str, str]:
 
 
 def other_model(path: str, policy: Model, mesh: Mesh | None) -> Model:
-  """A judge's own model, in the dtype and layout of the policy's, and its weights' checksum."""
+  """A judge's own model, in the dtype and layout of the policy's, identified."""
   dtype = str(policy.params["embed"].dtype)
-  model = sources.open_model(config.Model(path=path, dtype=dtype), mesh)
-  source = {**model.source, "sha256": sources.checksum(model.params)}
-  source["reading"] = sources.reading(model)
-  return dataclasses.replace(model, source=source)
+  return sources.identified(sources.open_model(config.Model(path=path, dtype=dtype), mesh))
 
 
 def read_adapter(path: str, model: Model, mesh: Mesh | None) -> Adapter:

@@ -149,6 +149,12 @@ def reading(model: Model) -> str:
   return hashlib.sha256(repr(found).encode("utf-8", "backslashreplace")).hexdigest()
 
 
+def identified(model: Model) -> Model:
+  """The model, its source with "sha256" of the weights and "reading": what a run is told by."""
+  about = {"sha256": checksum(model.params), "reading": reading(model)}
+  return dataclasses.replace(model, source=model.source | about)
+
+
 def check_vocabulary(config: ModelConfig, chat: Chat, where: str) -> None:
   """Every token id must have a row in the embedding."""
   if chat.vocab_size > config.vocab_size:
