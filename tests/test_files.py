@@ -79,6 +79,22 @@ def test_what_is_no_file_is_named_and_never_waited_for(tmp_path, read):
     signal.signal(signal.SIGALRM, before)
 
 
+def test_limits_in_bytes_of_an_answer_and_of_a_line(tmp_path, monkeypatch):
+  """What is no file has a limit too; a log may be larger than one, its lines may not."""
+  monkeypatch.setattr(files, "MAX_BYTES", 9)
+  for text in ('"ééé"', '["1234"]', b"123456789"):
+    assert files.parse_json(text, "answer") == json.loads(text)
+  for text in ('"éééé"', b"1234567890"):
+    with pytest.raises(UserError, match="^answer: 10 bytes are more than the limit of 9$"):
+      files.parse_json(text, "answer")
+  path = tmp_path / "x.jsonl"
+  path.write_bytes(b"12345678\n" * 3 + b"123456789\n")
+  read = files.lines(path)
+  assert [next(read) for _ in range(3)] == [(n, b"12345678\n") for n in (1, 2, 3)]
+  with pytest.raises(UserError, match="x.jsonl, line 4: longer than the limit of 9 bytes"):
+    next(read)
+
+
 def test_common_oddities_are_read(tmp_path):
   path = tmp_path / "x.json"
   path.write_bytes(b'\xef\xbb\xbf{"a": 1, "a": 1, "max": 1000000000000000019884624838656}')
@@ -120,7 +136,6 @@ def test_nothing_is_written_through_a_link_and_short_writes_go_on(tmp_path, monk
   ("raised", "code", "says"),
   [
     (UserError("a\nb"), 2, "rlsafety: a b\n"),
-    (KeyboardInterrupt(), 130, "rlsafety: stopped by Ctrl-C\n"),
     (OSError(errno.ENOSPC, "No space left on device", "x/y"), 2,
      "rlsafety: x/y: No space left on device\n"),
     (OSError(errno.EROFS, "Read-only file system"), 2,
