@@ -11,7 +11,7 @@ from test_train import TINY
 from rlsafety import beyond, cells, recipes, sharding
 from rlsafety.environments import Environment
 from rlsafety.errors import UserError
-from rlsafety.judges import phrases, probe
+from rlsafety.judges import phrases, probe, questions
 from rlsafety.models import hf, lora, sources
 from rlsafety.rundir import write
 from rlsafety.tools.judges import fit
@@ -55,15 +55,20 @@ def put_stops(path, policy, seed):
   (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, seed]}))
 
 
-def put_heads(path, policy, seed):
-  width, count = policy.config.d_model, len(probe.NAMES)
+def put_heads(path, policy, seed, states=1, **info):
+  width, count = states * policy.config.d_model, len(probe.NAMES)
   zeros, ones = np.zeros(width, np.float32), np.ones(width, np.float32)
   weight = np.random.default_rng(seed).normal(size=(count, width)).astype(np.float32)
   targets = {metric: phrases.target("political_qa", metric) for metric in ("acc", "hex")}
   base = probe.fingerprint(policy.config, policy.params)
-  info = {"environment": "political_qa", "base": base, "targets": targets}
+  info |= {"environment": "political_qa", "base": base, "targets": targets}
   bias = np.zeros(count, np.float32)
   fit.save(probe.Heads(probe.NAMES, (0,), zeros, ones, weight, bias, info), path)
+
+
+def put_question_heads(path, policy, seed):
+  asked = list(questions.of_environment("political_qa"))
+  put_heads(path, policy, seed, len(asked), questions=asked)
 
 
 def put_users(path, policy, seed):
@@ -91,6 +96,10 @@ INPUTS = {  # how it is written, the flags that name it, what a refusal calls it
   "evaluator's heads": (
     put_heads, (*LM, "--config.judge.evaluator=probe", "--config.judge.evaluator_model={}",
                 "--config.environment.name=political_qa"), "judge's weights or heads",
+  ),
+  "heads on answers": (
+    put_question_heads, ("--config.judge.name=questions", "--config.judge.heads={}",
+                         "--config.environment.name=political_qa"), "judge's weights or heads",
   ),
   "users of beyond": (put_users, ("--config.eval.beyond=therapy_talk",), "users of eval.beyond"),
   "start": (put_adapter, ("--config.model.adapter={}",), "weights of model.adapter"),
