@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 import pytest
-from test_train import ROOT, finish, interrupt_after, outcome, start
+from test_train import ROOT, TINY, finish, interrupt_after, outcome, start
 
 from rlsafety import files, recipes, train
 from rlsafety.errors import UserError
@@ -255,6 +255,23 @@ def test_config_checkpoints_and_data_are_part_of_a_run(runs, tmp_path):
   for part, what in (("data", "records"), ("model", "weights"), ("users", "users")):
     with pytest.raises(UserError, match=f"started with other {what} .*aaaaaaaaaaaa.*bbbbbbbbbbbb"):
       run.same_inputs(now | {part: {"sha256": "b" * 64}})
+  run.close()
+
+
+@pytest.mark.parametrize(
+  ("evaluates", "saves", "first"), [(0, 0, 6), (0, 2, 2), (3, 0, 3), (3, 2, 2)]
+)
+def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path, evaluates, saves, first):
+  """An evaluation is saved too, and 0 is "off": with both off the end is the first checkpoint."""
+  config = recipes.of_run([TINY, f"--config.eval.every={evaluates}",
+                           f"--config.checkpoint.every={saves}"])  # fmt: skip
+  run = write.open_run(tmp_path / "run", config)
+  log = run.path / "metrics.jsonl"
+  files.append(log, [{"step": step} for step in range(1, first + 1)])
+  assert not run.start(config, -1, {}, HELDOUT, {}) and log.read_bytes() == b""
+  files.append(log, [{"step": step} for step in range(1, first + 2)])
+  with pytest.raises(UserError, match=f"holds no checkpoint, though .* reaches step {first + 1};"):
+    run.start(config, -1, {}, HELDOUT, {})
   run.close()
 
 
