@@ -187,15 +187,17 @@ class Endpoint(http.server.BaseHTTPRequestHandler):
   protocol_version = "HTTP/1.1"
   seen: list = []
   failures: dict = {}
+  counting = threading.Lock()
   refuses = staticmethod(lambda body: "")  # the words of a 400
 
   def do_POST(self):
     body = json.loads(self.rfile.read(int(self.headers["content-length"])))
     Endpoint.seen.append((self.path, dict(self.headers), body))
     reply = body["messages"][1]["content"]
-    first = Endpoint.failures.get(reply, 0)
+    with Endpoint.counting:  # each request has a thread
+      first = Endpoint.failures.get(reply, 0)
+      Endpoint.failures[reply] = max(first - 1, 0)
     if first:
-      Endpoint.failures[reply] = first - 1
       return self.send(429, {"error": "later"}, {"retry-after": "0"})
     if words := Endpoint.refuses(body):
       return self.send(400, {"error": {"message": words, "type": "invalid_request_error"}})
