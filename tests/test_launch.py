@@ -91,6 +91,29 @@ def test_install_is_stamped_only_when_pip_succeeds(tmp_path):
   assert "installing" in install("--no-index", "--dry-run", "pip", "-q").stderr
 
 
+@pytest.mark.parametrize("index", ["", "index-url='https://mirror'", "extra-index-url='file:///x'"])
+def test_uv_installs_unless_pip_has_an_index_of_its_own_and_pip_where_uv_cannot(tmp_path, index):
+  log = tmp_path / "log"
+  pip = f"""\
+    #!/bin/bash
+    if [[ $* == *config* ]]; then echo "global.{index}"; exit 0; fi
+    echo "$*" >>{log}
+    if [[ $* == *" uv" ]]; then
+      printf '#!/bin/sh\\necho uv "$@" >>{log}\\nexit 1\\n' >{tmp_path}/bin/uv
+      chmod +x {tmp_path}/bin/uv
+    fi
+    """
+  executable(tmp_path / "bin/python", pip)
+  script = (
+    'source launch/lib.sh; command() { return 1; }; quick_installs "$1"; install "$1" thing pkg'
+  )
+  out = sh("bash", "-c", script, "setup", tmp_path)
+  assert out.returncode == 0, out.stderr
+  by_uv = [line.startswith("uv pip install") for line in log.read_text().splitlines()]
+  assert by_uv == ([False] if index.startswith("index") else [False, True, False])
+  assert log.read_text().splitlines()[-1].endswith("--no-compile pkg")
+
+
 @pytest.fixture
 def venv_without_installs(tmp_path):
   """An environment whose pip does nothing: what tests/run.sh installs is here already."""
