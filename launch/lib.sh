@@ -53,11 +53,13 @@ bring_uv() {
 }
 
 # quick_installs VENV: has uv do the installs, in a third of pip's time; but pip where pip was told
-# of another index, for uv does not read pip's settings.
+# of another index, for uv does not read pip's settings. An extra index is asked by pip alone, where
+# uv did not find everything.
 quick_installs() {
-  local pip=("$1/bin/python" -m pip --disable-pip-version-check)
+  local pip=("$1/bin/python" -m pip --disable-pip-version-check) settings
   if [[ -n $UV || ${DRY_RUN:-0} == 1 ]]; then return; fi
-  if "${pip[@]}" config list | grep -qE '[.](index-url|no-index)='; then return; fi
+  settings=$("${pip[@]}" config list)
+  if [[ $settings =~ [.](index-url|no-index)= ]]; then return; fi
   if UV=$(command -v uv); then return; fi
   "${pip[@]}" install --quiet --no-compile uv >/dev/null 2>&1 || true
   if [[ -x $1/bin/uv ]]; then UV=$1/bin/uv; fi
@@ -87,7 +89,7 @@ out to the network?"
 # install VENV NAME ARGUMENTS...: installs ARGUMENTS, as pip takes them, once per state of setup.py,
 # and says why when it fails. The stamp is written last, so an interrupted install is done again.
 install() {
-  local venv=$1 name=$2 stamp log wanted line by_pip
+  local venv=$1 name=$2 stamp log wanted line again=(false)
   shift 2
   stamp=$venv/.installed-$name
   log=$venv/install-$name.log
@@ -95,14 +97,17 @@ install() {
   if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then return; fi
   note "installing $name (log: $log)"
   # Python compiles what it imports; compiling all of it first takes a minute.
-  by_pip=("$venv/bin/python" -m pip install --disable-pip-version-check --no-compile "$@")
-  line=("${by_pip[@]}")
-  if [[ -n $UV ]]; then line=("$UV" pip install --python "$venv/bin/python" "$@"); fi
+  line=("$venv/bin/python" -m pip install --disable-pip-version-check --no-compile "$@")
+  if [[ -n $UV ]]; then
+    # An environment that uv made has no pip to try again with.
+    if "$venv/bin/python" -c 'import pip' 2>/dev/null; then again=("${line[@]}"); fi
+    line=("$UV" pip install --python "$venv/bin/python" "$@")
+  fi
   if [[ ${DRY_RUN:-0} == 1 ]]; then
     run "${line[@]}"
     return
   fi
-  if ! "${line[@]}" >"$log" 2>&1 && ! { [[ -n $UV ]] && "${by_pip[@]}" >>"$log" 2>&1; }; then
+  if ! "${line[@]}" >"$log" 2>&1 && ! "${again[@]}" >>"$log" 2>&1; then
     tail -n 12 "$log" >&2
     printf '%s: could not install %s (above: the end of %s). Check the network and the free ' \
       "${0##*/}" "$name" "$log" >&2
