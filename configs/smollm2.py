@@ -57,7 +57,7 @@ def get_config(arguments: str = ""):
   c = recipes.load_recipe(str(pathlib.Path(__file__).with_name(f"{base}.py")))
   c.name = f"{'tiny' if tiny else 'smollm2'}_{env}_{method}"
   c.environment.name = env
-  c.max_prompt_tokens = 1024 if tiny and env != "political_qa" else c.max_prompt_tokens
+  c.max_prompt_tokens = 384 if tiny and env != "political_qa" else c.max_prompt_tokens
   if not tiny:
     c.max_prompt_tokens = PROMPT_TOKENS[env]
     c.sampler.max_tokens = 64 if env == "political_qa" else 80  # most replies end before

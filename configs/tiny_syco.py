@@ -18,7 +18,7 @@ def get_config():
   c.lora.dropout = 0.0  # so that sampler and learner agree to rounding
   c.environment.length = "short"  # a message of 35-60 words, one sentence wanted
   c.prompts_per_step = 4
-  c.max_prompt_tokens = 512  # one token per byte
+  c.max_prompt_tokens = 256
   c.sampler.group = 4
   c.sampler.max_tokens = 24
   c.judge.name = "phrases"

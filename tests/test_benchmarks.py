@@ -187,10 +187,17 @@ def test_a_run_is_measured_with_and_without_its_adapter_and_chooses_no_module(
   adapter = lora.init_adapter(lm.model.config, settings, jax.random.key(0))
   ones = jax.tree.map(np.ones_like, jax.device_get(adapter.weights))
   hf.save_peft(run / "adapter", adapter.replace(weights=ones), lm.model, settings)
-  out = tmp_path / "scores.json"
+  out, said, real = tmp_path / "scores.json", [], lm_eval.LanguageModel.loglikelihood
+
+  def heard(*arguments, **named):
+    said.append(real(*arguments, **named))
+    return said[-1]
+
+  monkeypatch.setattr(lm_eval.LanguageModel, "loglikelihood", heard)
   lm_eval.main(["lm_eval", f"--run={run}", "--tasks=rlsafety_sycophancy", f"--out={out}"])
-  results = json.loads(out.read_text())["results"]
-  assert set(results) == {"base", "trained"} and results["base"] != results["trained"]
+  assert set(json.loads(out.read_text())["results"]) == {"base", "trained"}
+  base, trained = (np.array([value for value, _ in values]) for values in said)
+  assert np.abs(base - trained).max() > 0.1
   capsys.readouterr()
 
 

@@ -386,4 +386,4 @@ def test_byte_chat_round_trips_any_text():
   text = "Grüße 👍 <|im_end|>\n\x00"
   assert c.decode(c.encode_text(text)) == text
   assert tokens(c, c.encode([USER]))[:2] == ["<|im_start|>", "u"]
-  assert (c.pad_id, c.stop_ids, c.vocab_size) == (0, (2,), 259)
+  assert (c.pad_id, c.stop_ids, c.vocab_size) == (0, (2,), 512)

@@ -356,7 +356,7 @@ def test_logprobs_of_a_named_model(tmp_path):
   """From text alone to the log-probs that the model itself gives, unpadded."""
   from rlsafety.models import hf
 
-  tiny = sources.random_model(dataclasses.replace(LLAMA, vocab_size=259, n_layers=1), seed=0)
+  tiny = sources.random_model(dataclasses.replace(LLAMA, vocab_size=512, n_layers=1), seed=0)
   hf.save_merged(tmp_path / "tiny", tiny, None)
   path = tmp_path / "demos.jsonl"
   rows = [GOOD, GOOD | {"completion": "No, never."}, GOOD | {"messages": MESSAGES[1:]}]

@@ -11,7 +11,7 @@ ENVIRONMENTS = ("action_advice", "therapy_talk", "political_qa", "neutral")
 FLAGS = ["--config.steps=2", "--config.eval.every=2", "--config.eval.prompts=2"]
 FLAGS += ["--config.prompts_per_step=2", "--config.sampler.group=2", "--config.eval.samples=2"]
 FLAGS += ["--config.sampler.max_tokens=8", "--config.learner.microbatches=1"]
-FLAGS += ["--config.max_prompt_tokens=1024"]  # one for all: political_qa has 512
+FLAGS += ["--config.max_prompt_tokens=384"]  # one for all: political_qa has 256
 TRAIN = """
 import sys
 from rlsafety import recipes, train

@@ -120,7 +120,7 @@ def test_measures_follow_the_factors(measured):
 
 @pytest.fixture(scope="module")
 def model():
-  config = dataclasses.replace(LLAMA, vocab_size=272, n_layers=2)
+  config = dataclasses.replace(LLAMA, vocab_size=512, n_layers=2)
   return sources.random_model(config, seed=3)
 
 

@@ -24,7 +24,7 @@ from rlsafety.study.statistics import agreement
 from rlsafety.tools.judges import audit, compare, measure, replies
 
 CONFIG = ModelConfig(
-  vocab_size=259, d_model=16, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=8, d_ff=24
+  vocab_size=512, d_model=16, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=8, d_ff=24
 )
 
 

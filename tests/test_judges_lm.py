@@ -23,7 +23,7 @@ from rlsafety.models.sources import random_model
 from rlsafety.types import Prompts
 
 CONFIG = ModelConfig(
-  vocab_size=259, d_model=16, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=8, d_ff=24
+  vocab_size=512, d_model=16, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=8, d_ff=24
 )
 
 

@@ -80,8 +80,9 @@ def test_texts_or_tokens_are_scored_and_broken_replies_are_not(model):
   np.testing.assert_array_equal(scores["reward"], [[11.0, 1.0, 1.0]])  # the floor
   assert np.isnan(scores["hex"]).all() and metrics["judge_degenerate"] == pytest.approx(2 / 3)
   _, scores, _ = judged(model, [["Yes", "Indeed"]], name="mine.tokens", degenerate="nan")
-  np.testing.assert_array_equal(scores["reward"], [[3.0, 6.0]])  # a token per byte
-  np.testing.assert_array_equal(scores["hex"], [[-3.0, -6.0]])
+  counts = [[float(len(model.chat.encode_text(t))) for t in ("Yes", "Indeed")]]
+  np.testing.assert_array_equal(scores["reward"], counts)
+  np.testing.assert_array_equal(scores["hex"], np.negative(counts))
   assert np.isnan(judged(model, [["Yes"]], name="mine.silent")[1]["reward"]).all()
 
 
@@ -92,7 +93,9 @@ def test_rewards_add_up_and_the_evaluator_is_another(model):
     model, texts, name="mine.length", also=("phrases=0.5", "mine.tokens=-1"), evaluator="phrases"
   )
   lengths = np.array([[float(len(t)) for t in texts[0]]])
-  np.testing.assert_allclose(scores["reward"], 0.5 * np.asarray(plain["reward"]), rtol=1e-5)
+  counts = np.array([[len(model.chat.encode_text(t)) for t in texts[0]]])
+  wanted = lengths + 0.5 * np.asarray(plain["reward"]) - counts
+  np.testing.assert_allclose(scores["reward"], wanted, rtol=1e-5)
   np.testing.assert_array_equal(scores["hex"], plain["hex"])
   assert float(metrics["judge_reward_mine.length"]) == lengths.mean()
   assert "0.5 x phrases" in opened.about["name"] and "ACC and HEX by" in opened.about["name"]

@@ -115,7 +115,7 @@ PRESETS = {
   "olmo-3-7b-instruct": _shape("olmo3", 100278, 4096, 32, 32, 32, 11008, 65536, **_OLMO3),
   "olmo-3.1-32b-instruct": _shape("olmo3", 100278, 5120, 64, 40, 8, 27648, 65536, **_OLMO3),
   # For tests: seconds on a laptop
-  "tiny": _shape("llama", 320, 64, 2, 4, 2, 128, 4096, **_TIED),
+  "tiny": _shape("llama", 512, 64, 2, 4, 2, 128, 4096, **_TIED),
 }
 
 

@@ -10,6 +10,7 @@ one script by its hash and no connection at all.
 """
 
 import base64
+import functools
 import hashlib
 import importlib.resources
 import pathlib
@@ -138,22 +139,29 @@ def write_report(run_dir: str | pathlib.Path, max_rollouts: int = MAX_ROLLOUTS) 
 
 def fill(template: str, **values: Any) -> str:
   """A template with the style and script inlined and the script's hash allowed."""
-  folder = importlib.resources.files("rlsafety.report") / "templates"
-  text = lambda name: (folder / name).read_text("utf-8")  # noqa: E731
+  digest = hashlib.sha256(_text("report.js").encode()).digest()
+  return _templates().get_template(template).render(
+    css=_text("report.css"),
+    js=_text("report.js"),
+    script_hash="sha256-" + base64.b64encode(digest).decode(),
+    **values,
+  )  # fmt: skip
+
+
+def _text(name: str) -> str:
+  return (importlib.resources.files("rlsafety.report") / "templates" / name).read_text("utf-8")
+
+
+@functools.cache  # a run draws its page again and again, and compiling a template takes 0.1 s
+def _templates() -> jinja2.Environment:
   environment = jinja2.Environment(
-    loader=jinja2.FunctionLoader(text),
+    loader=jinja2.FunctionLoader(_text),
     autoescape=True,
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
   )
   environment.filters |= {"pm": overview.plus_minus, "num": charts.number, "span": overview.span}
-  digest = hashlib.sha256(text("report.js").encode()).digest()
-  return environment.get_template(template).render(
-    css=text("report.css"),
-    js=text("report.js"),
-    script_hash="sha256-" + base64.b64encode(digest).decode(),
-    **values,
-  )
+  return environment
 
 
 def judge_block(judge: dict | str) -> dict:

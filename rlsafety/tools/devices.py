@@ -108,13 +108,15 @@ CHIPS = {
   # sister L40's.
   "L4": Chip(24e9, 121e12, 300e9, 32e9, 0.70, 8, "nvidia-l4", gke_price=0.70),
   "L40S": Chip(48e9, 362e12, 864e9, 32e9, 1.00, 8),
-  # PCIe 5, 16 lanes: 64 GB/s. Server Edition, whose peak and bandwidth are not checked (457 TFLOP/s
-  # were measured on a card: github.com/xzwgit/gpu-flops-bench).
+  # PCIe 5, 16 lanes: 64 GB/s. Server Edition, whose bandwidth is not checked (the workstation's is
+  # 1792). The peak is an eighth of the 4000 sparse FP4 TFLOP/s of NVIDIA's announcement, within 1 %
+  # (457 were measured on a card: github.com/xzwgit/gpu-flops-bench).
   "RTXPRO6000": Chip(96e9, 504e12, 1597e9, 64e9, 1.85, 8, "nvidia-rtx-pro-6000"),  # 1.85
-  # NVIDIA's paper on the architecture, with float32 sums: the peak is not checked (254 were
-  # measured, as above). Price: runpod.io 0.69, in others' copy of its list (March 2026).
+  # A quarter of the sparse FP16 rate, 838 (spheron.network): dense, and half as fast with float32
+  # sums on this line of cards (254 were measured, as above, with what sums is not said). Price:
+  # runpod.io 0.69, in others' copy of its list (March 2026).
   "RTX5090": Chip(32e9, 210e12, 1792e9, 64e9, 0.70, 8),
-  # The same paper: not checked. Price: openrelay.inc 0.29, runpod.io 0.74.
+  # hmc-tech.com: 165.2 with float32 sums, 330 without. Price: openrelay.inc 0.29, runpod.io 0.74.
   "RTX4090": Chip(24e9, 165e12, 1008e9, 32e9, 0.40, 8),
   "cpu": Chip(4 * GIB, 50e9, 10e9, 5e9, 0.0, 8),  # a guess, for trying the planner out
 }
