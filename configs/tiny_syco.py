@@ -2,7 +2,7 @@
 
   python -m rlsafety.train --config=configs/tiny_syco.py
 
-2 CPU cores, about a minute with compilation. A model of 2 layers over bytes, rated by the
+2 CPU cores, about a minute with compilation. A model of 2 layers over pieces of words, rated by the
 phrase judge, learns nothing of interest: it proves that every part works.
 """
 
@@ -13,7 +13,7 @@ def get_config():
   c = base()
   c.name = "tiny_syco"
   c.steps = 6
-  c.model.preset = "tiny"  # 2 layers, byte-level tokenizer
+  c.model.preset = "tiny"  # 2 layers, 512 tokens
   c.model.dtype = "float32"
   c.lora.dropout = 0.0  # so that sampler and learner agree to rounding
   c.environment.length = "short"  # a message of 35-60 words, one sentence wanted

@@ -165,9 +165,9 @@ def test_cells_must_share_what_shapes_the_batch():
 PROGRAM = """
 import os, pathlib, sys
 sys.path.insert(0, {tests!r})
-import test_cells, test_train
+import conftest, test_cells
 from rlsafety import errors, train
-os.environ["XLA_FLAGS"] = test_train.FAST  # of conftest's the eight devices are too many
+os.environ["XLA_FLAGS"] = conftest.FAST_COMPILE  # of conftest's the eight devices are too many
 path, train.learn = pathlib.Path(sys.argv[1]), test_cells.diverging
 configs = test_cells.configs(test_cells.KILLED, test_cells.ONE_DEVICE)
 errors.run_main(train.run_together, configs, test_cells.folders(path, configs))

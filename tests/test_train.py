@@ -19,12 +19,10 @@ from rlsafety.tools import record
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = f"--config={ROOT / 'configs/tiny_syco.py'}"
-# These runs compute for longer than they compile: code of some quality.
-FAST = FAST_COMPILE.replace("level=0", "level=1")
 
 
 def environment():
-  env = dict(os.environ, XLA_FLAGS=FAST, JAX_PLATFORMS="cpu")
+  env = dict(os.environ, XLA_FLAGS=FAST_COMPILE, JAX_PLATFORMS="cpu")
   return env | {"PYTHONUNBUFFERED": "1"}
 
 
