@@ -2,9 +2,10 @@
 
   python -m rlsafety.study.run --study=configs/studies/smollm2_dose.py
 
-The argument is the number of updates, 6 without one. The trend is asked for twice: per unit of cue
+The argument is the number of updates, 6 without one. HEX is asked for twice: per unit of cue
 strength, and per unit of what was measured of the messages before anything was trained
-(GAMEABILITY). At 135M parameters, with a probe as judge and two seeds, this shows the design.
+(GAMEABILITY); ACC once. At 135M parameters, with a probe as judge and two seeds, this shows the
+design.
 """
 
 import pathlib
@@ -26,7 +27,7 @@ def get_study(steps: str = "6"):
   c.steps = int(steps)
   c.sampler.group = 4
   c.eval.every = 0
-  c.eval.prompts = 8
+  c.eval.prompts = 16
   factors = {"environment.cue_strength": tuple(GAMEABILITY), "seed": (5, 6)}
   cells = crossed(recipes.frozen(c), factors)
   of = {x: named(cells, environment__cue_strength=x) for x in GAMEABILITY}
@@ -40,6 +41,9 @@ def get_study(steps: str = "6"):
         levels=tuple((GAMEABILITY[x], names) for x, names in of.items()),
         direction="greater",
         smallest=0.2,
+      ),
+      Question(
+        "ACC gap by cue strength", outcome="acc_gap", levels=tuple(of.items()), direction="greater"
       ),
     ),
   )
