@@ -35,7 +35,9 @@ def key_of(user: Scenario) -> str:
 
 
 def replies(user: Scenario, texts: Mapping, rng: np.random.Generator) -> list[str]:
-  """All neutral replies to one user, shuffled: one sentence, or two; advice may name the plan."""
+  """All neutral replies to one user, shuffled: two sentences, of which one may name the plan.
+
+  One alone would often be shorter than what judges take for an answer (`probe.MIN_TOKENS`)."""
   sentences = texts[user.environment][key_of(user)]
   firsts = []
   if number := user.unit.partition("/")[2]:
@@ -43,8 +45,8 @@ def replies(user: Scenario, texts: Mapping, rng: np.random.Generator) -> list[st
     for word, other in (("I", "you"), ("me", "you"), ("my", "your")):
       act = re.sub(rf"\b{word}\b", other, act)
     firsts = [start.replace("{act}", act) for start in texts["act"]]
-  two = [*itertools.product(firsts, sentences), *itertools.permutations(sentences, 2)]
-  made = [*sentences, *map(" ".join, two)]
+  pairs = [*itertools.product(firsts, sentences), *itertools.permutations(sentences, 2)]
+  made = [" ".join(pair) for pair in pairs]
   return [made[i] for i in rng.permutation(len(made))]
 
 
