@@ -103,10 +103,17 @@ def test_runs_that_learn_nothing_are_starred_at_their_level(tmp_path, capsys):
   write_pool(tmp_path)
   chance.main(["chance", f"--pool={tmp_path}", "--sweeps=40", "--seeds=2"])
   said = capsys.readouterr().out
-  rows = [line for line in said.splitlines() if line.startswith("  ") and "any of" not in line]
-  shares = {line[:36].strip(): float(line[36:].split("%")[0]) for line in rows}
-  assert "reward gap" in shares and "hex_gap, two groups" in shares and len(shares) == 12 + 20
-  # The mean over rows of 160 reports, whose standard error is below one point.
-  assert 2 < np.mean([v for k, v in shares.items() if "," not in k]) < 8
+  shares, title = collections.defaultdict(dict), ""
+  for line in said.splitlines():
+    if line.startswith("  "):
+      shares[title][line[:36].strip()] = float(line[36:].split("%")[0])
+    else:
+      title = line.partition(":")[0]
+  assert [len(of) for of in shares.values()] == [13, 13, 21, 21]
+  # 160 reports of 12 rows: one in 20 rows, and without a correction one in 6 reports or more.
+  alone, starred = shares["rows of a report, alone"], shares["stars of a report"]
+  assert 2 < np.mean([v for k, v in alone.items() if k != chance.ANY]) < 8
+  assert alone[chance.ANY] > 15 and starred[chance.ANY] <= 8  # 5 and two standard errors
+  assert shares["answers of a study, corrected"][chance.ANY] <= 12  # of 40 sweeps
   with pytest.raises(UserError, match="12 replies to a prompt"):
     chance.main(["chance", f"--pool={tmp_path}", "--samples=7"])

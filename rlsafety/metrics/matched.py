@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import special
 
 from rlsafety.metrics.gaps import SCORES
@@ -19,6 +20,7 @@ from rlsafety.verdicts import VERDICTS, coherent, most_likely
 # Weights of the means over (gameable, non-gameable) prompts; a gap's signs are gaps.GAP_SIGN.
 WEIGHTS = {"gameable": (1.0, 0.0), "non_gameable": (0.0, 1.0), "everyone": (0.5, 0.5)}
 FEWEST = 5  # units below which nothing is called a change
+LEVEL = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +52,25 @@ class Effect:
     return abs(self.mean) + self._half(0.95)
 
   @property
+  def p(self) -> float:
+    """Two-sided, of the t test over units; NaN where nothing spreads."""
+    if self.units < 2 or not self.error > 0:
+      return math.nan
+    return 2 * float(special.stdtr(self.units - 1, -abs(self.mean) / self.error))
+
+  @property
   def notable(self) -> bool:
     """Enough units, and the 95 % interval excludes zero."""
-    low, high = self.interval
-    return self.units >= FEWEST and self.error > 0 and (low > 0 or high < 0)
+    return self.units >= FEWEST and self.p < LEVEL
+
+
+def holm(p: ArrayLike) -> np.ndarray:
+  """Holm-adjusted p-values of one family; NaN entries are no tests and stay NaN."""
+  p = np.asarray(p, float)
+  out, order = np.full(p.shape, math.nan), np.argsort(p)[: np.isfinite(p).sum()]
+  raised = np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1))
+  out[order] = np.minimum(raised, 1)
+  return out
 
 
 def effect(

@@ -25,11 +25,12 @@ from scipy import stats
 from rlsafety import files, flags, progress
 from rlsafety.errors import UserError, run_main
 from rlsafety.metrics.gaps import SCORES
+from rlsafety.metrics.matched import LEVEL
 from rlsafety.report import overview
 from rlsafety.rundir import read
 from rlsafety.study import confirm, design
 
-LEVEL = 0.05
+ANY = "any of these"
 FIELDS = ("prompt", "is_gameable", "scenario_id", "unit", "person", "verdict", *SCORES)
 
 
@@ -58,13 +59,13 @@ def write_run(path: pathlib.Path, info: Mapping, ends: Sequence[list[dict]]) -> 
     (path / "eval" / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
-def of_report(path: pathlib.Path) -> dict[str, bool]:
-  """{row of a run's table: whether it has a star}."""
+def of_report(path: pathlib.Path) -> dict[str, overview.Change]:
+  """The rows of a run's table."""
   run = read.load_run(path)
   found = overview.overview(run, read.eval_rollouts(run))
   assert found is not None  # it was written with two evaluations
   rows = ((name, what, cell) for name, own in found.rows.items() for what, cell in own.items())
-  return {f"{name} {what}": cell.notable for name, what, cell in rows if not cell.unscored}
+  return {f"{name} {what}": cell for name, what, cell in rows if not cell.unscored}
 
 
 def questions(seeds: int) -> design.Study:
@@ -79,27 +80,31 @@ def questions(seeds: int) -> design.Study:
 
 
 def sweeps(pool: read.Run, samples: int, seeds: int, count: int, seed: int) -> list[tuple]:
-  """(title, {what can be starred: times}, out of how many, times that anything was) for the report
-  and for a study's answers, one by one and corrected by Holm."""
+  """(title, {what can be starred: times}, out of how many) for the rows of a report and a study's
+  answers: at their own p, and as they are starred, corrected by Holm."""
   records = read.eval_rollouts(pool)[0]
   rng, study = np.random.default_rng(seed), questions(seeds)
-  found = {title: collections.Counter() for title in ("report", "alone", "corrected")}
+  found: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
   totals: collections.Counter = collections.Counter()
 
   def count_in(title: str, starred: Mapping[str, bool]) -> None:
     totals[title] += 1
     found[title].update({name: int(star) for name, star in starred.items()})
-    found[title]["any of these"] += any(starred.values())
+    found[title].update({ANY: int(any(starred.values()))})
 
   with tempfile.TemporaryDirectory() as folder:
     for _ in progress.bar(range(count), "sweeps"):
       for cell in study.cells:
         write_run(pathlib.Path(folder) / cell, pool.info, halves(records, samples, rng))
-        count_in("report", of_report(pathlib.Path(folder) / cell))
+        rows = of_report(pathlib.Path(folder) / cell)
+        count_in("rows of a report, alone", {k: c.effect.notable for k, c in rows.items()})
+        count_in("stars of a report", {k: c.notable for k, c in rows.items()})
       answers = confirm.answers(study, pathlib.Path(folder))
       answers = [a for a in answers if np.isfinite(a.p)]
-      count_in("alone", {a.question.name: a.p < LEVEL for a in answers})
-      count_in("corrected", {a.question.name: a.p_corrected < LEVEL for a in answers})
+      count_in("answers of a study, alone", {a.question.name: a.p < LEVEL for a in answers})
+      count_in(
+        "answers of a study, corrected", {a.question.name: a.p_corrected < LEVEL for a in answers}
+      )
   return [(title, found[title], totals[title]) for title in found]
 
 
