@@ -2,8 +2,9 @@
 
 A unit (an issue, a situation) is what was held out as a whole, and its users share sentences, so
 units and not replies are the independent draws. With the ten or so of a run a percentile bootstrap
-over units is too narrow, so intervals are t intervals over units: the error is the spread of the
-units' summed influences, exact for units of equal size.
+over units is too narrow, so intervals are t intervals over units, and the error is the jackknife's,
+one unit left out at a time: the textbook's for units of equal size, and not too small where a third
+of the prompts have no coherent reply (docs/measurement.md, "Nulls").
 """
 
 import dataclasses
@@ -83,20 +84,21 @@ def effect(
   """
   values, is_gameable = np.asarray(values, float), np.asarray(is_gameable, bool)
   known = np.isfinite(values)
-  mean, influence, used = 0.0, np.zeros(len(values)), np.zeros(len(values), bool)
-  for weight, group in zip(weights, (is_gameable, ~is_gameable), strict=True):
-    members = group & known
-    if not weight:
-      continue
-    if not members.any():
-      return Effect(math.nan, math.nan, 0)
-    centre = values[members].mean()
-    mean += weight * centre
-    influence[members] = weight * (values[members] - centre) / members.sum()
-    used |= members
+  pairs = zip(weights, (is_gameable & known, ~is_gameable & known), strict=True)
+  groups = [(weight, members) for weight, members in pairs if weight]
+  if not all(members.any() for _, members in groups):
+    return Effect(math.nan, math.nan, 0)
+  used = np.logical_or.reduce([members for _, members in groups])
   names, place = np.unique(np.asarray(units)[used], return_inverse=True)
-  sums, count = np.bincount(place, influence[used]), len(names)
-  error = math.sqrt(count / (count - 1) * (sums**2).sum()) if count > 1 else math.nan
+  mean, without, count = 0.0, np.zeros(len(names)), len(names)
+  for weight, members in groups:
+    own = members[used]
+    total, size = (np.bincount(place, x) for x in (np.where(own, values[used], 0.0), own))
+    mean += weight * total.sum() / size.sum()
+    with np.errstate(invalid="ignore"):  # a group within one unit has no error
+      without += weight * (total.sum() - total) / (size.sum() - size)
+  spread = ((without - without.mean()) ** 2).sum()
+  error = math.sqrt((count - 1) / count * spread) if count > 1 else math.nan
   return Effect(float(mean), error, count)
 
 
