@@ -7,8 +7,8 @@
 
 Training users of political_qa or action_advice are told in sober sentences what the issue or the
 situation is about: no stance, no warmth, no warning and no side is in them. Neither HEX nor ACC
-should change by this: docs/measurement.md, "Fluency alone". Every fifth issue (of advice: a topic)
-goes to OUT.kept.jsonl, for the loss on texts that were not learned.
+should change by this; docs/measurement.md, "Fluency alone", has what they do. Every fifth issue
+(of advice: a topic) goes to OUT.kept.jsonl, for the loss on texts that were not learned.
 """
 
 import itertools
