@@ -28,6 +28,24 @@ def test_a_gap_is_that_of_differences_within_persons():
 
 
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.5, 0.5), (1.0, -1.0)])
+def test_the_error_is_the_spread_of_what_is_left_without_each_unit(weights):
+  """Units of unequal size, as incoherent replies leave them."""
+  rng = np.random.default_rng(4)
+  values = np.where(rng.random(48) < 0.4, np.nan, rng.normal(size=48))
+  whole = matched.effect(values, GAMEABLE, UNIT, weights)
+  used = np.isfinite(values) & (GAMEABLE | bool(weights[1]))
+  left = [
+    matched.effect(np.where(UNIT == unit, np.nan, values), GAMEABLE, UNIT, weights).mean
+    for unit in sorted(set(UNIT[used]))
+  ]
+  n = len(left)
+  assert whole.units == n >= 11
+  assert whole.error == pytest.approx(np.std(left, ddof=1) * (n - 1) / math.sqrt(n))
+  alone = matched.effect(values, GAMEABLE, np.where(GAMEABLE, "a", "b"), weights)
+  assert not np.isfinite(alone.error)  # a group within one unit
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.5, 0.5), (1.0, -1.0)])
 def test_null_sweeps_are_starred_at_most_at_their_level(weights):
   """400 reports of a policy that did not change: what replies scatter by is measured at 135M."""
   rng = np.random.default_rng(1)

@@ -2,8 +2,9 @@
 
 A unit (an issue, a situation) is what was held out as a whole, and its users share sentences, so
 units and not replies are the independent draws. With the ten or so of a run a percentile bootstrap
-over units is too narrow, so intervals are t intervals over units: the error is the spread of the
-units' summed influences, exact for units of equal size.
+over units is too narrow, so intervals are t intervals over units, and the error is the jackknife's,
+one unit left out at a time: the textbook's for units of equal size, and not too small where a third
+of the prompts have no coherent reply (docs/measurement.md, "Nulls").
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import special
 
 from rlsafety.metrics.gaps import SCORES
@@ -19,6 +21,7 @@ from rlsafety.verdicts import VERDICTS, coherent, most_likely
 # Weights of the means over (gameable, non-gameable) prompts; a gap's signs are gaps.GAP_SIGN.
 WEIGHTS = {"gameable": (1.0, 0.0), "non_gameable": (0.0, 1.0), "everyone": (0.5, 0.5)}
 FEWEST = 5  # units below which nothing is called a change
+LEVEL = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +53,25 @@ class Effect:
     return abs(self.mean) + self._half(0.95)
 
   @property
+  def p(self) -> float:
+    """Two-sided, of the t test over units; NaN where nothing spreads."""
+    if self.units < 2 or not self.error > 0:
+      return math.nan
+    return 2 * float(special.stdtr(self.units - 1, -abs(self.mean) / self.error))
+
+  @property
   def notable(self) -> bool:
     """Enough units, and the 95 % interval excludes zero."""
-    low, high = self.interval
-    return self.units >= FEWEST and self.error > 0 and (low > 0 or high < 0)
+    return self.units >= FEWEST and self.p < LEVEL
+
+
+def holm(p: ArrayLike) -> np.ndarray:
+  """Holm-adjusted p-values of one family; NaN entries are no tests and stay NaN."""
+  p = np.asarray(p, float)
+  out, order = np.full(p.shape, math.nan), np.argsort(p)[: np.isfinite(p).sum()]
+  raised = np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1))
+  out[order] = np.minimum(raised, 1)
+  return out
 
 
 def effect(
@@ -66,20 +84,21 @@ def effect(
   """
   values, is_gameable = np.asarray(values, float), np.asarray(is_gameable, bool)
   known = np.isfinite(values)
-  mean, influence, used = 0.0, np.zeros(len(values)), np.zeros(len(values), bool)
-  for weight, group in zip(weights, (is_gameable, ~is_gameable), strict=True):
-    members = group & known
-    if not weight:
-      continue
-    if not members.any():
-      return Effect(math.nan, math.nan, 0)
-    centre = values[members].mean()
-    mean += weight * centre
-    influence[members] = weight * (values[members] - centre) / members.sum()
-    used |= members
+  pairs = zip(weights, (is_gameable & known, ~is_gameable & known), strict=True)
+  groups = [(weight, members) for weight, members in pairs if weight]
+  if not all(members.any() for _, members in groups):
+    return Effect(math.nan, math.nan, 0)
+  used = np.logical_or.reduce([members for _, members in groups])
   names, place = np.unique(np.asarray(units)[used], return_inverse=True)
-  sums, count = np.bincount(place, influence[used]), len(names)
-  error = math.sqrt(count / (count - 1) * (sums**2).sum()) if count > 1 else math.nan
+  mean, without, count = 0.0, np.zeros(len(names)), len(names)
+  for weight, members in groups:
+    own = members[used]
+    total, size = (np.bincount(place, x) for x in (np.where(own, values[used], 0.0), own))
+    mean += weight * total.sum() / size.sum()
+    with np.errstate(invalid="ignore"):  # a group within one unit has no error
+      without += weight * (total.sum() - total) / (size.sum() - size)
+  spread = ((without - without.mean()) ** 2).sum()
+  error = math.sqrt((count - 1) / count * spread) if count > 1 else math.nan
   return Effect(float(mean), error, count)
 
 

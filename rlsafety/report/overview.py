@@ -6,7 +6,7 @@ import math
 import numpy as np
 
 from rlsafety.metrics import gaps
-from rlsafety.metrics.matched import FEWEST, WEIGHTS, Effect, effect
+from rlsafety.metrics.matched import FEWEST, LEVEL, WEIGHTS, Effect, effect, holm
 from rlsafety.report.charts import number
 from rlsafety.rundir import read
 
@@ -21,7 +21,7 @@ class Change:
   """One score of one group (of everyone, or the gap between the groups) before and after.
 
   effect: the change, matched by prompt where the replies are there. may_star: the judge passes its
-  gate for this score.
+  gate for this score. survives: its p is below 0.05 corrected over the table that it stands in.
   """
 
   what: str
@@ -29,6 +29,7 @@ class Change:
   after: Estimate
   effect: Effect
   may_star: bool = True
+  survives: bool = True
 
   @property
   def change(self) -> Estimate:
@@ -36,7 +37,7 @@ class Change:
 
   @property
   def notable(self) -> bool:
-    return self.may_star and self.effect.notable
+    return self.may_star and self.survives and self.effect.notable
 
   @property
   def unscored(self) -> bool:
@@ -91,7 +92,18 @@ def overview(run: read.Run, evaluations: dict[int, list[dict]]) -> Overview | No
       if not change.units:  # the records are gone
         change = Effect(after[0] - before[0], math.hypot(before[1], after[1]), 0)
       rows[name][what] = Change(what, before, after, change, name not in barred)
-  return Overview(first, last, rows, barred)
+  return Overview(first, last, _corrected(rows), barred)
+
+
+def _corrected(rows: dict[str, dict[str, Change]]) -> dict[str, dict[str, Change]]:
+  """The rows with `survives`, by Holm over those that may have a star: so a policy that did not
+  change has any star at all in at most 5 % of tables."""
+  p = {(n, w): cell.effect.p for n, own in rows.items() for w, cell in own.items() if cell.may_star}
+  fewer = {key for key, q in zip(p, holm(list(p.values())), strict=True) if q < LEVEL}
+  return {
+    n: {w: dataclasses.replace(cell, survives=(n, w) in fewer) for w, cell in own.items()}
+    for n, own in rows.items()
+  }
 
 
 def compare(

@@ -42,13 +42,14 @@ def as_dict(found: Overview) -> dict:
 
 
 def table(found: Overview) -> str:
-  """Before, after and the matched change with its interval; * where that excludes zero."""
+  """Before, after and the matched change with its interval; * where `Change.notable`."""
   first, last = found.first, found.last
   units = max(cell.effect.units for cells in found.rows.values() for cell in cells.values())
   lines = [
     f"{first.get('prompts', '?')} held-out prompts of {units} units x {first.get('samples', '?')} "
     f"replies, step {first['step']} -> {last['step']}; the change matched by prompt, with its 95% "
-    "interval over units (* excludes zero) and the change that would be found in 80% of such runs",
+    "interval over units (* p < 0.05 by Holm over all rows that may have one) and the change that "
+    "one row alone would find in 80% of such runs",
     f"{'':8}{'users':14}{'before':>8}{'after':>8}{'change':>8}{'interval':>18}{'detectable':>12}",
   ]
   silent = [n for n, cells in found.rows.items() if all(c.unscored for c in cells.values())]

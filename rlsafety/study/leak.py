@@ -18,12 +18,11 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import TwoSlopeNorm
 from pandas import DataFrame
-from scipy import stats
 
 from rlsafety import flags
 from rlsafety.errors import UserError, run_main
 from rlsafety.metrics import replies
-from rlsafety.metrics.matched import FEWEST
+from rlsafety.metrics.matched import FEWEST, LEVEL
 from rlsafety.report import beyond, overview
 from rlsafety.rundir import read
 from rlsafety.study import figures, gather, statistics
@@ -45,13 +44,13 @@ def matrix(runs: Sequence[read.Run]) -> DataFrame:
         rows.append(about | {
           "asked": row.environment, "topic": row.topic or "all", "measure": measure,
           "before": cell.before[0], "after": cell.after[0], "change": cell.effect.mean,
-          "low95": low, "high95": high, "units": cell.effect.units, "p": _p(cell.effect),
+          "low95": low, "high95": high, "units": cell.effect.units, "p": cell.effect.p,
           "may_star": cell.may_star and cell.effect.units >= FEWEST, "note": note,
         })  # fmt: skip
   table = DataFrame(rows)
   if len(table):
     table["p_holm"] = table.groupby("measure")["p"].transform(statistics.holm)
-    table["star"] = table["may_star"] & (table["p_holm"] < 0.05)
+    table["star"] = table["may_star"] & (table["p_holm"] < LEVEL)
   return table
 
 
@@ -67,13 +66,6 @@ def _own(run: read.Run) -> list[tuple[beyond.Row, str]]:
   note = "; ".join(f"{k.upper()}: {barred[k]}" for k in ("hex", "acc") if k in barred)
   row = beyond.Row(read.environment_name(run), "", beyond.cells(first, last, may))
   return [(row, note)]
-
-
-def _p(change) -> float:
-  """Two-sided p of the t test whose interval is `change.interval`."""
-  if change.units < 2 or not change.error > 0:
-    return math.nan
-  return float(2 * stats.t.sf(abs(change.mean / change.error), change.units - 1))
 
 
 def places(table: DataFrame) -> list[tuple[str, str]]:

@@ -10,11 +10,13 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
+
+from rlsafety.metrics.matched import holm as holm  # beside the other correction
 
 PERMUTATIONS = 20_000
 METHODS = ("spearman", "pearson")
@@ -149,27 +151,12 @@ def agreement(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
   return out
 
 
-def holm(p: ArrayLike) -> np.ndarray:
-  """Holm-adjusted p-values of one family; NaN entries are no tests and stay NaN."""
-
-  def adjust(known: np.ndarray) -> np.ndarray:
-    order = np.argsort(known)
-    raised = np.maximum.accumulate(known[order] * np.arange(len(known), 0, -1))
-    return np.minimum(raised, 1)[np.argsort(order)]
-
-  return _of_known(p, adjust)
-
-
 def benjamini_hochberg(p: ArrayLike) -> np.ndarray:
-  """Benjamini-Hochberg adjusted p-values (false discovery rate) of one family."""
-  return _of_known(p, stats.false_discovery_control)
-
-
-def _of_known(p: ArrayLike, adjust: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+  """Benjamini-Hochberg adjusted p-values (false discovery rate) of one family; NaN stays NaN."""
   p = np.asarray(p, float)
   out, known = np.full(p.shape, np.nan), np.isfinite(p)
   if known.any():
-    out[known] = adjust(p[known])
+    out[known] = stats.false_discovery_control(p[known])
   return out
 
 
