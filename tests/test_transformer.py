@@ -190,6 +190,31 @@ def test_dropout_is_off_at_rate_zero_and_unbiased_above():
   assert (jnp.abs(dropped.mean(0) - exact[0]) < 5 * error + 1e-6).all()
 
 
+def test_a_dropout_mask_is_as_random_as_threefrys():
+  """Rates of rows, columns and the whole, and agreement with neighbours, targets and keys, within
+  5 standard errors of independent draws; the variance of the rows' rates is theirs too."""
+  shape, rate = (3, 2, 250, 400), 0.1
+  drop = lora.Dropout(jax.random.key(3), rate)
+  mask = np.asarray(lora.drop_mask(drop, "q", shape)).reshape(-1, shape[-1])
+  same = rate**2 + (1 - rate) ** 2
+  for other in (
+    lora.drop_mask(drop, "k", shape),
+    lora.drop_mask(lora.Dropout(jax.random.fold_in(drop.key, 1), rate), "q", shape),
+    lora.drop_mask(lora.Dropout(jax.random.key(2), rate), "q", shape),
+    lora.drop_mask(drop, "q", (1600, 400))[:1500],  # as prompts and replies of one layer
+    np.roll(mask, 1, 0), np.roll(mask, 1, 1), np.roll(mask, (1, 1), (0, 1)), np.roll(mask, 64, 1),
+  ):  # fmt: skip
+    agreed = (np.asarray(other).reshape(mask.shape) == mask).mean()
+    assert abs(agreed - same) < 5 * np.sqrt(same * (1 - same) / mask.size)
+  for axis, count in ((None, mask.size), (0, len(mask)), (1, shape[-1])):
+    error = np.sqrt(rate * (1 - rate) / count)
+    rates = np.atleast_1d(mask.mean(axis))
+    assert np.abs(rates - (1 - rate)).max() < 5 * error
+    if len(rates) > 1:
+      assert abs(rates.std() / error - 1) < 5 / np.sqrt(2 * len(rates))
+  assert lora.drop_mask(lora.Dropout(drop.key, 0.0), "q", shape).all()
+
+
 def test_chunks_are_the_largest_divisor_that_fits():
   assert scoring.chunk_slots(4, 8, 48, 256) == 8
   assert scoring.chunk_slots(64, 8, 256, 2048) == 4

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from rlsafety.config import Lora
+from rlsafety.config import TARGETS, Lora
 from rlsafety.models import architecture
 from rlsafety.models.architecture import ModelConfig
 
@@ -32,10 +32,36 @@ class Adapter:
 
 
 class Dropout(struct.PyTreeNode):
-  """Inverted dropout on adapter inputs. key: folded with layer and target. rate: static."""
+  """Inverted dropout on adapter inputs (`drop_mask`). key: folded with the layer. rate: static."""
 
   key: jax.Array
   rate: float = struct.field(pytree_node=False)
+
+
+def drop_mask(dropout: Dropout, target: str, shape: tuple[int, ...]) -> jax.Array:
+  """Which inputs of a layer's adapter at `target` stay, bool of `shape`: each with probability
+  1 - rate, by two rounds of a 32-bit hash of its row, its column and dropout.key.
+
+  Neither the mesh nor its neighbours change an element. jax.random's threefry takes 20 rounds for
+  each of 7 inputs, forward and backward: two thirds of what a TPU's compiler needed of an update.
+  """
+  *rows, D = shape
+  words = jax.random.key_data(dropout.key).reshape(-1)
+  row = jnp.ones(rows, jnp.uint32)  # so that a prompt's first row is not that of its replies
+  for axis, size in enumerate(rows):
+    row = row * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, tuple(rows), axis)
+  column = jnp.arange(D, dtype=jnp.uint32) * jnp.uint32(len(TARGETS))
+  column = _mixed(_mixed(column + jnp.uint32(TARGETS.index(target))) ^ words[-1])
+  bits = _mixed(_mixed(_mixed(row) ^ words[0])[..., None] + column)
+  return bits >= jnp.uint32(min(round(dropout.rate * 2**32), 2**32 - 1))
+
+
+def _mixed(x: jax.Array) -> jax.Array:
+  """A bijection of 32-bit words that changes half of the bits where one of x changes: shifts and
+  multipliers of least bias, found by C. Wellons ("Prospecting for hash functions", 2018)."""
+  x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+  x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+  return x ^ (x >> 16)
 
 
 def init_adapter(c: ModelConfig, lora: Lora, key: jax.Array) -> Adapter:

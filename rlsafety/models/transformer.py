@@ -18,11 +18,10 @@ import jax.numpy as jnp
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
-from rlsafety.config import TARGETS
 from rlsafety.errors import UserError
 from rlsafety.models import int8
 from rlsafety.models.architecture import ModelConfig
-from rlsafety.models.lora import Adapter, Dropout, per_layer
+from rlsafety.models.lora import Adapter, Dropout, drop_mask, per_layer
 from rlsafety.models.products import einsum, product
 from rlsafety.models.rotary import cos_sin, rotate
 from rlsafety.packing import mask_from_lengths
@@ -178,8 +177,7 @@ def linear(
     return checkpoint_name(y, "linear")
   h = x
   if dropout is not None and dropout.rate > 0.0:
-    key = jax.random.fold_in(dropout.key, TARGETS.index(target))
-    keep = jax.random.bernoulli(key, 1.0 - dropout.rate, x.shape)
+    keep = drop_mask(dropout, target, x.shape)
     h = jnp.where(keep, x / (1.0 - dropout.rate), 0.0).astype(x.dtype)
   h = product(h, ab["a"].astype(x.dtype))
   if "rows" in ab:  # [P, 1, 1, R]: which ranks a row uses, where each row has its own adapter
