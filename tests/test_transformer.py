@@ -199,6 +199,7 @@ def test_a_dropout_mask_is_as_random_as_threefrys():
   same = rate**2 + (1 - rate) ** 2
   for other in (
     lora.drop_mask(drop, "k", shape),
+    lora.drop_mask(drop.replace(layer=1), "q", shape),
     lora.drop_mask(lora.Dropout(jax.random.fold_in(drop.key, 1), rate), "q", shape),
     lora.drop_mask(lora.Dropout(jax.random.key(2), rate), "q", shape),
     lora.drop_mask(drop, "q", (1600, 400))[:1500],  # as prompts and replies of one layer

@@ -32,15 +32,16 @@ class Adapter:
 
 
 class Dropout(struct.PyTreeNode):
-  """Inverted dropout on adapter inputs (`drop_mask`). key: folded with the layer. rate: static."""
+  """Inverted dropout on adapter inputs (`drop_mask`). layer: whose, a scalar. rate: static."""
 
   key: jax.Array
   rate: float = struct.field(pytree_node=False)
+  layer: jax.Array | int = 0
 
 
 def drop_mask(dropout: Dropout, target: str, shape: tuple[int, ...]) -> jax.Array:
   """Which inputs of a layer's adapter at `target` stay, bool of `shape`: each with probability
-  1 - rate, by two rounds of a 32-bit hash of its row, its column and dropout.key.
+  1 - rate, by two rounds of a 32-bit hash of its row, column, target, layer and dropout.key.
 
   Neither the mesh nor its neighbours change an element. jax.random's threefry takes 20 rounds for
   each of 7 inputs, forward and backward: two thirds of what a TPU's compiler needed of an update.
@@ -50,8 +51,9 @@ def drop_mask(dropout: Dropout, target: str, shape: tuple[int, ...]) -> jax.Arra
   row = jnp.ones(rows, jnp.uint32)  # so that a prompt's first row is not that of its replies
   for axis, size in enumerate(rows):
     row = row * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, tuple(rows), axis)
-  column = jnp.arange(D, dtype=jnp.uint32) * jnp.uint32(len(TARGETS))
-  column = _mixed(_mixed(column + jnp.uint32(TARGETS.index(target))) ^ words[-1])
+  column = jnp.arange(D, dtype=jnp.uint32) + jnp.asarray(dropout.layer, jnp.uint32) * jnp.uint32(D)
+  column = column * jnp.uint32(len(TARGETS)) + jnp.uint32(TARGETS.index(target))
+  column = _mixed(_mixed(column) ^ words[-1])
   bits = _mixed(_mixed(_mixed(row) ^ words[0])[..., None] + column)
   return bits >= jnp.uint32(min(round(dropout.rate * 2**32), 2**32 - 1))
 

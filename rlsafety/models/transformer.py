@@ -320,7 +320,7 @@ def _through_layers(
     view = views[0]
     if len(views) > 1:
       view = jax.tree.map(lambda a, b: jnp.where(is_local, b, a), *views)
-    drop = dropout and dropout.replace(key=jax.random.fold_in(dropout.key, layer))
+    drop = dropout and dropout.replace(layer=layer)
     x, kept = _layer(c, fused, x, w, ab, scale, drop, view, 0, prompt_kv, None)
     pooled = None
     if pool is not None:
