@@ -214,6 +214,10 @@ def test_a_dropout_mask_is_as_random_as_threefrys():
     if len(rates) > 1:
       assert abs(rates.std() / error - 1) < 5 / np.sqrt(2 * len(rates))
   assert lora.drop_mask(lora.Dropout(drop.key, 0.0), "q", shape).all()
+  mesh = jax.make_mesh((2, 4), ("rows", "columns"))
+  split = jax.NamedSharding(mesh, jax.P(None, "rows", None, "columns"))
+  on_mesh = jax.jit(lora.drop_mask, static_argnums=(1, 2), out_shardings=split)(drop, "q", shape)
+  np.testing.assert_array_equal(np.asarray(on_mesh).reshape(mask.shape), mask)
 
 
 def test_chunks_are_the_largest_divisor_that_fits():

@@ -26,7 +26,7 @@ from rlsafety.environments.scenario import Scenario
 from rlsafety.errors import UserError, run_main
 
 TEXTS = pathlib.Path(__file__).parent / "data/neutral.json"
-KEPT = 5  # every so manieth issue or topic is not learned
+KEPT = 5  # one issue or topic of so many is not learned
 
 
 def key_of(user: Scenario) -> str:
