@@ -162,7 +162,7 @@ class Objective(Section):
   normalisation: str = "token"  # token | sequence (mean of each reply) | fixed
   fixed_length: int = 256  # the constant of normalisation="fixed", in tokens
   kl: str = "none"  # to the reference: none | k2 | k3 (in the loss) | k1_reward
-  kl_coef: float = 0.0  # weight of that KL
+  kl_coef: float = 0.0  # weight of that KL; 0 with a kl = it is logged and does nothing
   entropy_coef: float = 0.0  # weight of an entropy bonus
   advantage: str = "group"  # see losses.advantages
   std_epsilon: float = 1e-4  # added to a group's standard deviation

@@ -192,7 +192,11 @@ def _imitation(logprobs: Array, batch: Batch, kept: Array, o: Objective):
 
 
 def _with_kl(
-  losses: Array, logprobs: Array, batch: Batch, kept: Array, o: Objective,
+  losses: Array,
+  logprobs: Array,
+  batch: Batch,
+  kept: Array,
+  o: Objective,
   weights: Array | float = 1.0,
 ) -> Array:
   if o.kl not in ("k2", "k3") or not o.kl_coef:
@@ -318,8 +322,8 @@ def needs_behaviour(o: Objective, epochs: int = 1) -> bool:
 
 
 def needs_reference(o: Objective) -> bool:
-  """Whether `reference_logprobs` must be computed."""
-  return METHODS[o.name].mean_of != "tokens" or (o.kl != "none" and o.kl_coef > 0.0)
+  """Whether `reference_logprobs` must be computed: a KL of weight 0 is logged alone."""
+  return METHODS[o.name].mean_of != "tokens" or o.kl != "none"
 
 
 def _reference(batch: Batch) -> Array:

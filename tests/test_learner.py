@@ -47,11 +47,13 @@ OPTIMIZER = learner.make_optimizer(Optimizer(learning_rate=1e-3, warmup_steps=0)
 @functools.cache  # tests with the same settings and shapes share one compilation
 def compiled_update(config, objective, settings):
   return jax.jit(
-    functools.partial(learner.update,
+    functools.partial(
+      learner.update,
       config=config,
       objective=objective,
       settings=settings,
-      optimizer=OPTIMIZER,)
+      optimizer=OPTIMIZER,
+    )
   )
 
 
@@ -89,6 +91,17 @@ def test_sampler_and_learner_agree_however_a_batch_is_cut(model, group, microbat
   assert float(metrics["ratio_deviation_max"]) < 1e-5
   assert abs(metrics["logprob_diff"]) <= metrics["logprob_diff_abs"] < 2e-6
   assert float(metrics["clip_fraction"]) == 0.0
+
+
+def test_a_kl_of_weight_0_is_logged_and_changes_nothing(model):
+  plain, watched = objective_of("grpo"), objective_of("grpo", kl="k3")
+  assert not losses.needs_reference(plain) and losses.needs_reference(watched)
+  batch = make_batch(model, plain)
+  without, metrics = step(model, batch.replace(reference_logprobs=None), plain)
+  state, logged = step(model, batch, watched)
+  assert_same_update(without, state, rtol=1e-4)
+  assert "kl_reference" not in metrics
+  assert float(logged["kl_reference"]) == pytest.approx(0.1, abs=1e-4)  # as `make_batch` says
 
 
 def test_remat_changes_nothing(model):
@@ -174,9 +187,7 @@ def test_learns_a_toy_task_on_policy(model):
   objective = objective_of("grpo")
   optimizer = learner.make_optimizer(Optimizer(learning_rate=0.02, warmup_steps=0))
   update = jax.jit(
-    functools.partial(
-      learner.update, config=config, objective=objective, optimizer=optimizer
-    )
+    functools.partial(learner.update, config=config, objective=objective, optimizer=optimizer)
   )
   state = learner.init_state(adapter, optimizer)
   prompts = make_prompts(config, [6, 3, 7, 5], 7)

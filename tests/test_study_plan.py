@@ -11,7 +11,7 @@ from scipy import stats
 from rlsafety import cells, recipes
 from rlsafety.config import to_json
 from rlsafety.errors import UserError
-from rlsafety.study import confirm, design, page
+from rlsafety.study import confirm, design, page, run
 
 ROOT = pathlib.Path(__file__).parent.parent
 BASE = recipes.frozen(recipes.load_recipe(str(ROOT / "configs/tiny_syco.py")))
@@ -31,14 +31,14 @@ def write_cells(folder, effect, rng, units=8, sd_cell=0.3, sd_unit=0.4, sd_rest=
   """Cells whose HEX gap changes by `effect` more with the cue; every unit has both groups."""
   of_unit = rng.normal(0, sd_unit, units)
   for name in CELLS:
-    run = folder / name
-    (run / "eval").mkdir(parents=True)
+    cell = folder / name
+    (cell / "eval").mkdir(parents=True)
     config = to_json(CELLS[name])
-    (run / "config.json").write_text(json.dumps({"config": config, "model": {}}))
+    (cell / "config.json").write_text(json.dumps({"config": config, "model": {}}))
     own = (effect + of_unit) * (name in CUE) + rng.normal(0, sd_cell)
     change = own + rng.normal(0, sd_rest, units)
     for step, delta in ((0, np.zeros(units)), (6, change)):
-      with open(run / "eval" / f"step_{step:06d}.jsonl", "w") as file:
+      with open(cell / "eval" / f"step_{step:06d}.jsonl", "w") as file:
         for u in range(units):
           for gameable, value in ((True, 5.0 + delta[u]), (False, 5.0)):
             row = {"step": step, "prompt": u, "sample": 0, "unit": f"u{u}"}
@@ -92,12 +92,30 @@ def test_the_first_plan_is_kept_and_a_changed_question_is_told(tmp_path):
     design.read(tmp_path / "tone-5")
 
 
-def test_shipped_studies_load_and_their_cells_can_train_together():
-  for name, count in (("paper.py", 18), ("paper.py:llama-2-13b", 3), ("smollm2_cues.py", 8),
-                      ("neutral.py", 4), ("smollm2_dose.py", 8)):  # fmt: skip
-    found = design.load(f"{ROOT}/configs/studies/{name}")
-    assert len(found.cells) == count and found.questions
-    cells.check_shared(found.cells)
+@pytest.mark.parametrize(
+  "name, batches",
+  [
+    ("paper.py", (18,)),
+    ("paper.py:llama-2-13b", (3,)),
+    ("smollm2_cues.py", (8,)),
+    ("neutral.py", (4,)),
+    ("smollm2_dose.py", (8,)),
+    ("sizes.py:small=x.gguf,steps=2", (3, 3)),
+  ],
+)
+def test_shipped_studies_load_and_their_cells_can_train_together(name, batches):
+  found = design.load(f"{ROOT}/configs/studies/{name}")
+  assert found.questions
+  groups = cells.groups(found.cells)
+  assert tuple(map(len, groups)) == batches
+  assert [cell for group in groups for cell in group] == list(found.cells)
+  for group in groups:
+    cells.check_shared(group)
+
+
+def test_a_study_that_is_misspelt_is_refused():
+  with pytest.raises(UserError, match="takes small=PATH"):
+    design.load(f"{ROOT}/configs/studies/sizes.py:smal=x.gguf")
   with pytest.raises(UserError, match="did you mean"):
     design.load(f"{ROOT}/configs/studies/paper.py:llama-2-13")
 
@@ -213,6 +231,63 @@ def test_answers_find_an_effect_a_null_and_what_is_open(tmp_path):
   assert open_.word == "undecided" and open_.power < 0.5
   (waiting,) = confirm.answers(study(question()), tmp_path / "nothing")
   assert waiting.word == "not evaluated yet"
+
+
+def test_outcomes_of_a_rescoring_that_is_whole(tmp_path):
+  write_cells(tmp_path, 2.0, np.random.default_rng(3), sd_cell=0.05, sd_unit=0.1, sd_rest=0.1)
+  asked = dataclasses.replace(study(question(direction="greater")), scores="large")
+  assert confirm.answers(asked, tmp_path)[0].word == "not evaluated yet"
+  for name in CELLS:
+    (tmp_path / name / "scores").mkdir()
+    rows = [(step, u, g) for step in (0, 6) for u in range(8) for g in (0, 1)]
+    lines = [
+      {"source": "heldout", "step": step, "prompt": 2 * u + g, "sample": 0, "acc": 1.0}
+      | {"hex": 2.0 + 3.0 * (name in CUE and step == 6 and g)}
+      for step, u, g in rows
+    ]
+    for step in (0, 6):  # a place is one reply's: the two groups' prompts apart
+      file = tmp_path / name / "eval" / f"step_{step:06d}.jsonl"
+      old = [json.loads(line) for line in file.read_text().splitlines()]
+      new = [row | {"prompt": 2 * row["prompt"] + row["is_gameable"]} for row in old]
+      file.write_text("".join(json.dumps(row) + "\n" for row in new))
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / name / "scores/large.jsonl").write_text(text)
+  (answer,) = confirm.answers(asked, tmp_path)
+  assert answer.estimate == pytest.approx(3.0) and answer.cells == (3, 3) and answer.units == 8
+  (own,) = confirm.answers(study(question()), tmp_path)
+  assert own.estimate == pytest.approx(2.0, abs=0.3)  # the runs' own scores
+  assert "re-scoring large" in confirm.table(asked, tmp_path)
+  scored = tmp_path / CUE[0] / "scores/large.jsonl"
+  scored.write_text("".join(scored.read_text().splitlines(keepends=True)[:-1]))
+  assert confirm.answers(asked, tmp_path)[0].word == "not evaluated yet"  # one reply is missing
+
+
+def test_whose_scores_count_is_part_of_the_plan(tmp_path):
+  plain, scored = study(question()), dataclasses.replace(study(question()), scores="large")
+  assert "scores" not in design.plan_of(plain)
+  assert design.of_plan(design.plan_of(scored)).scores == "large"
+  design.write(plain, CUE[0], tmp_path / CUE[0])
+  assert design.changed(scored, tmp_path) == [f"{CUE[0]}: scores was '' at the start"]
+  with pytest.raises(UserError, match="scores='a/b' is no plain word"):
+    dataclasses.replace(plain, scores="a/b")
+
+
+def test_cells_of_another_base_train_after_the_first_even_if_those_failed(tmp_path, monkeypatch):
+  other = recipes.replaced(CELLS["none-5"], {"sampler.max_tokens": 7, "name": "other"})
+  cells_by_name = {"none-5": CELLS["none-5"], "other": other, "tone-5": CELLS["tone-5"]}
+  asked, trained = design.Study("s", cells_by_name), []
+
+  def train_together(configs, folders, show):
+    trained.append((list(configs), sorted(folders)))
+    if "none-5" in configs:
+      raise UserError("none-5: not finite")
+    return {name: {"name": name} for name in configs}
+
+  monkeypatch.setattr(run.train, "run_together", train_together)
+  with pytest.raises(UserError, match="^none-5: not finite$"):
+    run.run(asked, str(tmp_path), list(cells_by_name))
+  assert trained == [(["none-5", "tone-5"], ["none-5", "tone-5"]), (["other"], ["other"])]
+  assert run.run(asked, str(tmp_path), ["other"]) == {"other": {"name": "other"}}
 
 
 def test_the_page_shows_answers_and_every_cell_while_some_wait(tmp_path):

@@ -44,8 +44,10 @@ class Answer:
 
 def answers(study: design.Study, workdir: pathlib.Path) -> list[Answer]:
   """One answer for each question, NaN where its cells have not been evaluated twice yet."""
-  tables = {q: {c: changes(workdir / c, q.outcome) for group in q.groups for c in group}
-            for q in study.questions}  # fmt: skip
+  tables = {
+    q: {c: changes(workdir / c, q.outcome, study.scores) for group in q.groups for c in group}
+    for q in study.questions
+  }
   found = [_contrast(q, tables[q]) for q in study.questions]
   p = np.array([_p(q, *f[:3]) for q, f in zip(study.questions, found, strict=True)])
   corrected = statistics.holm(p) if study.correction == "holm" and len(p) else p
@@ -55,17 +57,25 @@ def answers(study: design.Study, workdir: pathlib.Path) -> list[Answer]:
   return out
 
 
-def changes(run: pathlib.Path, outcome: str) -> dict[str, float]:
+def changes(run: pathlib.Path, outcome: str, scores: str = "") -> dict[str, float]:
   """{held-out unit: change of the outcome from the first evaluation to the last} of one run.
 
-  Empty if it was not evaluated twice.
+  scores: a re-scoring that gives ACC and HEX. Empty if the run was not evaluated twice, or if one
+  of these two evaluations was not scored whole under that name.
   """
   if not (run / "config.json").exists() or not (run / "eval").is_dir():
     return {}
-  steps = read.eval_rollouts(read.load_run(run))
+  opened = read.load_run(run)
+  steps = read.eval_rollouts(opened)
   if len(steps) < 2:
     return {}
-  first, last = (by_unit(steps[s], outcome) for s in (min(steps), max(steps)))
+  ends = [steps[min(steps)], steps[max(steps)]]
+  if scores and not outcome.startswith("reward"):
+    scored = [read.rescored(opened, records, scores, "heldout") for records in ends]
+    if list(map(len, scored)) != list(map(len, ends)):
+      return {}
+    ends = scored
+  first, last = (by_unit(records, outcome) for records in ends)
   both = {u: last[u] - first[u] for u in first if u in last}
   return {u: x for u, x in both.items() if math.isfinite(x)}
 
@@ -214,7 +224,8 @@ def table(study: design.Study, workdir: pathlib.Path) -> str:
   """Plain text: one line a question, and what was changed after the start."""
   lines = [
     f"study {study.name}: {len(study.questions)} questions fixed before the first update "
-    f"(sha256 {design.digest(design.plan_of(study)):.12}), p corrected by {study.correction}",
+    f"(sha256 {design.digest(design.plan_of(study)):.12}), p corrected by {study.correction}"
+    + (f"; ACC and HEX of the re-scoring {study.scores}" if study.scores else ""),
     f"{'question':34}{'outcome':16}{'estimate':>9}{'95 % interval':>18}{'p':>8}{'p corr.':>9}"
     f"{'p none':>8}{'power':>7}  answer",
   ]

