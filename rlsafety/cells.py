@@ -108,7 +108,7 @@ def check_shared(configs: Mapping[str, Config]) -> Config:
   """Any of the configs, for what is common to all. Raises UserError naming what is not."""
   (first, one), *others = configs.items()
   for name, config in others:
-    changed = differences(_common(one), _common(config))
+    changed = differences(shared(one), shared(config))
     if changed:
       raise UserError(
         f"cells {first} and {name} cannot train together: {'; '.join(changed[:4])}; common to all "
@@ -117,22 +117,11 @@ def check_shared(configs: Mapping[str, Config]) -> Config:
   return one
 
 
-def _common(config: Config) -> dict:
+def shared(config: Config) -> dict:
+  """What cells in one batch must share (`SHARED`), as plain values."""
   values = {name: value for name, value in to_json(config).items() if name in SHARED}
   values["model"] = values["model"] | {"adapter": None}
   return values
-
-
-def groups(configs: Mapping[str, Config]) -> list[dict[str, Config]]:
-  """The cells by what those in one batch must share, in the order in which they come."""
-  found: list[tuple[dict, dict[str, Config]]] = []
-  for name, config in configs.items():
-    mates = next((own for shared, own in found if shared == _common(config)), None)
-    if mates is None:
-      found.append((_common(config), {name: config}))
-    else:
-      mates[name] = config
-  return [own for _, own in found]
 
 
 def check_inputs(config: Config) -> None:

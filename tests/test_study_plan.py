@@ -106,7 +106,7 @@ def test_the_first_plan_is_kept_and_a_changed_question_is_told(tmp_path):
 def test_shipped_studies_load_and_their_cells_can_train_together(name, batches):
   found = design.load(f"{ROOT}/configs/studies/{name}")
   assert found.questions
-  groups = cells.groups(found.cells)
+  groups = run.groups(found.cells)
   assert tuple(map(len, groups)) == batches
   assert [cell for group in groups for cell in group] == list(found.cells)
   for group in groups:

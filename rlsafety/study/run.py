@@ -12,12 +12,13 @@ import dataclasses
 import functools
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 
 from rlsafety import flags, runtime, train
-from rlsafety.cells import groups
+from rlsafety.cells import shared
+from rlsafety.config import Config
 from rlsafety.errors import UserError, run_main
 from rlsafety.study import confirm, design, page
 
@@ -47,6 +48,18 @@ def run(study: design.Study, workdir: str, cells: Sequence[str]) -> dict[str, di
   if failed:
     raise UserError("; ".join(failed))
   return summaries
+
+
+def groups(configs: Mapping[str, Config]) -> list[dict[str, Config]]:
+  """The cells by what those in one batch must share, in the order in which they come."""
+  found: list[tuple[dict, dict[str, Config]]] = []
+  for name, config in configs.items():
+    mates = next((own for key, own in found if key == shared(config)), None)
+    if mates is None:
+      found.append((shared(config), {name: config}))
+    else:
+      mates[name] = config
+  return [own for _, own in found]
 
 
 def main(argv: list[str]) -> None:
