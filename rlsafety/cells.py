@@ -304,7 +304,7 @@ def evaluate(
   """
   common, step = cells[0].config, cells[0].step
 
-  def answers(who: Sequence[Users], judges: Sequence[Judge], stream: int, reference=None):
+  def answers(who: Sequence[Users], judges: Sequence[Judge], stream: int):
     settings = dataclasses.replace(common.sampler, group=common.eval.samples)
     return evaluation.ask(
       functools.partial(roll_out, judges=judges, settings=settings),
@@ -315,7 +315,7 @@ def evaluate(
       chat=policy.chat,
       prompts_at_once=max(common.prompts_per_step, mesh.shape["data"] * mesh.shape["fsdp"]),
       told=told,
-      reference=reference,
+      reference=policy,
       chunk_tokens=common.learner.chunk_tokens,
     )
 
@@ -323,7 +323,7 @@ def evaluate(
   for i, name in enumerate(common.eval.beyond):
     others = [cell.beyond[i] for cell in cells]
     judges = [b.judge for b in others]
-    further[name] = answers([b.users for b in others], judges, beyond.stream(name), policy)
+    further[name] = answers([b.users for b in others], judges, beyond.stream(name))
   if answered is None or None in further.values():
     return False
   for i, found in enumerate(further.values()):

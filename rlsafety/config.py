@@ -115,6 +115,7 @@ class Judge(Section):
   evaluator_model: str = ""  # the evaluator's own `model`; "" = that of the judge of its name
   also: tuple[str, ...] = ()  # further rewards, added: name=weight
   model: str = ""  # lm, questions: path, "" = the policy's frozen base; probe: its file
+  base: str = ""  # probe: path of the model that its heads read, "" = the policy's frozen base
   adapter: str = ""  # lm: PEFT folder on top of that model
   heads: str = ""  # questions: file of what evaluates; "" = the shipped one, else the answers
   url: str = ""  # http: address of an OpenAI-compatible endpoint
@@ -140,6 +141,9 @@ class Judge(Section):
     yield "evaluator_model", own, f"judge {judging} reads no model"
     only_lm = not self.adapter or self.name == "lm"
     yield "adapter", only_lm, f"only judge lm takes one, not {self.name}"
+    further = (text.partition("=")[0] for text in self.also)
+    probes = not self.base or "probe" in (self.name, self.evaluator, *further)
+    yield "base", probes, "only judge probe reads one"
     read = not self.heads or judging == "questions"
     yield "heads", read, f"only judge questions reads some, not {judging}"
     yield "url", bool(self.url) or self.name != "http", "judge http needs an address"

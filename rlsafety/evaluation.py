@@ -33,15 +33,15 @@ def ask(
   chat: Chat,
   prompts_at_once: int,
   told: runtime.Told,
-  reference: Model | None = None,
+  reference: Model,
   chunk_tokens: int = 2048,
 ) -> list[Answered] | None:
   """Asks every cell's held-out users, `prompts_at_once` of each cell in a call.
 
   roll_out: `rollout.roll_out` of these cells with everything bound but these. adapters, users,
-  keys: one of each for every cell. reference: records get `base_logprob` under it, the mean over
-  a reply's tokens, in nats; chunk_tokens: tokens whose logits exist at once there. None if a
-  signal came before the last call: nothing is kept.
+  keys: one of each for every cell. reference: the base; records get `base_logprob` under it, the
+  mean over a reply's tokens, in nats; chunk_tokens: tokens whose logits exist at once there.
+  None if a signal came before the last call: nothing is kept.
   """
   row_keys = [
     sampler.row_keys(key, np.array(numbers(asked))) for key, asked in zip(keys, users, strict=True)
@@ -59,12 +59,10 @@ def ask(
       found = sharding.fetch((got.rollouts, got.scores))
       rollouts, scores = jax.tree.map(lambda x, n=n: x[:n], found)
       own = write.rollout_records(step, start, asked[i].take(range(n)), chat, rollouts, scores)
-      if reference:
-        replies = got.rollouts.tokens, got.rollouts.lengths
-        mean = mean_logprob(reference.params, reference.config, got.prompts, *replies, chunk_tokens)
-        flat = sharding.fetch(mean)[:n].ravel()
-        own = [r | {"base_logprob": float(x)} for r, x in zip(own, flat, strict=True)]
-      rows[i] += own
+      replies = got.rollouts.tokens, got.rollouts.lengths
+      mean = mean_logprob(reference.params, reference.config, got.prompts, *replies, chunk_tokens)
+      flat = sharding.fetch(mean)[:n].ravel()
+      rows[i] += [r | {"base_logprob": float(x)} for r, x in zip(own, flat, strict=True)]
       pieces[i].append(scores)
   return [
     (own, {name: np.concatenate([p[name] for p in parts]) for name in parts[0]})

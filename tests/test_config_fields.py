@@ -125,6 +125,7 @@ TOGETHER = [
   "judge.evaluator=phrases judge.evaluator_model=x",
   "judge.name=probe judge.model=x judge.adapter=y",
   "judge.name=lm judge.heads=x",
+  "judge.name=lm judge.base=x",
   "judge.name=http judge.model=m judge.url=",
   "objective.overlong_end=8 objective.overlong_start=8",
   "objective.overlong_end=8 objective.overlong_start=-1",

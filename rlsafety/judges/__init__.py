@@ -139,21 +139,27 @@ def _open(
     )
   unusable = 1.0 if s.degenerate == "floor" else float("nan")
   if name == "probe":
-    heads = probe.find(environment.name, policy, s.model if s.name == "probe" else "")
-    score = probe.make(policy, heads, mesh, unusable, chunk_tokens)
+    base = _own_model(s.base, policy, mesh, models)
+    heads = probe.find(environment.name, base, s.model if s.name == "probe" else "")
+    theirs = policy.chat if s.base else None
+    score = probe.make(base, heads, mesh, unusable, chunk_tokens, theirs)
     about = probe.describe(heads) | {"sha256": heads.sha256}
-    if "." in environment.name:  # measured on replies to other users than these
-      about.pop("measured", None)
-      about["limits"] += f"; not measured on users of {environment.name}"
+    if s.base:
+      about["reading"] = base.source["reading"]
+    for measured_elsewhere, whose in (
+      ("." in environment.name, f"users of {environment.name}"),
+      (s.base not in ("", policy.source.get("path")), f"replies of {policy.source.get('path')}"),
+    ):
+      if measured_elsewhere:
+        about.pop("measured", None)
+        about["limits"] += f"; not measured on {whose}"
     return Judge(score, about)
   if name == "phrases":
     return Judge(phrases.make(policy.chat, environment.name, unusable), phrases.describe())
   if name in ("lm", "questions"):
     another = s.name != name and s.name in ("probe", "http")  # whose `model` is none of ours
     own_path = "" if another else s.model
-    if own_path and own_path not in models:
-      models[own_path] = other_model(own_path, policy, mesh)
-    model = models[own_path] if own_path else policy
+    model = _own_model(own_path, policy, mesh, models)
     read = [model.source["sha256"]] if own_path else []  # the policy's base is the run's anyway
     beside = {"reading": model.source["reading"]} if own_path else {}
     if name == "questions":
@@ -176,6 +182,13 @@ def _open(
     score = http.make(s.url, s.model, policy.chat, unusable, price=s.price, **limits)
     return Judge(score, http.describe(s.url, s.model))
   return Judge(own.make(name, policy.chat, unusable), own.describe(name))
+
+
+def _own_model(path: str, policy: Model, mesh: Mesh | None, models: dict[str, Model]) -> Model:
+  """The judge's model at `path`, loaded once for all judges; "" is the policy's base."""
+  if path and path not in models:
+    models[path] = other_model(path, policy, mesh)
+  return models[path] if path else policy
 
 
 def _sum(digests: Sequence[str], key: str = "sha256") -> dict[str, str]:

@@ -302,13 +302,15 @@ def make(
   mesh: Mesh | None = None,
   unusable: float = 1.0,
   chunk_tokens: int = 2048,
+  policy_chat: Chat | None = None,
 ) -> Callable[..., tuple[dict, dict]]:
   """Returns score(scenarios, replies) -> ({reward, acc, hex}: [P, G], verdicts [P, G, 6]; metrics).
 
   One pass of `model` over the plain message (not the policy's own prompt: no cue, no framing,
   no notes, no label) and the replies. unusable: the score of replies that are too short,
   improbable under the base or broken; their verdict is "incoherent", or none where it is NaN.
-  chunk_tokens: tokens whose logits exist at once.
+  chunk_tokens: tokens whose logits exist at once. policy_chat: the Chat of who wrote the replies,
+  where that is another model: they are decoded by it and read in the tokens of `model`.
   """
   width = len(heads.layers) * model.config.d_model
   if heads.mean.size != width or heads.layers[-1] >= model.config.n_layers:
@@ -339,9 +341,19 @@ def make(
     shown = put(Prompts(*packing.pad([message_ids(model.chat, s.plain) for s in scenarios])))
     is_gameable = put(np.array([s.is_gameable for s in scenarios]))
     tokens, lengths = replies.tokens, replies.lengths
+    if policy_chat:
+      tokens, lengths = map(put, translated(policy_chat, model.chat, replies))
     x, logprob = features(
       model.params, model.config, shown, tokens, lengths, heads.layers, chunk_tokens
     )
     return rate(x, logprob, lengths, replies.broken, is_gameable)
 
   return score
+
+
+def translated(theirs: Chat, ours: Chat, replies: Replies) -> tuple[np.ndarray, np.ndarray]:
+  """Replies in another model's tokens [P, G, T'] and their lengths [P, G], T' a multiple of 32."""
+  tokens, lengths = sharding.fetch((replies.tokens, replies.lengths))
+  texts = (theirs.decode(tokens[at][:n]) for at, n in np.ndenumerate(lengths))
+  found, counts = packing.pad([ours.encode_text(text) for text in texts], 32)
+  return found.reshape(*lengths.shape, -1), counts.reshape(lengths.shape)

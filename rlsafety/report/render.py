@@ -26,7 +26,7 @@ from rlsafety import flags
 from rlsafety.errors import run_main
 from rlsafety.files import read_jsonl
 from rlsafety.metrics import curves, gaps
-from rlsafety.report import beyond, charts, overview
+from rlsafety.report import beyond, charts, gaming, overview
 from rlsafety.report.transcripts import MAX_ROLLOUTS, embed_json, transcripts
 from rlsafety.rundir import read
 
@@ -94,7 +94,8 @@ def write_report(run_dir: str | pathlib.Path, max_rollouts: int = MAX_ROLLOUTS) 
   run = read.load_run(run_dir)
   notes = list(run.notes)
   evaluations = read.eval_rollouts(run, notes)
-  data, left_out = transcripts(evaluations, read.train_rollouts(run, notes), max_rollouts)
+  training = read.train_rollouts(run, notes)
+  data, left_out = transcripts(evaluations, training, max_rollouts)
   notes += [f"{count:,} {kind} rollouts left out of this page to keep it light"
             for kind, count in left_out.items() if count]  # fmt: skip
   found = overview.overview(run, evaluations)
@@ -113,6 +114,9 @@ def write_report(run_dir: str | pathlib.Path, max_rollouts: int = MAX_ROLLOUTS) 
       (line["step"], [overview.estimate(line, s, w) for s in labels for w in overview.COLUMNS])
       for line in run.evaluations
     ],
+    moved=gaming.features(evaluations, training),
+    features=gaming.FEATURES,
+    partings=gaming.partings(evaluations),
     outside=outside,
     outside_figure=beyond.figure(run, outside) if outside else "",
     measures=beyond.MEASURES,

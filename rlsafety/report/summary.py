@@ -3,7 +3,7 @@
 import pathlib
 
 from rlsafety.errors import UserError
-from rlsafety.report import beyond, render
+from rlsafety.report import beyond, gaming, render
 from rlsafety.report.charts import number
 from rlsafety.report.overview import Overview, overview, shares, span
 from rlsafety.rundir import read
@@ -14,15 +14,17 @@ NAMES = {"reward": "reward", "acc": "ACC", "hex": "HEX"}
 def finish(workdir: pathlib.Path) -> dict:
   """Writes report.html; returns what summary.json holds, the table to print included."""
   run = read.load_run(workdir)
-  found = overview(run, read.eval_rollouts(run))
+  evaluations = read.eval_rollouts(run)
+  found, moved = overview(run, evaluations), gaming.features(evaluations, read.train_rollouts(run))
   if found is None:
     raise UserError(f"{run.path / 'eval/summary.jsonl'}: has no evaluation, so there is no summary")
   others, tasks = beyond.asked(run), beyond.tasks(found.first, found.last)
   render.write_report(workdir)
   return {
     "step": found.last["step"],
-    "table": "\n".join([table(found), *beyond.table(others, tasks)]),
+    "table": "\n".join([table(found), *gaming.table(moved, number), *beyond.table(others, tasks)]),
     **as_dict(found),
+    **gaming.as_dict(moved),
     **beyond.as_dict(others, tasks),
   }
 

@@ -36,6 +36,8 @@ def judge_models(judge) -> dict[str, str]:
     fields["judge.model"] = judge.model
   if own:
     fields["judge.evaluator_model"] = judge.evaluator_model
+  if judge.base:
+    fields["judge.base"] = judge.base
   return fields
 
 
