@@ -133,7 +133,8 @@ def hub(monkeypatch, tmp_path):
 
 def config(path, judge="", name="lm", **more):
   part = types.SimpleNamespace
-  judge = {"name": name, "model": judge, "evaluator": "", "evaluator_model": "", "also": ()} | more
+  none = dict.fromkeys(("evaluator", "evaluator_model", "base"), "")
+  judge = {"name": name, "model": judge, "also": ()} | none | more
   return part(model=part(path=path), judge=part(**judge))
 
 
