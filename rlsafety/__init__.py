@@ -1,5 +1,6 @@
 """rlsafety: when does on-policy RL make an instruction-tuned LLM exploit its users?"""
 
+import gc
 import os
 import signal
 import sys
@@ -28,3 +29,6 @@ def _program() -> str:
 if threading.current_thread() is threading.main_thread() and (program := _program()):
   signal.signal(signal.SIGINT, stop_at_once)
   print(f"{program}: loading", file=sys.stderr, flush=True)
+  # Imports and JAX's tracing make objects that stay: to look for garbage after every 700 of them
+  # takes a tenth of a short run.
+  gc.set_threshold(50_000, 10, 10)

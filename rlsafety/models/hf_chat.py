@@ -136,8 +136,8 @@ def _tokenizer(folder: Path) -> Tokenizer:
   try:
     if path.exists():
       return Tokenizer.from_file(str(path))
-    # Heavy, and hardly ever needed.
-    from transformers import AutoTokenizer
+    # Heavy, and hardly ever needed; by its own module, for a type checker reads all of the package.
+    from transformers.models.auto.tokenization_auto import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False).backend_tokenizer
   except (KeyboardInterrupt, SystemExit):
