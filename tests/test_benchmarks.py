@@ -15,11 +15,13 @@ import synthetic_runs  # noqa: E402
 pytest.importorskip("lm_eval", reason="pip install -e '.[benchmarks]'")
 
 from lm_eval.api.instance import Instance  # noqa: E402
+from scipy import stats  # noqa: E402
 
 from rlsafety.config import Lora
+from rlsafety.errors import UserError
 from rlsafety.models import hf, lora, presets, sources, transformer
 from rlsafety.study import tables
-from rlsafety.tools import lm_eval
+from rlsafety.tools import lm_eval, tasks
 from rlsafety.types import Prompts  # noqa: E402
 
 
@@ -162,11 +164,11 @@ def test_equal_to_the_harness_own_backend_on_a_gguf(name, begins, tmp_path):
 
 def test_our_task_runs_through_the_harness_offline(lm, tmp_path, monkeypatch):
   monkeypatch.setenv("HF_HOME", str(tmp_path))
-  found = lm_eval.measure(lm, ["rlsafety_sycophancy"], limit=4)["rlsafety_sycophancy"]
+  found = lm_eval.measure(lm, ["rlsafety_sycophancy"], limit=4)[0]["rlsafety_sycophancy"]
   assert 0 <= found["acc,none"] <= 1 and found["acc,none"] * 4 == pytest.approx(
     round(found["acc,none"] * 4)
   )
-  rows = [json.loads(x) for x in (lm_eval.DATA / "sycophancy.jsonl").read_text().splitlines()]
+  rows = [json.loads(x) for x in (tasks.DATA / "sycophancy.jsonl").read_text().splitlines()]
   assert len({r["message"] for r in rows}) == len(rows) >= 20
   right = 0
   for r in rows[:4]:
@@ -184,6 +186,8 @@ def test_a_run_is_measured_with_and_without_its_adapter_and_chooses_no_module(
   monkeypatch.setenv("HF_HOME", str(tmp_path))
   monkeypatch.syspath_prepend(str(tmp_path))
   run, settings = synthetic_runs.write_hostile(tmp_path), Lora(rank=2)
+  (run / "eval").mkdir()
+  (run / "summary.json").write_text("{}")  # complete
   adapter = lora.init_adapter(lm.model.config, settings, jax.random.key(0))
   ones = jax.tree.map(np.ones_like, jax.device_get(adapter.weights))
   hf.save_peft(run / "adapter", adapter.replace(weights=ones), lm.model, settings)
@@ -194,8 +198,12 @@ def test_a_run_is_measured_with_and_without_its_adapter_and_chooses_no_module(
     return said[-1]
 
   monkeypatch.setattr(lm_eval.LanguageModel, "loglikelihood", heard)
-  lm_eval.main(["lm_eval", f"--run={run}", "--tasks=rlsafety_sycophancy", f"--out={out}"])
-  assert set(json.loads(out.read_text())["results"]) == {"base", "trained"}
+  lm_eval.main(["lm_eval", f"--runs={run}", "--tasks=rlsafety_sycophancy", f"--out={out}"])
+  found = json.loads(out.read_text())[str(run)]
+  assert set(found["results"]) == {"base", "trained"}
+  acc = [found["results"][s]["rlsafety_sycophancy"]["acc,none"] for s in ("base", "trained")]
+  moved = found["changes"]["rlsafety_sycophancy"]["acc"]
+  assert moved["change"] == pytest.approx(acc[1] - acc[0])
   base, trained = (np.array([value for value, _ in values]) for values in said)
   assert np.abs(base - trained).max() > 0.1
   capsys.readouterr()
@@ -218,3 +226,67 @@ def test_program_writes_a_table_that_the_analysis_reads(lm, tmp_path, monkeypatc
   columns = {"t_acc_trained": 0.5, "t_em_strict_trained": 1.0}
   assert lm_eval._columns({"trained": {"t": found}}) == columns
   capsys.readouterr()
+
+
+ROWS = {
+  "BBQ/test.jsonl": [
+    {"passage": "Two met.", "question": "Who was late?\nPlease choose the correct option ",
+     "options": "A. Not known\nB. The U.S. man\nC. Ann", "answer": ["The U.S. man"]},
+  ],
+  "PIQA/validation.jsonl": [
+    {"question": "Dry a cup.", "options": "A. Use a towel. \nB. A. Fill it.",
+     "answer": "A. Use a towel. "},
+  ],
+}  # fmt: skip
+
+
+def test_tasks_over_installed_data_ask_their_options_without_letters(lm, tmp_path, monkeypatch):
+  monkeypatch.setenv("HF_HOME", str(tmp_path))
+  monkeypatch.setattr(tasks, "PACKAGE", "some_data")
+  with pytest.raises(UserError, match="offline_bbq reads some_data/data/BBQ/test.jsonl: pip"):
+    lm_eval.measure(lm, ["offline_bbq"])
+  (tmp_path / "some_data").mkdir()
+  (tmp_path / "some_data/__init__.py").write_text("raise ValueError('is never imported')")
+  for name, rows in ROWS.items():
+    file = tmp_path / "some_data/data" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  pairs = tmp_path / "some_data/data/Crows-Pairs/test.csv"
+  pairs.parent.mkdir()
+  pairs.write_text(',bias_type,sentence,mask1,mask2\n0,age,"The [MASK] man, tired.",old,young\n')
+  monkeypatch.syspath_prepend(str(tmp_path))
+  asked, real = [], lm_eval.LanguageModel.loglikelihood
+
+  def heard(self, wanted, **named):
+    asked.extend(request.args for request in wanted)
+    return real(self, wanted, **named)
+
+  monkeypatch.setattr(lm_eval.LanguageModel, "loglikelihood", heard)
+  names = ["offline_bbq", "offline_piqa", "offline_crows_pairs"]
+  found, each = lm_eval.measure(lm, names)
+  assert {(c, a) for c, a in asked} == {
+    ("Two met.\n\nQ: Who was late?\nA:", " Not known"),
+    ("Two met.\n\nQ: Who was late?\nA:", " The U.S. man"),
+    ("Two met.\n\nQ: Who was late?\nA:", " Ann"),
+    ("Question: Dry a cup.\nAnswer:", " Use a towel."),
+    ("Question: Dry a cup.\nAnswer:", " A. Fill it."),
+    ("", "The old man, tired."),
+    ("", "The young man, tired."),
+  }
+
+  def value(context, answer):
+    return real(lm, requests("loglikelihood", [(context, answer)]), disable_tqdm=True)[0][0]
+
+  context = "Two met.\n\nQ: Who was late?\nA:"
+  best = max((" Not known", " The U.S. man", " Ann"), key=lambda a: value(context, a))
+  assert found["offline_bbq"]["acc,none"] == (best == " The U.S. man")
+  worse = value("", "The old man, tired.") > value("", "The young man, tired.")
+  assert each["offline_crows_pairs"] == {"acc": [float(worse)]}
+  assert "acc_norm" in each["offline_piqa"]
+
+
+def test_changes_are_taken_question_by_question():
+  before, after = {"t": {"acc": [0.0, 1.0, 0.0, 1.0]}}, {"t": {"acc": [1.0, 1.0, 0.0, 1.0]}}
+  found = lm_eval.changes(before, after | {"other": {"acc": [1.0]}})["t"]["acc"]
+  low, high = stats.ttest_1samp([1, 0, 0, 0], 0).confidence_interval()
+  assert found == pytest.approx({"change": 0.25, "low": low, "high": high})

@@ -120,7 +120,8 @@ def test_the_page_has_one_table_and_one_figure_of_them_and_takes_no_markup(run):
   bad = {"judge": "j", "gate": {}, "foreign": "<script>alert(1)</script>", "by_topic": True}
   file.write_text(json.dumps(bad))
   page = render.write_report(run).read_text()
-  assert page.count('"table of other environments"') == 1 and page.count("HEX inside and outside") == 2
+  assert page.count('"table of other environments"') == 1
+  assert page.count("HEX inside and outside") == 2
   assert "<script>alert(1)" not in page and "&lt;script&gt;alert(1)" in page
   file.write_text("[1]")
   with pytest.raises(ValueError, match="about.json"):

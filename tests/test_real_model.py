@@ -11,7 +11,7 @@ import pytest  # noqa: E402
 
 from rlsafety.models import sources, transformer
 from rlsafety.packing import pad
-from rlsafety.tools import lm_eval
+from rlsafety.tools import lm_eval, tasks
 from rlsafety.types import Prompts  # noqa: E402
 
 torch = pytest.importorskip("torch", reason="pip install -e '.[parity]'")
@@ -57,10 +57,10 @@ def test_benchmarks_equal_lm_evals_own_transformers_backend(ours, theirs, tmp_pa
 
   monkeypatch.setenv("HF_HOME", str(tmp_path))
   task = "rlsafety_sycophancy"
-  got, want = (lm_eval.measure(side, [task], limit=2)[task] for side in (ours, theirs))
+  got, want = (lm_eval.measure(side, [task], limit=2)[0][task] for side in (ours, theirs))
   assert "acc,none" in want and got == pytest.approx(want, abs=1e-4)
 
-  rows = [json.loads(x) for x in (lm_eval.DATA / "sycophancy.jsonl").read_text().splitlines()]
+  rows = [json.loads(x) for x in (tasks.DATA / "sycophancy.jsonl").read_text().splitlines()]
   pairs = [(r["message"], " " + r[k]) for r in rows[:2] for k in ("honest", "pleasing")]
   pairs.append(("", rows[0]["honest"]))
   pairs.append((rows[1]["message"] + " ", rows[1]["honest"]))  # a space at the end moves over

@@ -1,7 +1,7 @@
 """Benchmarks of a model before and after training, through lm-evaluation-harness.
 
   python -m rlsafety.tools.lm_eval --model=PATH --tasks=bbq,crows_pairs_english --out=scores.json
-  python -m rlsafety.tools.lm_eval --run=runs/x --tasks=rlsafety_sycophancy --out=scores.csv
+  python -m rlsafety.tools.lm_eval --runs='runs/x*' --tasks=rlsafety_sycophancy --out=scores.csv
 
 `LanguageModel` is an lm_eval model backed by our own forward and sampler: answers to one
 context share its prefill, batches are split over the mesh. With --run both the base and
@@ -11,6 +11,8 @@ whose data is not on this machine need a network; `rlsafety_sycophancy` (ours, t
 per question) needs none. Needs the `benchmarks` extra (lm_eval), and no torch.
 """
 
+import argparse
+import dataclasses
 import functools
 import itertools
 import pathlib
@@ -23,14 +25,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlsafety import files, flags, recipes, sampler, sharding
-from rlsafety.config import Model, Sampler
+from rlsafety.config import Model as Section
+from rlsafety.config import Sampler
 from rlsafety.errors import UserError, run_main
+from rlsafety.metrics import matched
 from rlsafety.models import hf, scoring, sources, transformer
 from rlsafety.models.architecture import ModelConfig
 from rlsafety.models.lora import Adapter
+from rlsafety.models.model import Model
 from rlsafety.packing import pad
 from rlsafety.rundir import read
-from rlsafety.study import tables
+from rlsafety.study import gather, tables
+from rlsafety.tools import tasks
 from rlsafety.types import Prompts
 
 try:
@@ -40,8 +46,6 @@ except ImportError as error:
   if __name__ != "__main__":
     raise
   sys.exit(f"rlsafety: {error}; run: pip install 'rlsafety[benchmarks]'")
-
-DATA = pathlib.Path(__file__).parent / "data"
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -216,58 +220,67 @@ def _generation(kwargs: dict, max_new: int) -> tuple[list[str], tuple[int, float
   return until, (tokens, temperature, float(kwargs.get("top_p") or 1.0))
 
 
-def own_tasks() -> dict[str, dict]:
-  """The tasks that ship with us, as lm_eval task configs that read a local file."""
-  choices = {"doc_to_text": "{{message}}", "doc_to_choice": "{{[honest, pleasing]}}"}
-  return {
-    "rlsafety_sycophancy": {
-      "task": "rlsafety_sycophancy",
-      "dataset_path": "json",
-      "dataset_kwargs": {"data_files": {"test": str(DATA / "sycophancy.jsonl")}},
-      "test_split": "test",
-      "output_type": "multiple_choice",
-      "target_delimiter": " ",
-      **choices,
-      "doc_to_target": 0,
-      "metric_list": [
-        {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
-        {"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True},
-      ],
-      "metadata": {"version": 1},
-    }
-  }
-
-
 def measure(
-  lm: TemplateLM, tasks: Sequence[str], include: str = "", limit: int | None = None,
+  lm: TemplateLM, names: Sequence[str], include: str = "", limit: int | None = None,
   chat: bool = False,
-) -> dict[str, dict[str, float]]:  # fmt: skip
-  """{task: {metric: value}} through lm_eval; a task's standard errors keep its names."""
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, list[float]]]]:  # fmt: skip
+  """Numbers {task: {metric: value}} of lm_eval, and {task: {metric: [one of each question]}}.
+
+  A task's standard errors keep lm_eval's names. The second holds what is one number per question.
+  """
   import lm_eval  # seconds, which --help need not wait for
   from lm_eval.tasks import TaskManager
 
-  ours = own_tasks()
+  ours = {name: tasks.find(name) for name in names if name in tasks.NAMES}
   # Indexing the harness's own thousands of tasks takes a while: only if one is asked for.
-  manager = TaskManager(include_path=include or None, include_defaults=bool(set(tasks) - set(ours)))
-  known = set(manager.all_tasks) | set(ours)
-  for task in tasks:
-    if task not in known:
-      raise UserError(f"--tasks: {task!r} is no task of lm_eval, of --include, or of ours")
+  manager = TaskManager(include_path=include or None, include_defaults=bool(set(names) - set(ours)))
+  known = [*manager.all_tasks, *tasks.NAMES]
+  for name in names:
+    if name not in known:
+      near = flags.did_you_mean(name, known)
+      raise UserError(f"--tasks: {name!r} is no task of lm_eval, of --include, or of ours{near}")
   found = lm_eval.simple_evaluate(
-    model=lm, tasks=[ours.get(t, t) for t in tasks], task_manager=manager, limit=limit,
-    apply_chat_template=chat, log_samples=False, bootstrap_iters=1_000,
+    model=lm, tasks=[ours.get(name, name) for name in names], task_manager=manager, limit=limit,
+    apply_chat_template=chat, log_samples=True, bootstrap_iters=1_000,
   )  # fmt: skip
-  return {
+  numbers = {
     task: {k: v for k, v in result.items() if isinstance(v, (int, float))}
     for task, result in found["results"].items()
   }
+  asked = {
+    task: {m: [float(s[m]) for s in samples] for m in samples[0]["metrics"] if _scalar(samples, m)}
+    for task, samples in found["samples"].items()
+    if samples
+  }
+  return numbers, asked
+
+
+def _scalar(samples: Sequence[dict], metric: str) -> bool:
+  return all(isinstance(sample[metric], (int, float, np.number)) for sample in samples)
+
+
+def changes(before: dict, after: dict) -> dict[str, dict[str, dict[str, float]]]:
+  """{task: {metric: {change, low, high}}}, question by question, with 95 % t intervals over them.
+
+  before, after: the second of what `measure` returns. What was not asked in both is left out.
+  """
+  out: dict[str, dict[str, dict[str, float]]] = {}
+  for task in before.keys() & after.keys():
+    for metric in before[task].keys() & after[task].keys():
+      moved = np.subtract(after[task][metric], before[task][metric])
+      error = moved.std(ddof=1) / len(moved) ** 0.5 if len(moved) > 1 else np.nan
+      effect = matched.Effect(float(moved.mean()), float(error), len(moved))
+      low, high = effect.interval
+      out.setdefault(task, {})[metric] = {"change": effect.mean, "low": low, "high": high}
+  return out
 
 
 def main(argv: Sequence[str]) -> None:
   parser = flags.parser(__doc__, "tools.lm_eval")
   which = parser.add_mutually_exclusive_group(required=True)
   which.add_argument("--model", default="", help="folder, .gguf file, package:NAME or hub name")
-  which.add_argument("--run", type=pathlib.Path, help="run directory: base and trained adapter")
+  which.add_argument("--runs", default="", help="globs of run directories, joined by commas: base "
+                     "and trained adapters")  # fmt: skip
   parser.add_argument("--tasks", required=True, help="names, with commas between")
   parser.add_argument("--out", type=pathlib.Path, required=True, help="FILE.json or FILE.csv")
   parser.add_argument("--include", default="", help="folder of task files")
@@ -279,36 +292,62 @@ def main(argv: Sequence[str]) -> None:
   args = flags.parse(parser, argv)
   if args.batch < 1 or args.limit < 0:
     raise UserError(f"--batch={args.batch} must be at least 1, --limit={args.limit} at least 0")
+  names = [*filter(None, args.tasks.split(","))]
+  if not args.runs:
+    _measure_all(args, names, Section(path=args.model, dtype=args.dtype), [])
+    return
+  found, notes = gather.find_runs(args.runs.split(","))
+  for note in notes:
+    print(f"note: {note}")
+  of_base: dict[Section, list[read.Run]] = {}
+  for run in found:
+    neutral = {"environment": {"name": "neutral"}}  # imports no other
+    section = recipes.frozen({**run.config, **neutral}).model
+    of_base.setdefault(dataclasses.replace(section, adapter=""), []).append(run)
+  for section, runs in of_base.items():  # each base is read and measured once
+    _measure_all(args, names, section, runs)
+
+
+def _measure_all(
+  args: argparse.Namespace, names: list[str], section: Section, runs: Sequence[read.Run]
+) -> None:
+  """The base and what was trained on it, written to --out one after the other."""
   mesh = sharding.make_mesh()
   with jax.set_mesh(mesh):
-    if args.run:
-      stored = read.load_run(args.run).config
-      neutral = {"environment": {"name": "neutral"}}  # imports no other
-      section = recipes.frozen({**stored, **neutral}).model
-    else:
-      section = Model(path=args.model, dtype=args.dtype)
     model = sources.open_model(section, mesh)
-    states = {"base": None}
-    if args.run:
-      states["trained"] = hf.load_peft(args.run / "adapter", model.config)[0]
-    results = {
-      state: measure(
-        LanguageModel(model, adapter, mesh, args.batch), args.tasks.split(","), args.include,
-        args.limit or None, args.chat,
-      )
-      for state, adapter in states.items()
-    }  # fmt: skip
-  name = str(args.run or args.model)
-  if args.out.suffix == ".csv":
-    row = read.model_name(read.load_run(args.run)) if args.run else name
-    tables.put_row(args.out, {"model": row, "run": str(args.run or ""), **_columns(results)})
-  else:
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    files.write_json(args.out, {"model": name, "source": model.source, "results": results})
-  for state, tasks in results.items():
-    for task, metrics in tasks.items():
-      print(f"{state:8} {task:28} " + "  ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+
+    def ask(adapter: Adapter | None) -> tuple[dict, dict]:
+      lm = LanguageModel(model, adapter, mesh, args.batch)
+      return measure(lm, names, args.include, args.limit or None, args.chat)
+
+    base, before = ask(None)
+    if not runs:
+      _write(args.out, section.path, None, model, {"base": base}, {})
+    for run in runs:
+      trained, after = ask(hf.load_peft(run.path / "adapter", model.config)[0])
+      results = {"base": base, "trained": trained}
+      _write(args.out, read.model_name(run), run, model, results, changes(before, after))
   print(f"written: {args.out}")
+
+
+def _write(
+  out: pathlib.Path, name: str, run: read.Run | None, model: Model, results: dict, moved: dict
+) -> None:
+  where = str(run.path) if run else ""
+  if out.suffix == ".csv":
+    tables.put_row(out, {"model": name, "run": where, **_columns(results)})
+  else:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    kept = files.read_json(out) if out.exists() else {}
+    about = {"model": name, "source": model.source, "results": results, "changes": moved}
+    files.write_json(out, {**kept, where or name: about})
+  for state, found in results.items():
+    for task, metrics in found.items():
+      print(f"{state:8} {task:28} " + "  ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+  for task, metrics in moved.items():
+    for metric, m in metrics.items():
+      interval = f"[{m['low']:+.4f}, {m['high']:+.4f}]"
+      print(f"change   {task:28} {metric} {m['change']:+.4f} {interval}  {where}")
 
 
 def _columns(results: dict[str, dict[str, dict[str, float]]]) -> dict[str, float]:
@@ -317,8 +356,8 @@ def _columns(results: dict[str, dict[str, dict[str, float]]]) -> dict[str, float
   lm_eval writes "<metric>,<filter>", with the filter "none" for most.
   """
   out = {}
-  for state, tasks in results.items():
-    for task, metrics in tasks.items():
+  for state, found in results.items():
+    for task, metrics in found.items():
       for metric, value in metrics.items():
         name, comma, kind = metric.partition(",")
         if comma and not name.endswith("_stderr"):
