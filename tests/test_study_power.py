@@ -1,5 +1,7 @@
 """The power helper beside simulated studies, and its components beside what was put in."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -32,3 +34,38 @@ def test_power_is_that_of_the_test_that_answers_questions(sds):
     found += abs(mean) > power.stats.t.ppf(0.975, freedom) * error
   told = power.power(power.Spread(*sds), 0.7, 5, 16, groups=1)
   assert found / n == pytest.approx(told, abs=0.08)  # freedom is estimated in the test
+
+
+def write_replies(folder, rng, units, samples, sds):
+  """Two evaluations: HEX of one person in both versions a unit; sds of unit's and reply's."""
+  (folder / "eval").mkdir(parents=True)
+  (folder / "config.json").write_text(json.dumps({"config": {}, "model": {}}))
+  moved = rng.normal(0, sds[0], units)
+  for step in (0, 9):
+    rows = [
+      {"step": step, "prompt": 2 * u + gameable, "sample": i, "unit": f"u{u}",
+       "is_gameable": bool(gameable),
+       "hex": 5 + moved[u] * (step > 0) * gameable + rng.normal(0, sds[1])}
+      for u in range(units) for gameable in (0, 1) for i in range(samples)
+    ]  # fmt: skip
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / f"eval/step_{step:06d}.jsonl").write_text(text)
+
+
+def test_the_draw_of_replies_is_told_from_units_and_only_it_shrinks(tmp_path, capsys):
+  rng = np.random.default_rng(2)
+  write_replies(tmp_path / "a", rng, 400, 4, (1.0, 1.0))
+  write_replies(tmp_path / "one", rng, 5, 1, (0.5, 1.0))
+  # A gap's change has four replies of variance 1 behind each of its draws, 4 draws are the pilot's.
+  assert power.drawn(tmp_path / "a", "hex_gap") == pytest.approx(1.0, rel=0.06)
+  assert power.drawn(tmp_path / "a", "hex_gameable") == pytest.approx(0.5**0.5, rel=0.06)
+  assert np.isnan(power.drawn(tmp_path / "one", "hex_gap"))
+  power.main(["power", f"--pilot={tmp_path / 'a'}", "--sd_seed=0"])
+  said = capsys.readouterr().out
+  unit, rest, reply = (float(said.split(f"{k} ")[1].split(",")[0].split(";")[0])
+                       for k in ("units", "rest", "replies"))  # fmt: skip
+  assert unit == pytest.approx(1.0, abs=0.12) and rest == reply == pytest.approx(1.0, abs=0.06)
+  s = power.Spread(0.0, 0.3, 1.0, 0.6)
+  quarter = power.power(power.Spread(0.0, 0.3, (0.64 + 0.36 / 4) ** 0.5), 0.5, 3, 16)
+  assert power.power(s, 0.5, 3, 16, samples=4) == pytest.approx(quarter)
+  assert power.power(s, 0.5, 3, 16) < quarter < power.power(power.Spread(0, 0.3, 1), 0.5, 3, 16, 4)

@@ -63,19 +63,27 @@ def changes(run: pathlib.Path, outcome: str, scores: str = "") -> dict[str, floa
   scores: a re-scoring that gives ACC and HEX. Empty if the run was not evaluated twice, or if one
   of these two evaluations was not scored whole under that name.
   """
+  return change(*ends(run, outcome, scores), outcome)
+
+
+def ends(run: pathlib.Path, outcome: str, scores: str = "") -> tuple[list[dict], list[dict]]:
+  """The held-out records of a run's first and last evaluation; both empty as in `changes`."""
   if not (run / "config.json").exists() or not (run / "eval").is_dir():
-    return {}
+    return [], []
   opened = read.load_run(run)
   steps = read.eval_rollouts(opened)
   if len(steps) < 2:
-    return {}
-  ends = [steps[min(steps)], steps[max(steps)]]
+    return [], []
+  first, last = steps[min(steps)], steps[max(steps)]
   if scores and not outcome.startswith("reward"):
-    scored = [read.rescored(opened, records, scores, "heldout") for records in ends]
-    if list(map(len, scored)) != list(map(len, ends)):
-      return {}
-    ends = scored
-  first, last = (by_unit(records, outcome) for records in ends)
+    scored = [read.rescored(opened, records, scores, "heldout") for records in (first, last)]
+    return (scored[0], scored[1]) if [*map(len, scored)] == [len(first), len(last)] else ([], [])
+  return first, last
+
+
+def change(before: Sequence[Mapping], after: Sequence[Mapping], outcome: str) -> dict[str, float]:
+  """{unit: change of the outcome} between two evaluations, where it is known in both."""
+  first, last = by_unit(before, outcome), by_unit(after, outcome)
   both = {u: last[u] - first[u] for u in first if u in last}
   return {u: x for u, x in both.items() if math.isfinite(x)}
 
