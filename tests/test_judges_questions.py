@@ -235,6 +235,21 @@ def test_the_planner_compiles_what_is_asked():
   )
   assert list(made["programs"]) == ["judge"] and made["programs"]["judge"][1] == 2 * 6
   assert made["resident"]["judge weights"] == 4 * architecture.params_count(large)
+  assert made["resident"]["other judges' weights"] == 0
+
+
+def test_the_planner_holds_every_model_that_judges():
+  folder = pathlib.Path(__file__).parents[1] / "configs"
+  c = recipes.load_recipe(f"{folder}/tiny_syco.py")
+  c.judge.name = c.judge.evaluator = "questions"
+  c.judge.model, c.judge.evaluator_model = "tiny", "smollm2-135m-instruct"
+  config = recipes.frozen(c)
+  policy, judge = shapes.policy_and_judge(config)
+  assert judge == presets.preset("smollm2-135m-instruct")
+  made = plan.compile_programs(config, policy, judge, device("cpu-1"), only=())
+  held = made["resident"]
+  assert held["judge weights"] == 4 * architecture.params_count(judge)
+  assert held["other judges' weights"] == 4 * architecture.params_count(presets.preset("tiny"))
 
 
 # --- The program ------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from jax.sharding import AbstractMesh
 from rlsafety import sharding
 from rlsafety.errors import UserError
 from rlsafety.models import architecture
+from rlsafety.tools import shapes
 from rlsafety.tools.devices import Device
 
 
@@ -58,6 +59,7 @@ def automatic_mesh(config, policy, judge, target: Device) -> dict:
       f"--config.prompts_per_step to a multiple of {widest['data'] * pieces}"
     )
   width = 2 if config.model.dtype != "float32" else 4
-  weights = width * sum(architecture.params_count(m) for m in (policy, judge) if m)
+  judges = [judge, *shapes.judges(config)[1:]] if judge else []
+  weights = width * sum(architecture.params_count(m) for m in (policy, *judges))
   roomy = (m for m in meshes if weights / m["tensor"] <= 0.5 * target.chip.memory)
   return next(roomy, meshes[-1])

@@ -203,6 +203,7 @@ def compile_programs(
     "policy weights": per_device(base, width),
     "int8 copy for the sampler": per_device(copies),
     "judge weights": per_device(rater_base, width) if judge else 0,
+    "other judges' weights": sum(per_device(base_of(m), width) for m in shapes.judges(config)[1:]),
     "adapters" if cells > 1 else "adapter": cells * adapter,
     "optimiser": cells * per_device(state.opt_state),
   }

@@ -41,10 +41,15 @@ def judge_models(judge) -> dict[str, str]:
   return fields
 
 
+def judges(config) -> list:
+  """ModelConfigs of the models that judge beside the policy's base, each once, largest first."""
+  paths = {path: field for field, path in judge_models(config.judge).items() if path}
+  models = [shape_of(path, field) for path, field in paths.items()]
+  return sorted(models, key=architecture.params_count, reverse=True)
+
+
 def policy_and_judge(config, shape: str = ""):
-  """ModelConfigs of the policy and of its judge, None where the policy's base judges; of two
-  models that judge, the larger one."""
+  """ModelConfigs of the policy and of its judge, None where the policy's base judges; of several
+  models that judge, the largest."""
   policy = shape_of(shape or config.model.path or config.model.preset, "model.path")
-  paths = {field: path for field, path in judge_models(config.judge).items() if path}
-  found = [shape_of(path, field) for field, path in paths.items()]
-  return policy, max(found, key=architecture.params_count, default=None)
+  return policy, next(iter(judges(config)), None)
