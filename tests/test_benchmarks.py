@@ -65,6 +65,22 @@ def test_loglikelihood_is_that_of_one_plain_pass(lm):
     assert greedy == all(table[i - 1].argmax() == ids[i] for i in places)
 
 
+def test_many_answers_to_one_context_are_scored_in_pieces(lm, monkeypatch):
+  shapes, real = [], lm_eval.score_continuations
+
+  def seen(params, adapter, config, prompts, tokens, lengths):
+    shapes.append(tokens.shape)
+    return real(params, adapter, config, prompts, tokens, lengths)
+
+  monkeypatch.setattr(lm_eval, "score_continuations", seen)
+  answers = [("", f"{word} and more") for word in "abcdefghijklmnopqrstu"]
+  together = lm.loglikelihood(requests("loglikelihood", answers), disable_tqdm=True)
+  assert shapes == [(2, 8, 16), (2, 5, 16)]  # 21 answers, two rows of at most 8 at a time
+  one_by_one = [lm.loglikelihood(requests("loglikelihood", [a]), disable_tqdm=True)[0]
+                for a in answers[::7]]  # fmt: skip
+  assert [x for x, _ in together[::7]] == pytest.approx([x for x, _ in one_by_one], rel=1e-5)
+
+
 def test_greedy_flag_and_generation_follow_the_argmax(lm):
   context = "Once upon a time"
   text = lm.generate_until(

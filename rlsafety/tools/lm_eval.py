@@ -39,6 +39,8 @@ from rlsafety.study import gather, tables
 from rlsafety.tools import tasks
 from rlsafety.types import Prompts
 
+AT_ONCE = 8  # answers to a context that are scored after one prefill
+
 try:
   from lm_eval.api.model import TemplateLM
   from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -134,8 +136,11 @@ class LanguageModel(TemplateLM):
     for i, (_, context, continuation) in enumerate(requests):
       keep = max(1, self.max_length + 1 - len(continuation))  # the last token is no input
       groups.setdefault(tuple(context[-keep:]), []).append((i, continuation[-self.max_length :]))
-    # Longest first: memory runs out at once or never; neighbours share a compiled shape.
-    ordered = sorted(groups.items(), key=lambda g: (-len(g[0]), -len(g[1])))
+    # All answers to an empty context, of a task of whole sentences, would be one row.
+    pieces = [(context, answers[i : i + AT_ONCE]) for context, answers in groups.items()
+              for i in range(0, len(answers), AT_ONCE)]  # fmt: skip
+    # Alike together: neighbours share a compiled shape, and little of it is padding.
+    ordered = sorted(pieces, key=lambda piece: (-len(piece[1]), -len(piece[0])))
     results = [None] * len(requests)
     for start in range(0, len(ordered), self.batch):
       rows = ordered[start : start + self.batch]
