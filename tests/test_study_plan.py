@@ -5,12 +5,14 @@ import json
 import pathlib
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
 from rlsafety import cells, recipes
 from rlsafety.config import to_json
 from rlsafety.errors import UserError
+from rlsafety.rundir import read
 from rlsafety.study import confirm, design, page, run
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -262,6 +264,27 @@ def test_outcomes_of_a_rescoring_that_is_whole(tmp_path):
   scored = tmp_path / CUE[0] / "scores/large.jsonl"
   scored.write_text("".join(scored.read_text().splitlines(keepends=True)[:-1]))
   assert confirm.answers(asked, tmp_path)[0].word == "not evaluated yet"  # one reply is missing
+
+
+def test_every_held_out_reply_is_left_as_a_row_of_scores(tmp_path):
+  write_cells(tmp_path, 1.0, np.random.default_rng(5))
+  asked = dataclasses.replace(study(question()), scores="large")
+  first = tmp_path / CUE[0]
+  (first / "scores").mkdir()
+  row = {"step": 6, "prompt": 2, "sample": 0, "source": "heldout", "acc": 3.25, "hex": 7.5}
+  (first / "scores/large.jsonl").write_text(json.dumps(row) + "\n")
+  path = page.write_replies(asked, tmp_path)
+  assert path.name == "held_out.csv"
+  table = pd.read_csv(path)
+  assert len(table) == len(CELLS) * 2 * 16 and set(table["users"]) == {"gameable", "non_gameable"}
+  known = table[table["hex"].notna()]  # prompt 2 of either group
+  assert set(known["cell"]) == {CUE[0]} and (known["hex"] == 7.5).all() and len(known) == 2
+  means = table[table["step"] == 6].groupby(["cell", "users"])["hex_own"].mean()
+  of = confirm.by_unit(list(read.eval_rollouts(read.load_run(first))[6]), "hex_gap")
+  gap = means[CUE[0], "gameable"] - means[CUE[0], "non_gameable"]
+  assert gap == pytest.approx(np.mean(list(of.values())), abs=1e-3)
+  own = page.write_replies(study(question()), tmp_path)
+  assert pd.read_csv(own)["hex"].notna().all()
 
 
 def test_whose_scores_count_is_part_of_the_plan(tmp_path):

@@ -2,7 +2,8 @@
 
   python -m rlsafety.study.page --study=FILE --workdir=DIR
 
-One file that needs no network. `study.run` writes it again at every evaluation.
+One file that needs no network. `study.run` writes it again at every evaluation. Beside it lies
+held_out.csv, a row of scores for every held-out reply of every cell, for tables of one's own.
 """
 
 import pathlib
@@ -10,10 +11,12 @@ import sys
 from collections.abc import Sequence
 
 import numpy as np
+from pandas import DataFrame
 
 from rlsafety import flags
 from rlsafety.errors import UserError, run_main
 from rlsafety.files import read_json, read_jsonl, write_bytes
+from rlsafety.metrics.gaps import GROUPS
 from rlsafety.report import charts, render
 from rlsafety.rundir import read
 from rlsafety.study import confirm, design
@@ -70,6 +73,36 @@ def cell_state(path: pathlib.Path, steps: int) -> dict:
   return out | {"left": each * (steps - run.last_step)}
 
 
+def write_replies(study: design.Study, workdir: pathlib.Path) -> pathlib.Path:
+  """Writes workdir/held_out.csv: scores of the replies at every evaluation, not their texts.
+
+  acc, hex: those that answer the study's questions, so of its re-scoring where it has one, empty
+  where that lacks a reply; acc_own, hex_own: the run's. logprob, base_logprob: nats a token.
+  """
+  path, table = workdir / "held_out.csv", []
+  for name in study.cells:
+    if not (workdir / name / "config.json").exists():
+      continue
+    run = read.load_run(workdir / name)
+    for step, records in read.eval_rollouts(run).items():
+      answered = records
+      if study.scores:
+        answered = read.rescored(run, records, study.scores, "heldout")
+      scores = {(r["prompt"], r["sample"]): (r.get("acc"), r.get("hex")) for r in answered}
+      for r in records:
+        acc, hex_ = scores.get((r["prompt"], r["sample"]), (None, None))
+        table.append({
+          "cell": name, "step": step, "environment": r.get("environment"), "unit": r.get("unit"),
+          "person": r.get("person"), "users": GROUPS[not r["is_gameable"]], "sample": r["sample"],
+          "reward": r.get("reward"), "acc": acc, "hex": hex_, "acc_own": r.get("acc"),
+          "hex_own": r.get("hex"), "verdict": r.get("verdict"), "tokens": r.get("length"),
+          "finished": r.get("finished"), "logprob": np.mean(r.get("logprobs") or [np.nan]),
+          "base_logprob": r.get("base_logprob"),
+        })  # fmt: skip
+  DataFrame(table).to_csv(path, index=False, float_format="%.4g")
+  return path
+
+
 def small_multiples(cells: Sequence[tuple[str, dict]], key: str, zero: bool) -> list[str]:
   """A small figure for every cell, all on one scale, bands included."""
   lines = {}
@@ -103,6 +136,7 @@ def main(argv: Sequence[str]) -> None:
     raise UserError(f"--workdir={workdir}: no such folder; run the study first")
   print(confirm.table(study, workdir))
   print(f"page: {render_page(study, workdir)}")
+  print(f"held-out replies: {write_replies(study, workdir)}")
 
 
 if __name__ == "__main__":

@@ -86,6 +86,7 @@ def main(argv: list[str]) -> None:
   if jax.process_index() == 0:
     print(confirm.table(study, pathlib.Path(workdir)))
     print(f"page: {workdir}/index.html")
+    print(f"held-out replies: {page.write_replies(study, pathlib.Path(workdir))}")
 
 
 if __name__ == "__main__":
