@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlsafety import files, flags, recipes, sampler, sharding
+from rlsafety import files, flags, progress, recipes, sampler, sharding
 from rlsafety.config import Model as Section
 from rlsafety.config import Sampler
 from rlsafety.errors import UserError, run_main
@@ -142,7 +142,8 @@ class LanguageModel(TemplateLM):
     # Alike together: neighbours share a compiled shape, and little of it is padding.
     ordered = sorted(pieces, key=lambda piece: (-len(piece[1]), -len(piece[0])))
     results = [None] * len(requests)
-    for start in range(0, len(ordered), self.batch):
+    starts = range(0, len(ordered), self.batch)
+    for start in starts if disable_tqdm else progress.bar(starts, "batches of answers"):
       rows = ordered[start : start + self.batch]
       filled = rows + [rows[-1]] * (self.batch - len(rows))
       shown = pad([context for context, _ in filled])
