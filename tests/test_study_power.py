@@ -4,9 +4,10 @@ import json
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from rlsafety.errors import UserError
-from rlsafety.study import confirm, power
+from rlsafety.study import confirm, power, statistics
 
 
 def draws(rng, seeds, units, sds, effect=0.0):
@@ -34,6 +35,17 @@ def test_power_is_that_of_the_test_that_answers_questions(sds):
     found += abs(mean) > power.stats.t.ppf(0.975, freedom) * error
   told = power.power(power.Spread(*sds), 0.7, 5, 16, groups=1)
   assert found / n == pytest.approx(told, abs=0.08)  # freedom is estimated in the test
+
+
+@pytest.mark.parametrize("freedom", [1.3, 5, 200])
+def test_power_of_a_t_test_is_scipys_and_known_where_that_is_not(freedom):
+  critical = stats.t.ppf(0.975, freedom)
+  for shift in (0.0, 0.5, 3.0):
+    upper = stats.nct.sf(critical, freedom, shift)
+    both = upper + stats.nct.cdf(-critical, freedom, shift)
+    assert statistics.t_power(shift, critical, freedom) == pytest.approx(both, abs=1e-5)
+    assert statistics.t_power(shift, critical, freedom, 1) == pytest.approx(upper, abs=1e-5)
+  assert 0.89 < statistics.t_power(12.0, critical, freedom) <= 1  # scipy: NaN
 
 
 def write_replies(folder, rng, units, samples, sds):

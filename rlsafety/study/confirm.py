@@ -197,7 +197,7 @@ def _answer(q: design.Question, found: tuple, p: float, corrected: float, alpha:
   none = max(stats.t.sf((q.smallest + s * estimate) / error, freedom) for s in (-1, 1))
   sides = 2 if q.direction == "two-sided" else 1
   critical = stats.t.ppf(1 - alpha / sides, freedom)
-  power = float(stats.nct.sf(critical, freedom, q.smallest / error))
+  power = statistics.t_power(q.smallest / error, critical, freedom, sides=1)
   if corrected < alpha:
     word = "yes" if sides == 1 else "higher" if estimate > 0 else "lower"
   elif none < alpha:

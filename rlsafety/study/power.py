@@ -21,7 +21,7 @@ from scipy import stats
 
 from rlsafety import flags
 from rlsafety.errors import UserError, run_main
-from rlsafety.study import confirm, design
+from rlsafety.study import confirm, design, statistics
 
 SEEDS, UNITS, SAMPLES = (2, 3, 5, 8), (8, 16, 32, 64), (1, 2, 4)
 
@@ -92,7 +92,7 @@ def power(
   freedom = total**2 / sum(v**2 / f for v, f in squares)
   critical = stats.t.ppf(1 - alpha / 2, freedom)
   shift = effect / math.sqrt(groups * total / (seeds * units))
-  return float(stats.nct.sf(critical, freedom, shift) + stats.nct.cdf(-critical, freedom, shift))
+  return statistics.t_power(shift, critical, freedom)
 
 
 def main(argv: Sequence[str]) -> None:
