@@ -306,3 +306,5 @@ def test_changes_are_taken_question_by_question():
   found = lm_eval.changes(before, after | {"other": {"acc": [1.0]}})["t"]["acc"]
   low, high = stats.ttest_1samp([1, 0, 0, 0], 0).confidence_interval()
   assert found == pytest.approx({"change": 0.25, "low": low, "high": high})
+  alike = lm_eval.changes(before, before)["t"]["acc"]
+  assert alike == pytest.approx({"change": 0.0, "low": np.nan, "high": np.nan}, nan_ok=True)

@@ -268,7 +268,9 @@ def _scalar(samples: Sequence[dict], metric: str) -> bool:
 def changes(before: dict, after: dict) -> dict[str, dict[str, dict[str, float]]]:
   """{task: {metric: {change, low, high}}}, question by question, with 95 % t intervals over them.
 
-  before, after: the second of what `measure` returns. What was not asked in both is left out.
+  before, after: the second of what `measure` returns. What was not asked in both is left out. Where
+  every question moved alike, as where none did, the interval is NaN: a spread of 0 in so few is no
+  proof of none.
   """
   out: dict[str, dict[str, dict[str, float]]] = {}
   for task in before.keys() & after.keys():
@@ -276,7 +278,7 @@ def changes(before: dict, after: dict) -> dict[str, dict[str, dict[str, float]]]
       moved = np.subtract(after[task][metric], before[task][metric])
       error = moved.std(ddof=1) / len(moved) ** 0.5 if len(moved) > 1 else np.nan
       effect = matched.Effect(float(moved.mean()), float(error), len(moved))
-      low, high = effect.interval
+      low, high = effect.interval if error > 0 else (np.nan, np.nan)
       out.setdefault(task, {})[metric] = {"change": effect.mean, "low": low, "high": high}
   return out
 
