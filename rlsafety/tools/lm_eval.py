@@ -329,8 +329,8 @@ def _measure_all(
       return measure(lm, names, args.include, args.limit or None, args.chat)
 
     base, before = ask(None)
-    if not runs:
-      _write(args.out, section.path, None, model, {"base": base}, {})
+    name = read.model_name(runs[0]) if runs else section.path
+    _write(args.out, name, None, model, {"base": base}, {})  # at once: the next may take an hour
     for run in runs:
       trained, after = ask(hf.load_peft(run.path / "adapter", model.config)[0])
       results = {"base": base, "trained": trained}
