@@ -349,9 +349,9 @@ def _write(
     kept = files.read_json(out) if out.exists() else {}
     about = {"model": name, "source": model.source, "results": results, "changes": moved}
     files.write_json(out, {**kept, where or name: about})
-  for state, found in results.items():
-    for task, metrics in found.items():
-      print(f"{state:8} {task:28} " + "  ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+  state = "trained" if run else "base"
+  for task, metrics in results[state].items():
+    print(f"{state:8} {task:28} " + "  ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
   for task, metrics in moved.items():
     for metric, m in metrics.items():
       interval = f"[{m['low']:+.4f}, {m['high']:+.4f}]"
