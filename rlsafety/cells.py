@@ -225,9 +225,8 @@ def open_cell(
   notes.append("\n".join([*judge_lines(judge), *beyond.lines(others)]))
   root = jax.random.key(config.seed)
   start_key = jax.random.fold_in(root, 0)
-  optimizer = learner.make_optimizer(config.optimizer)
   state = learner.starting_state(
-    config.lora, policy.config, optimizer, start_key, config.model.adapter
+    config.lora, policy.config, config.optimizer, start_key, config.model.adapter
   )
   about["judge"] = judge.about
   if others:

@@ -47,7 +47,7 @@ def init_state(adapter: Adapter, optimizer: optax.GradientTransformation) -> Tra
 def starting_state(
   settings: Lora,
   config: ModelConfig,
-  optimizer: optax.GradientTransformation,
+  optimizer: Optimizer,
   key: jax.Array,
   adapter: str = "",
 ) -> TrainState:
@@ -64,14 +64,21 @@ def starting_state(
           f"model.adapter={adapter}: its {field} is {getattr(found, field)}, "
           f"lora.{field} is {getattr(settings, field)}; set --config.lora.{field} to match"
         )
+  return _starting(settings, config, optimizer)(key, loaded)
+
+
+@functools.lru_cache
+def _starting(settings: Lora, config: ModelConfig, optimizer: Optimizer) -> Callable:
+  """`starting_state`'s program, one for cells of all seeds."""
   axes = lora.adapter_axes(config, settings)
 
-  def init(start: Adapter | None) -> TrainState:
-    state = init_state(start or lora.init_adapter(config, settings, key), optimizer)
+  def init(key: jax.Array, start: Adapter | None) -> TrainState:
+    adapter = start or lora.init_adapter(config, settings, key)
+    state = init_state(adapter, make_optimizer(optimizer))
     pin = lambda x, a: sharding.constrain(x, *a)  # noqa: E731
     return jax.tree.map(pin, state, state_axes(state, axes))
 
-  return jax.jit(init)(loaded)
+  return jax.jit(init)
 
 
 def state_axes(state: TrainState, adapter_axes: dict) -> TrainState:

@@ -1,35 +1,26 @@
 """Every environment trains end to end from its recipe, on the tiny model, all in one program."""
 
 import json
-import subprocess
-import sys
 
 import pytest
-from test_train import ROOT, environment
+from test_train import ROOT, one_device
+
+from rlsafety import recipes, train
 
 ENVIRONMENTS = ("action_advice", "therapy_talk", "political_qa", "neutral")
 FLAGS = ["--config.steps=2", "--config.eval.every=2", "--config.eval.prompts=2"]
 FLAGS += ["--config.prompts_per_step=2", "--config.sampler.group=2", "--config.eval.samples=2"]
 FLAGS += ["--config.sampler.max_tokens=8", "--config.learner.microbatches=1"]
 FLAGS += ["--config.max_prompt_tokens=384"]  # one for all: political_qa has 256
-TRAIN = """
-import sys
-from rlsafety import recipes, train
-folder, *flags = sys.argv[1:]
-recipe = "--config=configs/smollm2.py:env={{}},size=tiny"
-cells = {{name: recipes.of_run([recipe.format(name), *flags]) for name in {names}}}
-train.run_together(cells, {{name: f"{{folder}}/{{name}}" for name in cells}})
-"""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp("recipes")
-  done = subprocess.run(
-    [sys.executable, "-c", TRAIN.format(names=ENVIRONMENTS), str(folder), *FLAGS],
-    cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600,
-  )  # fmt: skip
-  assert done.returncode == 0, done.stdout + done.stderr
+  recipe = f"--config={ROOT}/configs/smollm2.py:env={{}},size=tiny"
+  cells = {name: recipes.of_run([recipe.format(name), *FLAGS]) for name in ENVIRONMENTS}
+  with one_device():
+    train.run_together(cells, {name: str(folder / name) for name in cells})
   return folder
 
 

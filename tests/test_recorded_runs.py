@@ -4,7 +4,7 @@ import json
 
 import pytest
 from test_data import call, rollout, write_run
-from test_train import ROOT, finish, start
+from test_train import ROOT, ran
 
 from rlsafety import recipes, replay
 from rlsafety.errors import UserError
@@ -35,7 +35,7 @@ def recipe(name, dataset, *flags):
 
 def test_a_batch_half_sampled_and_half_recorded_learned_from_twice(dataset, tmp_path):
   flags, config = recipe("mixed", dataset, "--config.epochs=2", "--config.steps=2")
-  code, output = finish(start(tmp_path, *flags, config=config))
+  code, output = ran(tmp_path, *flags, config=config)
   assert code == 0, output
   check(tmp_path, sampled=True)
   about = json.loads((tmp_path / "config.json").read_text())
@@ -53,7 +53,7 @@ def check(workdir, sampled):
 
 def test_a_run_from_records_alone_samples_nothing_to_learn_from(dataset, tmp_path):
   flags, config = recipe("offpolicy", dataset, "--config.steps=2")
-  code, output = finish(start(tmp_path, *flags, config=config))
+  code, output = ran(tmp_path, *flags, config=config)
   assert code == 0, output
   check(tmp_path, sampled=False)
 

@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 import pytest
-from test_train import ROOT, TINY, finish, interrupt_after, outcome, start
+from test_train import ROOT, TINY, finish, interrupt_after, outcome, ran, start
 
 from rlsafety import files, recipes, train
 from rlsafety.errors import UserError
@@ -190,7 +190,7 @@ def test_a_changed_evaluation_at_the_checkpoint_is_made_again(runs, tmp_path):
 def test_a_stopped_run_knows_its_logs_from_the_checkpoint(runs, tmp_path):
   copy = shutil.copytree(runs[1], tmp_path / "copy")
   spoil(copy / "metrics.jsonl", digit)
-  code, said = finish(start(copy))
+  code, said = ran(copy)
   assert code == 2 and "metrics.jsonl was changed after step" in said, said
   shutil.copyfile(runs[1] / "metrics.jsonl", copy / "metrics.jsonl")
   code, said = finish(start(copy))
@@ -227,13 +227,13 @@ def test_lost_files_of_a_complete_run_are_written_again_to_the_same_bits(runs, t
   (copy / "adapter/adapter_config.json").unlink()
   page = copy / "report.html"
   page.write_bytes(page.read_bytes()[:999])
-  code, said = finish(start(copy))
+  code, said = ran(copy)
   assert code == 0 and "lost adapter/adapter_config.json, adapter/adapter_model" in said, said
   assert outcome(copy) == outcome(runs[0])
   assert page.read_text().rstrip().endswith("</html>")
   shutil.rmtree(copy / "checkpoints")
   weights.unlink()
-  code, said = finish(start(copy))
+  code, said = ran(copy)
   assert code == 2 and "checkpoints: holds no checkpoint" in said, said
 
 
@@ -290,7 +290,7 @@ def test_weights_and_users_exchanged_between_two_starts_are_refused(tmp_path):
   flags += ["--config.model.preset=", "--config.steps=2"]  # more than one, with 0 for "off"
   flags += ["--config.eval.every=0", "--config.checkpoint.every=0"]
   place(0, "Good")
-  code, said = finish(start(run, *flags))
+  code, said = ran(run, *flags)
   assert code == 0, said
   (run / "summary.json").unlink()  # as if it had been stopped just before
   for seed, word, numbers, what in (
@@ -299,10 +299,10 @@ def test_weights_and_users_exchanged_between_two_starts_are_refused(tmp_path):
     (0, "Good", {"rope_theta": 7e4}, "config, template or vocabulary .weights"),
   ):
     place(seed, word, **numbers)
-    code, said = finish(start(run, *flags))
+    code, said = ran(run, *flags)
     assert code == 2 and re.search(f"started with other {what}", said), said
   place(0, "Good")
-  code, said = finish(start(run, *flags))
+  code, said = ran(run, *flags)
   assert code == 0 and "resuming after step 2" in said, said
 
 
@@ -336,7 +336,7 @@ def test_replies_to_other_users_are_not_written_through_a_link(tmp_path):
 def test_a_run_without_rewards_stops_with_the_reason(tmp_path):
   flags = ["--config.judge.name=http", "--config.judge.url=http://127.0.0.1:9/v1"]
   flags += ["--config.judge.model=m", "--config.judge.degenerate=nan", "--config.judge.attempts=1"]
-  code, said = finish(start(tmp_path / "run", *flags))
+  code, said = ran(tmp_path / "run", *flags)
   assert code == 2 and "Traceback" not in said, said
   assert "no reply got a reward, 3 times in a row (judge_ConnectError=" in said, said
   assert not (tmp_path / "run/summary.json").exists()

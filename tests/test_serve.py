@@ -29,7 +29,7 @@ import uvicorn
 from rlsafety import checkpoints, config, files, recipes, sampler, sharding, train
 from rlsafety.environments import load
 from rlsafety.judges import http
-from rlsafety.learner import make_optimizer, starting_state
+from rlsafety.learner import starting_state
 from rlsafety.models import architecture, hf, presets, scoring, sources, transformer
 from rlsafety.models.chat import byte_chat
 from rlsafety.models.model import Model
@@ -44,9 +44,7 @@ LORAS = {
 
 
 def random_adapter(model, lora, seed):
-  state = starting_state(
-    lora, model.config, make_optimizer(config.Optimizer()), jax.random.key(seed), ""
-  )
+  state = starting_state(lora, model.config, config.Optimizer(), jax.random.key(seed), "")
   noise = lambda x: x + 0.2 * np.random.default_rng(seed).standard_normal(x.shape)  # noqa: E731
   weights = jax.tree.map(lambda x: jnp.asarray(noise(x), jnp.float32), state.adapter.weights)
   return dataclasses.replace(state, adapter=state.adapter.replace(weights=weights))

@@ -1,5 +1,8 @@
 """The trainer as its users meet it: a process, flags, signals, a run directory."""
 
+import contextlib
+import functools
+import io
 import json
 import os
 import pathlib
@@ -7,12 +10,13 @@ import signal
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from conftest import FAST_COMPILE
 from safetensors.numpy import load_file
 
-from rlsafety import runtime, train
+from rlsafety import runtime, sharding, train
 from rlsafety.errors import run_main
 from rlsafety.rundir import write
 from rlsafety.tools import record
@@ -37,6 +41,29 @@ def start(workdir, *flags, config=TINY):
 def finish(process):
   output, _ = process.communicate(timeout=300)
   return process.returncode, output
+
+
+@contextlib.contextmanager
+def one_device():
+  """In the repository's folder, as on a machine with one device: for programs in this process."""
+  make_mesh = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sharding, "make_mesh", make_mesh)
+    patch.chdir(ROOT)
+    yield
+
+
+def ran(workdir, *flags, config=TINY):
+  """`finish(start(...))` in this process, where all is imported and much is compiled: for runs
+  that get no signal."""
+  said = io.StringIO()
+  with one_device(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    try:
+      run_main(train.main, ["train", config, f"--workdir={workdir}", *flags])
+      code = 0
+    except SystemExit as end:
+      code = end.code
+  return code, said.getvalue()
 
 
 def interrupt_after(process, step, how):
@@ -127,7 +154,7 @@ def test_a_run_goes_on_from_the_adapter_of_another(whole, tmp_path):
 def test_complete_run_says_so_and_another_config_is_refused(whole, refuse):
   workdir, _ = whole
   before = outcome(workdir)
-  code, output = finish(start(workdir))
+  code, output = ran(workdir)
   assert code == 0 and "run is complete" in output
   said = refuse(f"--workdir={workdir}", "--config.sampler.group=2")
   assert "sampler.group: 4 there, 2 here" in said
