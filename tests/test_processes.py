@@ -4,7 +4,6 @@ One process is the reference. One of two dies in the middle, one goes on alone, 
 two end it: the checkpoints of any number of hosts serve any other number, and the numbers stay.
 """
 
-import functools
 import json
 import os
 import pathlib
@@ -16,11 +15,10 @@ import subprocess
 import sys
 import time
 
-import jax
 import pytest
 from conftest import FAST_COMPILE
 
-from rlsafety import runtime, sharding, train
+from rlsafety import runtime, train
 from rlsafety.errors import UserError
 from rlsafety.study import design
 
@@ -130,12 +128,10 @@ def get_study(fsdp="2"):
 """
 
 
-def test_two_processes_train_two_cells_together_as_one_does(tmp_path, monkeypatch):
+def test_two_processes_train_two_cells_together_as_one_does(tmp_path):
   file, workdir = tmp_path / "study.py", tmp_path / "study"
   file.write_text(STUDY.format(repo=REPO, flags=FLAGS[1:]))
   one = design.load(f"{file}:1").cells  # in this process, on one device
-  make_mesh = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
-  monkeypatch.setattr(sharding, "make_mesh", make_mesh)
   train.run_together(one, {name: str(tmp_path / "one" / name) for name in one})
   program = ("rlsafety.study.run", f"--study={file}")
   assert finish(launch(workdir, 2, program=program)) == [0, 0]

@@ -33,15 +33,11 @@ def runs(whole, tmp_path_factory):
   return whole[0], folder / "stopped", said
 
 
-def test_ctrl_c_saves_the_step_and_the_same_command_ends_in_the_same_bits(runs, tmp_path):
-  whole, stopped, said = runs
+def test_ctrl_c_saves_the_step(runs):
+  _, stopped, said = runs
   assert "Ctrl-C: saving after this step" in said and "Traceback" not in said
   step = int(said.split("SIGINT: saved step ")[1].split(";")[0])
   assert (stopped / "checkpoints" / str(step)).is_dir()
-  copy = shutil.copytree(stopped, tmp_path / "copy")
-  code, said = finish(start(copy))
-  assert code == 0 and f"resuming after step {step}" in said, said
-  assert outcome(copy) == outcome(whole)
 
 
 def test_the_second_ctrl_c_stops_at_once(tmp_path):
@@ -187,14 +183,15 @@ def test_a_changed_evaluation_at_the_checkpoint_is_made_again(runs, tmp_path):
     assert [r["step"] for r in files.read_jsonl(copy / "eval/summary.jsonl")] == [0, 3]
 
 
-def test_a_stopped_run_knows_its_logs_from_the_checkpoint(runs, tmp_path):
+def test_a_run_stopped_by_ctrl_c_knows_its_logs_and_ends_in_the_same_bits(runs, tmp_path):
   copy = shutil.copytree(runs[1], tmp_path / "copy")
   spoil(copy / "metrics.jsonl", digit)
   code, said = ran(copy)
   assert code == 2 and "metrics.jsonl was changed after step" in said, said
   shutil.copyfile(runs[1] / "metrics.jsonl", copy / "metrics.jsonl")
   code, said = finish(start(copy))
-  assert code == 0 and outcome(copy) == outcome(runs[0]), said
+  assert code == 0 and "resuming after step" in said, said
+  assert outcome(copy) == outcome(runs[0])
 
 
 def test_what_comes_after_the_checkpoint_may_be_lost(runs, tmp_path):

@@ -594,7 +594,7 @@ def test_a_run_is_trained_on_the_verdicts_of_this_server(tmp_path):
   tiny = recipes.frozen(recipes.load_recipe("configs/tiny_syco.py"))
   judged = {"judge.name": "http", "judge.url": f"{url}/v1", "judge.model": "base",
             "judge.timeout_s": 300.0}  # fmt: skip
-  small = {"steps": 1, "prompts_per_step": 4, "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2,
+  small = {"steps": 1, "prompts_per_step": 4,
            "sampler.group": 2, "sampler.max_tokens": 8, "learner.microbatches": 1,
            "eval.samples": 2, "eval.prompts": 4}  # fmt: skip
   settings = recipes.replaced(tiny, small | judged)

@@ -1,7 +1,6 @@
 """The trainer as its users meet it: a process, flags, signals, a run directory."""
 
 import contextlib
-import functools
 import io
 import json
 import os
@@ -10,13 +9,12 @@ import signal
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 from conftest import FAST_COMPILE
 from safetensors.numpy import load_file
 
-from rlsafety import runtime, sharding, train
+from rlsafety import runtime, train
 from rlsafety.errors import run_main
 from rlsafety.rundir import write
 from rlsafety.tools import record
@@ -43,21 +41,11 @@ def finish(process):
   return process.returncode, output
 
 
-@contextlib.contextmanager
-def one_device():
-  """In the repository's folder, as on a machine with one device: for programs in this process."""
-  make_mesh = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(sharding, "make_mesh", make_mesh)
-    patch.chdir(ROOT)
-    yield
-
-
 def ran(workdir, *flags, config=TINY):
   """`finish(start(...))` in this process, where all is imported and much is compiled: for runs
   that get no signal."""
   said = io.StringIO()
-  with one_device(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+  with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
     try:
       run_main(train.main, ["train", config, f"--workdir={workdir}", *flags])
       code = 0
