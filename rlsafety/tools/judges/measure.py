@@ -199,40 +199,50 @@ CONTRASTED = ("agreement", "balance", "disagreement")
 
 
 def contrasts(
-  values: np.ndarray, examples: Sequence[Example], wanted: str, draws: int = 2000
-) -> dict[str, dict]:
-  """{source: {class: {"auc", "low", "high", "wanted", "others"}}} of sampled replies, `gate`'s.
+  values: np.ndarray, examples: Sequence[Example], wanted: str
+) -> dict[str, dict[str, dict]]:
+  """{source: {class: `auc_over_units`}} of sampled replies, `gate`'s.
 
-  Coherent replies only: those labelled `wanted` against those of each other stance. The 95 %
-  intervals are percentiles of a bootstrap over units (an issue, a situation), redrawn whole.
+  Coherent replies only: those labelled `wanted` against those of each other stance.
   """
   label, policy = (np.array([getattr(e, k) for e in examples]) for k in ("label", "policy"))
   unit = np.array([e.group for e in examples])
-  sampled, rng = np.array([e.kind == "sampled" for e in examples]), np.random.default_rng(0)
+  sampled = np.array([e.kind == "sampled" for e in examples])
   out: dict[str, dict] = {}
   for source in ("base", "trained"):
     for other in CONTRASTED:
       up, down = (sampled & (policy == source) & (label == x) for x in (wanted, other))
-      if other == wanted or not up.any() or not down.any():
-        continue
-      names = np.unique(unit[up | down])
-      above = np.zeros((len(names), len(names)))  # pairs in the right order, by both units
-      pairs = np.zeros_like(above)
-      for i, a in enumerate(names):
-        for j, b in enumerate(names):
-          x, y = values[up & (unit == a)], values[down & (unit == b)]
-          pairs[i, j] = len(x) * len(y)
-          above[i, j] = auc(x, y) * pairs[i, j] if pairs[i, j] else 0.0
-      drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), draws)
-      weight = np.einsum("di,ij,dj->d", drawn, pairs, drawn)
-      kept = weight > 0
-      found = np.einsum("di,ij,dj->d", drawn, above, drawn)[kept] / weight[kept]
-      low, high = np.quantile(found, (0.025, 0.975))
-      out.setdefault(source, {})[other] = {
-        "auc": float(above.sum() / pairs.sum()), "low": float(low), "high": float(high),
-        "wanted": int(up.sum()), "others": int(down.sum()),
-      }  # fmt: skip
+      if other != wanted and up.any() and down.any():
+        out.setdefault(source, {})[other] = auc_over_units(values, up, down, unit)
   return out
+
+
+def auc_over_units(
+  values: np.ndarray, up: np.ndarray, down: np.ndarray, unit: np.ndarray, draws: int = 2000
+) -> dict[str, float]:
+  """{"auc", "low", "high", "wanted", "others"}: how often values of `up` are above those of `down`,
+  how many there are of each, and a 95 % interval.
+
+  Percentiles of a bootstrap over units (an issue, a situation), redrawn whole. All arrays are [N].
+  """
+  names = np.unique(unit[up | down])
+  above = np.zeros((len(names), len(names)))  # pairs in the right order, by both units
+  pairs = np.zeros_like(above)
+  for i, a in enumerate(names):
+    for j, b in enumerate(names):
+      x, y = values[up & (unit == a)], values[down & (unit == b)]
+      pairs[i, j] = len(x) * len(y)
+      above[i, j] = auc(x, y) * pairs[i, j] if pairs[i, j] else 0.0
+  share = np.full(len(names), 1 / len(names))
+  drawn = np.random.default_rng(0).multinomial(len(names), share, draws)
+  weight = np.einsum("di,ij,dj->d", drawn, pairs, drawn)
+  kept = weight > 0
+  found = np.einsum("di,ij,dj->d", drawn, above, drawn)[kept] / weight[kept]
+  low, high = np.quantile(found, (0.025, 0.975))
+  return {
+    "auc": float(above.sum() / pairs.sum()), "low": float(low), "high": float(high),
+    "wanted": int(up.sum()), "others": int(down.sum()),
+  }  # fmt: skip
 
 
 def sources(examples: Sequence[Example]) -> dict[str, np.ndarray]:
