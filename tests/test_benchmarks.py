@@ -11,12 +11,14 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import synthetic_runs  # noqa: E402
+from conftest import MAKE_MESH  # noqa: E402
 
 pytest.importorskip("lm_eval", reason="pip install -e '.[benchmarks]'")
 
 from lm_eval.api.instance import Instance  # noqa: E402
 from scipy import stats  # noqa: E402
 
+from rlsafety import sharding
 from rlsafety.config import Lora
 from rlsafety.errors import UserError
 from rlsafety.models import hf, lora, presets, sources, transformer
@@ -214,6 +216,7 @@ def test_a_run_is_measured_with_and_without_its_adapter_and_chooses_no_module(
     return said[-1]
 
   monkeypatch.setattr(lm_eval.LanguageModel, "loglikelihood", heard)
+  monkeypatch.setattr(sharding, "make_mesh", MAKE_MESH)  # on all devices
   lm_eval.main(["lm_eval", f"--runs={run}", "--tasks=rlsafety_sycophancy", f"--out={out}"])
   found = json.loads(out.read_text())[str(run)]
   assert set(found["results"]) == {"base", "trained"}

@@ -9,10 +9,11 @@ import threading
 import numpy as np
 import pytest
 import replied_runs
+from conftest import MAKE_MESH
 from replied_runs import REPLIES
 from test_judges_http import Endpoint
 
-from rlsafety import addresses, files, judges, recipes
+from rlsafety import addresses, files, judges, recipes, sharding
 from rlsafety.errors import UserError
 from rlsafety.models import presets, sources
 from rlsafety.study import gather
@@ -173,8 +174,10 @@ def test_a_run_chooses_no_address_no_module_and_no_file(run, address, tmp_path, 
     assert not outside.is_dir() or not list(outside.iterdir())
 
 
-def test_command_lines(run, address, tmp_path, capsys):
-  """score, then agreement with the run's own scores, through the programs' own flags."""
+def test_command_lines(run, address, tmp_path, capsys, monkeypatch):
+  """score, then agreement with the run's own scores, through the programs' own flags, on all
+  devices."""
+  monkeypatch.setattr(sharding, "make_mesh", MAKE_MESH)
   other = shutil.copytree(run.path, tmp_path / "other")
   info = files.read_json(other / "config.json")
   info["config"]["judge"] |= {"name": "lm"}

