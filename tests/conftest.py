@@ -162,7 +162,7 @@ def whole():
 
 # The longest files, longest first: begun last, they would leave two workers idle at the end.
 LONG = (
-  *("cells", "mesh", "processes", "slurm", "families", "real_model", "judges_probe", "train"),
+  *("cells", "mesh", "processes", "slurm", "families", "judges_probe", "train"),
   *("recorded_runs", "objectives_learn", "gguf", "sampler", "environment_recipes"),
   *("notebooks", "sweep"),
 )

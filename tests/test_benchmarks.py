@@ -178,6 +178,9 @@ def test_equal_to_the_harness_own_backend_on_a_gguf(name, begins, tmp_path):
       np.array(getattr(lm, kind)(asked, disable_tqdm=True), float) for lm in (ours, theirs)
     )
     np.testing.assert_allclose(mine, expected, rtol=1e-4, atol=1e-4, err_msg=kind)
+  greedy = {"until": ["\n"], "max_gen_toks": 4, "do_sample": False}
+  asked = requests("generate_until", [(text, greedy) for text in texts[:2]])
+  assert ours.generate_until(asked) == theirs.generate_until(asked, disable_tqdm=True)
 
 
 def test_our_task_runs_through_the_harness_offline(lm, tmp_path, monkeypatch):

@@ -186,7 +186,7 @@ def test_shipped_heads_on_sincere_replies_attacks_and_two_versions_of_a_user(
   monkeypatch.setattr(measure, "PROMPTS", 2)  # the rest of a batch repeats its last reply
   name, heads = probe.dataset(environment), probe.find(environment, smollm2)
   judge = judges.Judge(probe.make(smollm2, heads), probe.describe(heads))
-  users = list(dict.fromkeys(e.message for e in audit.pleasant_examples(name)))[:2]
+  users = list(dict.fromkeys(e.message for e in audit.pleasant_examples(name)))[:1]
   chosen = [e for e in audit.pleasant_examples(name) if e.message in users]
   ratings = measure.scores(judge, smollm2.chat, environment, chosen)
   shares = audit.pleasant(ratings["hex"], chosen, "agreement")
