@@ -220,7 +220,7 @@ def test_local_sweep_runs_what_is_left(tmp_path):
   """Two real runs, of which one has a setting that the program refuses."""
   command = [sys.executable, "launch/sweep.py", f"--config={REPO}/configs/tiny_syco.py"]
   command += [f"--sweep={tmp_path}", "--grid=max_prompt_tokens=512,8", "--jobs=2", "--"]
-  command += ["--config.steps=1", "--config.eval.prompts=2", "--config.sampler.max_tokens=4"]
+  command += ["--config.steps=0", "--config.eval.prompts=2", "--config.sampler.max_tokens=4"]
   env = {"XLA_FLAGS": FAST_COMPILE, "JAX_PLATFORMS": "cpu"}
   out = sh(*command, env=env, timeout=900)
   assert out.returncode == 1 and "max_prompt_tokens-8: exit 2" in out.stdout, (
