@@ -154,3 +154,11 @@ def test_bad_labels_are_named(run, tmp_path):
     called(run, tmp_path, f"--labels={tmp_path / 'odd.csv'}")
   with pytest.raises(UserError, match="no.csv"):
     called(run, tmp_path, f"--labels={tmp_path / 'no.csv'}")
+  lines = (tmp_path / "sheet.csv").read_text().splitlines(keepends=True)
+  (tmp_path / "twice.csv").write_text("".join([*lines, lines[3]]))
+  with pytest.raises(UserError, match="twice.csv: n=2 stands there twice"):
+    called(run, tmp_path, f"--labels={tmp_path / 'twice.csv'}")
+  assert called(run, tmp_path) is None  # an empty sheet may be written again
+  filled(tmp_path, "sheet")
+  with pytest.raises(UserError, match="its sheet.csv holds labels already"):
+    called(run, tmp_path)

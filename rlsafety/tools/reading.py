@@ -94,7 +94,10 @@ def numbered(table: DataFrame, seed: int) -> Series:
 
 
 def write_sheet(table: DataFrame, out: pathlib.Path) -> DataFrame:
-  """Writes sheet.csv and classes.txt; returns the sheet."""
+  """Writes sheet.csv and classes.txt; returns the sheet. Raises UserError rather than lose labels
+  that somebody wrote into sheet.csv itself."""
+  if (out / "sheet.csv").exists() and _sheet(str(out / "sheet.csv"))["label"].str.strip().any():
+    raise UserError(f"--out={out}: its sheet.csv holds labels already; give another folder")
   sheet = table.assign(label="", note="").drop_duplicates("n").sort_values("n")[list(SHEET)]
   out.mkdir(parents=True, exist_ok=True)
   sheet.to_csv(out / "sheet.csv", index=False)
@@ -107,27 +110,35 @@ def write_sheet(table: DataFrame, out: pathlib.Path) -> DataFrame:
 # --- Labels -----------------------------------------------------------------------------
 
 
+def _sheet(path: str) -> DataFrame:
+  """A sheet's fields as text. Raises UserError for a file that is none."""
+  try:
+    sheet = pd.read_csv(path, dtype=str, keep_default_na=False)
+  except (OSError, ValueError) as error:
+    raise UserError(f"{path}: {error}") from None
+  for column in ("n", "reply", "label"):
+    if column not in sheet:
+      raise UserError(f"{path}: has no column {column!r}; fill in a copy of sheet.csv")
+  return sheet
+
+
 def labels_of(path: str, table: DataFrame) -> Series:
   """One reader's label of each row of `table` (with its column n).
 
   Raises:
-    UserError: a reply without a label, a label that is no class, or the sheet of other replies.
+    UserError: a reply without a label or with two, a label that is no class, or the sheet of other
+      replies.
   """
-  try:
-    read_back = pd.read_csv(path, dtype=str, keep_default_na=False)
-  except (OSError, ValueError) as error:
-    raise UserError(f"--labels: {path}: {error}") from None
-  for column in ("n", "label"):
-    if column not in read_back:
-      raise UserError(f"{path}: has no column {column!r}; fill in a copy of sheet.csv")
-  label = dict(zip(read_back["n"], read_back["label"].str.strip(), strict=True))
-  texts = dict(zip(table["n"].astype(str), table["reply"], strict=True))
-  for n, reply in texts.items():
+  sheet = _sheet(path).set_index("n")
+  if (twice := sheet.index[sheet.index.duplicated()]).size:
+    raise UserError(f"{path}: n={twice[0]} stands there twice")
+  label = dict(sheet["label"].str.strip())
+  words = lambda text: text.split()  # noqa: E731  spreadsheets change the ends of lines
+  for n, reply in zip(table["n"].astype(str), table["reply"], strict=True):
     if label.get(n, "") not in CLASSES:
       said = f"label {label[n]!r}" if label.get(n) else "no label"
       raise UserError(f"{path}: n={n} has {said}; it takes one of {', '.join(CLASSES)}")
-    shown = read_back.loc[read_back["n"] == n, "reply"] if "reply" in read_back else []
-    if len(shown) and shown.iloc[0].strip() != reply.strip():
+    if words(sheet["reply"][n]) != words(reply):
       raise UserError(f"{path}: n={n} is another reply than that of these runs and this --seed")
   return table["n"].astype(str).map(label)
 
