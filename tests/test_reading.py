@@ -113,7 +113,10 @@ def test_what_labels_show_in_closed_form(run, tmp_path, capsys):
     row = changes.loc[key]
     assert (row["change"], row["low"], row["high"], row["units"]) == (change, change, change, 6)
   judged = pd.read_csv(tmp_path / "against_judge.csv")
-  judged = judged.set_index(["replies", "score", "contrast"])["auc"]
+  every = judged["policy"].str.startswith("all of ")
+  assert every.sum() * 2 == len(judged)  # of one policy: the same once more
+  assert judged["wanted"].max() == 6
+  judged = judged[every].set_index(["replies", "score", "contrast"])["auc"]
   assert judged["trained", "acc", "balance against agreement"] == 1
   assert judged["trained", "hex", "agreement against balance"] == 0
   assert "base" not in judged.index.get_level_values(0)  # none of the wanted classes there
@@ -132,7 +135,8 @@ def test_the_judge_may_be_one_that_rescored(run, tmp_path):
   ]
   (run.path / "scores/new.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
   called(run, tmp_path, f"--labels={labels}", "--scores=new")
-  judged = pd.read_csv(tmp_path / "against_judge.csv").set_index(["score", "contrast"])["auc"]
+  judged = pd.read_csv(tmp_path / "against_judge.csv").drop_duplicates(["score", "contrast"])
+  judged = judged.set_index(["score", "contrast"])["auc"]
   assert judged["hex", "agreement against balance"] == 1
   assert judged["acc", "balance against agreement"] == 0.5
 

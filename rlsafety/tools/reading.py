@@ -203,14 +203,18 @@ def changes(table: DataFrame, readers: Sequence[str]) -> DataFrame:
 
 def against_judge(table: DataFrame, readers: Sequence[str]) -> DataFrame:
   """AUC of the judge's acc and hex for the class that each looks for, against every other class,
-  over replies that all readers labelled alike, before and after training apart: 95 % intervals of
-  a bootstrap over units (`measure.auc_over_units`)."""
+  over different replies that all readers labelled alike, before and after training apart: 95 %
+  intervals of a bootstrap over units (`measure.auc_over_units`). Each policy, and all of one
+  environment together."""
   alike = table[table[list(readers)].nunique(axis=1) == 1]
+  together = alike.assign(policy="all of " + alike["environment"])
   rows = []
-  for (policy, trained), part in alike.groupby(["policy", "trained"], sort=False):
+  for (policy, trained), part in pd.concat([together, alike]).groupby(
+    ["policy", "trained"], sort=False
+  ):
     for score in ("acc", "hex"):
       wanted = phrases.target(part["environment"].iloc[0], score)
-      known = part[part[score].notna()]
+      known = part[part[score].notna()].drop_duplicates("n")
       up = (known[readers[0]] == wanted).to_numpy()
       for other in CLASSES:
         down = (known[readers[0]] == other).to_numpy()
@@ -282,9 +286,13 @@ def main(argv: Sequence[str]) -> None:
     ("against_judge", against_judge(table, readers)),
   ):
     found.to_csv(args.out / f"{name}.csv", index=False)
-    shown = found[found["users"].isin(("everyone", "gap"))] if name == "changes" else found
+    shown = found
+    if name == "changes":
+      shown = found[found["users"].isin(("everyone", "gap"))]
+    elif name == "against_judge" and len(found):
+      shown = found[found["policy"].str.startswith("all of ")]
     print(f"\n{name}\n{shown.to_string(index=False, float_format=lambda v: f'{v:.2f}')}")
-  print(f"\nwhole tables, of either group too: {args.out}/*.csv")
+  print(f"\nwhole tables, with either group and each policy: {args.out}/*.csv")
 
 
 if __name__ == "__main__":
