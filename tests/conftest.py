@@ -8,6 +8,7 @@ import atexit
 import fcntl
 import gc
 import importlib.metadata
+import math
 import os
 import pathlib
 import shutil
@@ -127,11 +128,12 @@ MAKE_MESH = sharding.make_mesh
 
 
 def make_mesh(data=-1, fsdp=1, tensor=1, devices=None):
-  """Of as many of the eight devices as were asked for, one for what is left: a program that leaves
-  the sizes alone is compiled for one device, which is far less work."""
+  """Of the eight devices as few as the given sizes need: a program that leaves all of them alone is
+  compiled for one device, which is far less work."""
   sizes = data, fsdp, tensor
-  if devices is None and min(sizes) >= -1 and 0 not in sizes:
-    devices = jax.devices()[: abs(data * fsdp * tensor)]
+  needed = -math.prod(sizes)
+  if devices is None and sizes.count(-1) == 1 and needed > 0 and 8 % needed == 0:
+    devices = jax.devices()[:needed]
   return MAKE_MESH(*sizes, devices=devices)
 
 

@@ -42,4 +42,4 @@ if [[ $parity == 1 ]]; then
     note "going on without Gemma-3-270M and Kueue's definitions: their tests will skip"
 fi
 # Three workers, a file each: tests wait for one thread of the compiler, or for other processes.
-run exec "$venv/bin/python" -m pytest -rs -n 3 --dist loadfile --no-loadscope-reorder "${args[@]}"
+run exec "$venv/bin/python" -m pytest -rfEs -n 3 --dist loadfile --no-loadscope-reorder "${args[@]}"
