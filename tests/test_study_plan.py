@@ -116,10 +116,12 @@ def test_shipped_studies_load_and_their_cells_can_train_together(name, batches):
 
 
 def test_a_study_that_is_misspelt_is_refused():
-  with pytest.raises(UserError, match="^--study=.*arguments are small, steps; did you mean small"):
+  with pytest.raises(UserError, match="^--study=.*arguments are small, .*; did you mean small"):
     design.load(f"{ROOT}/configs/studies/sizes.py:smal=x.gguf")
   with pytest.raises(UserError, match="steps=x: needs a number"):
     design.load(f"{ROOT}/configs/studies/sizes.py:steps=x")
+  with pytest.raises(UserError, match="rate=fast: needs a number"):
+    design.load(f"{ROOT}/configs/studies/sizes.py:rate=fast")
   with pytest.raises(UserError, match="did you mean"):
     design.load(f"{ROOT}/configs/studies/paper.py:llama-2-13")
 

