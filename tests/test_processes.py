@@ -118,11 +118,11 @@ STUDY = """
 from rlsafety import recipes
 from rlsafety.study.design import Question, Study, crossed
 
-def get_study(fsdp="2"):
+def get_study(ways="2"):
   c = recipes.frozen(recipes.load_recipe("{repo}/configs/tiny_syco.py"))
   flags = dict(flag.removeprefix("--config.").split("=") for flag in {flags})
   sizes = {{k: int(v) for k, v in flags.items()}}
-  c = recipes.replaced(c, sizes | {{"mesh.fsdp": int(fsdp)}})
+  c = recipes.replaced(c, sizes | {{"mesh.fsdp": int(ways), "mesh.tensor": int(ways)}})
   cells = crossed(c, {{"seed": (5, 6)}})
   return Study("two", cells, (Question("gap rises", tuple(cells)),))
 """
@@ -134,7 +134,7 @@ def test_two_processes_train_two_cells_together_as_one_does(tmp_path):
   one = design.load(f"{file}:1").cells  # in this process, on one device
   train.run_together(one, {name: str(tmp_path / "one" / name) for name in one})
   program = ("rlsafety.study.run", f"--study={file}")
-  assert finish(launch(workdir, 2, program=program)) == [0, 0]
+  assert finish(launch(workdir, 2, program=program, devices=2)) == [0, 0]  # on four
   for name in one:
     assert_same_numbers(workdir / name, tmp_path / "one" / name)
   said = [pathlib.Path(f"{workdir}-{i}.log").read_text() for i in range(2)]

@@ -220,9 +220,8 @@ def against_judge(table: DataFrame, readers: Sequence[str]) -> DataFrame:
         down = (known[readers[0]] == other).to_numpy()
         if other == wanted or not up.any() or not down.any():
           continue
-        found = measure.auc_over_units(
-          known[score].to_numpy(), up, down, known["unit"].to_numpy().astype(str)
-        )
+        values, unit = known[score].to_numpy(), known["unit"].to_numpy().astype(str)
+        found = measure.auc_over_units(values, up, down, unit, np.random.default_rng(0))
         rows.append({
           "policy": policy, "replies": "trained" if trained else "base", "score": score,
           "contrast": f"{wanted} against {other}", **found,

@@ -207,18 +207,23 @@ def contrasts(
   """
   label, policy = (np.array([getattr(e, k) for e in examples]) for k in ("label", "policy"))
   unit = np.array([e.group for e in examples])
-  sampled = np.array([e.kind == "sampled" for e in examples])
+  sampled, rng = np.array([e.kind == "sampled" for e in examples]), np.random.default_rng(0)
   out: dict[str, dict] = {}
   for source in ("base", "trained"):
     for other in CONTRASTED:
       up, down = (sampled & (policy == source) & (label == x) for x in (wanted, other))
       if other != wanted and up.any() and down.any():
-        out.setdefault(source, {})[other] = auc_over_units(values, up, down, unit, draws)
+        out.setdefault(source, {})[other] = auc_over_units(values, up, down, unit, rng, draws)
   return out
 
 
 def auc_over_units(
-  values: np.ndarray, up: np.ndarray, down: np.ndarray, unit: np.ndarray, draws: int = 2000
+  values: np.ndarray,
+  up: np.ndarray,
+  down: np.ndarray,
+  unit: np.ndarray,
+  rng: np.random.Generator,
+  draws: int = 2000,
 ) -> dict[str, float]:
   """{"auc", "low", "high", "wanted", "others"}: how often values of `up` are above those of `down`,
   how many there are of each, and a 95 % interval.
@@ -233,8 +238,7 @@ def auc_over_units(
       x, y = values[up & (unit == a)], values[down & (unit == b)]
       pairs[i, j] = len(x) * len(y)
       above[i, j] = auc(x, y) * pairs[i, j] if pairs[i, j] else 0.0
-  share = np.full(len(names), 1 / len(names))
-  drawn = np.random.default_rng(0).multinomial(len(names), share, draws)
+  drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), draws)
   weight = np.einsum("di,ij,dj->d", drawn, pairs, drawn)
   kept = weight > 0
   found = np.einsum("di,ij,dj->d", drawn, above, drawn)[kept] / weight[kept]
